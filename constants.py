@@ -1,0 +1,96 @@
+"""The fixed rules of an experiment. Not edited: two numbers compare only under the same rules.
+
+Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here; a change
+of any of them changes the `rules:` hash that a run prints. Two environment variables are read:
+
+    AUTORESEARCH_SMOKE=1   tiny rules that run anywhere in about a minute (no GPU, no network)
+    AUTORESEARCH_SEED=N    seed of the run, default 42; never set by train.py
+"""
+
+import os
+import time
+
+STARTED_AT = time.perf_counter()  # of the process: train.py imports this before torch
+
+
+def _environment_int(name: str, default: int, low: int, high: int) -> int:
+    """Return the whole number in environment variable `name`; ValueError if it is not in range."""
+    text = os.environ.get(name, "") or str(default)
+    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+        raise ValueError(f"{name}={text!r} is not a whole number from {low} to {high}; unset it")
+    return int(text)
+
+
+SMOKE = _environment_int("AUTORESEARCH_SMOKE", 0, 0, 1) == 1
+SEED = _environment_int("AUTORESEARCH_SEED", 42, 0, 2**31 - 1)
+
+# Data: ClimbMix (arXiv:2504.13161), shuffled, as parquet shards with one column `text`.
+DATASET = "karpathy/climbmix-400b-shuffle"  # on the Hugging Face hub
+REVISION = "main"  # resolved to a commit on first contact; the manifest records which
+SHARD_NAME = "shard_{:05d}.parquet"
+VAL_SHARD = 6542  # the last one: validation, never training
+# Packed, a shard is about 40 M tokens; 300 s at 1.2 to 1.8 M tokens/s read 360 to 540 M of them.
+DEFAULT_NUM_SHARDS = 3 if SMOKE else 16  # training shards: 0, 1, 2, ...
+
+# Tokenizer: byte-level BPE (arXiv:1508.07909). GPT-4's split pattern with digits in runs of two.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the last ids; the first is BOS
+VOCAB_SIZE = 1024 if SMOKE else 8192  # ids, special tokens included
+BOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS)
+TOKENIZER_CHARS = 2_000_000 if SMOKE else 10**9  # characters it is trained on
+TOKENIZER_DOC_CHARS = 10_000  # of each document, at most
+TOKENIZER_SHARDS = 8  # the training shards in which that text is looked for; it fills about four
+
+# Rows: T + 1 ids, so that input and target are one row shifted by one; best-fit packed.
+MAX_SEQ_LEN = 256 if SMOKE else 2048  # T, tokens
+PACK_BUFFER_DOCS = 1000  # refilled to at least this many documents before every placement
+PACK_BATCH_DOCS = 128  # documents a refill takes, of one row group
+
+# Evaluation: the first rows of the validation shard, the same for every model and batch size.
+EVAL_TOKENS = 2**16 if SMOKE else 40 * 524_288  # target tokens
+# What prepared rows depend on beside the shard and the tokenizer.
+DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH_DOCS]
+
+# Time, in seconds of wall clock.
+TIME_BUDGET = 20 if SMOKE else 300  # training; start-up, compilation and evaluation excluded
+STARTUP_LIMIT = 60 if SMOKE else 300  # opening the run to the first step, compilation included
+# A last step that is slower than all before it may end late; beyond this share the run is void.
+OVERRUN_TOLERANCE = 0.10 if SMOKE else 0.01
+
+# Attention kernel, the only thing from the network that is executed. A version is one API for ever.
+FLASH_ATTENTION_REPO = "kernels-community/flash-attn3"
+FLASH_ATTENTION_VERSION = 1
+
+# Dense bf16 tensor-core peak, FLOP/s, by part of the device name, first match; NVIDIA datasheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.5e12,
+    "A100": 312e12,
+}
+
+# What a run prints last; the first nine keys are those that every tool of this family reads.
+SUMMARY = """---
+val_bpb: {run.val_bpb:.6f}
+training_seconds: {run.clock.seconds:.1f}
+total_seconds: {run.total_seconds:.1f}
+peak_vram_mb: {run.peak_vram_mb:.1f}
+mfu_percent: {run.mfu_percent:.2f}
+total_tokens_M: {run.tokens_M:.1f}
+num_steps: {run.num_steps}
+num_params_M: {run.num_params:.1f}
+depth: {run.depth}
+tok_per_sec: {run.tok_per_sec:.0f}
+startup_seconds: {run.startup_seconds:.1f}
+eval_seconds: {run.eval_seconds:.1f}
+epochs: {run.epochs:.2f}
+attention: {run.attention}
+gpu: {run.gpu}
+seed: {run.seed}
+commit: {run.commit}
+rules: {run.rules}"""
