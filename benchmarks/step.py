@@ -1,0 +1,110 @@
+"""Time the training step of train.py on random ids, for any setting of its knobs.
+
+Usage: python benchmarks/step.py [--steps 40] [--profile] [KNOB=VALUE ...]
+Example: python benchmarks/step.py DEVICE_BATCH_SIZE=64 ATTENTION='"flex"'
+
+Prints tokens/s, MFU, peak memory and the median step; with --profile also the GPU time of a step
+by kind of kernel, from torch's profiler. Needs a CUDA GPU and no prepared data.
+"""
+
+import argparse
+import ast
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import constants
+import train
+
+KINDS = {  # kind: parts of kernel names, first match
+    "attention": ("flash", "fmha", "flex", "fa3"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "bmm", "_mm"),
+    "embedding gradients": ("embedding", "index_put", "atomic_add"),
+    "softmax and loss": ("softmax", "nll", "tanh", "logsumexp"),
+    "copies": ("memcpy", "memset", "copy"),
+    "elementwise": ("triton", "elementwise", "vectorized", "reduce"),
+}
+
+
+def kernel_times(profile: torch.profiler.profile) -> dict[str, float]:
+    """Return kind of kernel -> seconds on the GPU."""
+    times = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profile.key_averages():
+        name = event.key.lower()
+        kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[kind] += event.self_device_time_total / 1e6
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("knobs", nargs="*", metavar="KNOB=VALUE")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    for knob in args.knobs:
+        name, _, value = knob.partition("=")
+        if not hasattr(train, name):
+            parser.error(f"train.py has no knob {name}")
+        setattr(train, name, ast.literal_eval(value))
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/step.py needs a CUDA GPU")
+
+    device, T = torch.device("cuda"), constants.MAX_SEQ_LEN
+    torch.set_float32_matmul_precision("high")
+    config, B = train.build_config(), train.DEVICE_BATCH_SIZE
+    accum = train.grad_accumulation(B)
+    name, attend = train.choose_attention(train.ATTENTION, config.windows, T, device)
+    with device:
+        model = train.GPT(config, attend, torch.bfloat16)
+    model.init_weights(train.INIT_SCALE, train.X0_LAMBDA_INIT)
+    optimizer = train.build_optimizer(model, compile=True)
+    loss_of = torch.compile(train.compute_loss, dynamic=False)
+    batches = [torch.randint(config.vocab_size, (2, B, T), device=device) for _ in range(accum)]
+
+    def step() -> None:
+        train.set_schedules(optimizer, 0.5)
+        train.train_step(model, optimizer, loss_of, batches, accum)
+
+    start = time.perf_counter()
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    compile_seconds = time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+    seconds = statistics.median(times)
+    tok_per_sec = train.TOTAL_BATCH_SIZE / seconds
+    gpu = torch.cuda.get_device_name()
+    peak = next((f for part, f in constants.PEAK_FLOPS.items() if part in gpu), float("nan"))
+    mfu = tok_per_sec * model.flops_per_token() / peak
+    print(
+        f"{gpu}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
+        f"{tok_per_sec / 1e6:.3f} M tok/s, {100 * mfu:.1f} % MFU, "
+        f" {1e3 * seconds:.1f} ms a step (slowest {1e3 * max(times):.1f}, n={args.steps}), "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, first steps {compile_seconds:.0f} s"
+    )
+    if args.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        parts = kernel_times(profile)
+        for kind, part in sorted(parts.items(), key=lambda item: -item[1]):
+            print(f"  {kind:20s} {1e3 * part:7.1f} ms")
+        print(f"  {'idle':20s} {1e3 * max(0.0, seconds - sum(parts.values())):7.1f} ms")
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30))
+
+
+if __name__ == "__main__":
+    main()
