@@ -42,7 +42,7 @@ VOCAB_SIZE = 1024 if SMOKE else 8192  # ids, special tokens included
 BOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS)
 TOKENIZER_CHARS = 2_000_000 if SMOKE else 10**9  # characters it is trained on
 TOKENIZER_DOC_CHARS = 10_000  # of each document, at most
-TOKENIZER_SHARDS = 8  # the training shards in which that text is looked for; it fills about four
+TOKENIZER_SHARDS = 6  # the training shards in which that text is looked for; it fills about four
 
 # Rows: T + 1 ids, so that input and target are one row shifted by one; best-fit packed.
 MAX_SEQ_LEN = 256 if SMOKE else 2048  # T, tokens
@@ -51,6 +51,8 @@ PACK_BATCH_DOCS = 128  # documents a refill takes, of one row group
 
 # Evaluation: the first rows of the validation shard, the same for every model and batch size.
 EVAL_TOKENS = 2**16 if SMOKE else 40 * 524_288  # target tokens
+REPLAY_TOLERANCE = 0.05  # of a logit, between two calls of the model on the same ids
+CAUSAL_TOLERANCE = 1e-3  # of a logit, when later ids change; a deterministic model moves by 0
 # What prepared rows depend on beside the shard and the tokenizer.
 DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH_DOCS]
 

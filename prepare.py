@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -70,10 +71,9 @@ def atomic_write(path: Path) -> Iterator:
 
 
 def describe(path: Path) -> dict:
-    """Return {"size": bytes, "sha256": hex} of a file; size -1 if there is none."""
-    content = path.read_bytes() if path.is_file() else None
-    size = -1 if content is None else len(content)
-    return {"size": size, "sha256": hashlib.sha256(content or b"").hexdigest()}
+    """Return {"size": bytes, "sha256": hex} of a file; a missing one is like an empty one."""
+    content = path.read_bytes() if path.is_file() else b""
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def content_key(*parts: object) -> str:
@@ -121,18 +121,13 @@ def download_shard(session: requests.Session, revision: str, path: Path) -> dict
             file.writelines(answer.iter_content(1 << 20))
             file.flush()
             if describe(Path(file.name)) != remote:
-                raise ConnectionError(
-                    f"{file.tell()} of {remote['size']} bytes came, or wrong ones"
-                )
+                raise ConnectionError(f"{file.tell()} of {remote['size']} bytes, or wrong ones")
         print(f"  {path.name} {remote['size'] / 1e6:.0f} MB", flush=True)
     return remote
 
 
 def ensure_shards(folder: Path, names: list[str], manifest: dict) -> tuple[str, dict[str, dict]]:
-    """Have shards in `folder`; return the hub's commit and size + SHA-256 of each.
-
-    The hub is not asked about those that the manifest records. ConnectionError if one is missing.
-    """
+    """Have shards in `folder`, or raise ConnectionError; return the commit, size + SHA-256 each."""
     known, revision = manifest.get("shards", {}), manifest.get("revision", C.REVISION)
     shards = {n: known[n] for n in names if n in known and describe(folder / n) == known[n]}
     session, missing = requests.Session(), [name for name in names if name not in shards]
@@ -168,10 +163,13 @@ def read_documents(path: Path) -> Iterator[list[str]]:
     try:
         with pq.ParquetFile(path) as shard:
             for group in range(shard.num_row_groups):
-                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+                column = shard.read_row_group(group, columns=["text"]).column("text")
+                texts = column.to_pylist()
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError(f"of type {column.type} with {column.null_count} nulls")
                 for start in range(0, len(texts), C.PACK_BATCH_DOCS):
                     yield texts[start : start + C.PACK_BATCH_DOCS]
-    except (pa.ArrowException, KeyError, OSError) as error:
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         text = f"{path} holds no column `text` ({error}); delete it and run {PREPARE}"
         raise ValueError(text) from error
 
@@ -204,8 +202,9 @@ class Tokenizer:
         try:
             about = json.loads((folder / "tokenizer.json").read_text("utf-8"))
             body = (folder / "ranks.tiktoken").read_bytes()
-            if hashlib.sha256(body).hexdigest() != about["ranks_sha256"]:
-                raise ValueError("ranks.tiktoken is not the file that tokenizer.json describes")
+            made = (hashlib.sha256(body).hexdigest(), about["pattern"], *about["special_tokens"])
+            if made != (about["ranks_sha256"], C.SPLIT_PATTERN, *C.SPECIAL_TOKENS):
+                raise ValueError("its files are not of one making, or of other rules")
             pairs = (line.split() for line in body.splitlines())
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             tokenizer = cls(ranks, about["pattern"], about["special_tokens"])
@@ -248,9 +247,8 @@ def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
         file.write(body)
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(json.dumps(about | {"ranks_sha256": sha256}, indent=1).encode())
-    seconds, short = time.perf_counter() - start, chars < C.TOKENIZER_CHARS
-    note = f", the protocol has {C.TOKENIZER_CHARS:,}" if short else ""
-    print(f"tokenizer: {chars:,} characters in {seconds:.1f} s{note}", flush=True)
+    text = f"trained on {chars:,} characters, of {C.TOKENIZER_CHARS:,} wanted"
+    print(f"tokenizer: {text}, {time.perf_counter() - start:.1f} s", flush=True)
     return Tokenizer.load(folder)
 
 
@@ -312,7 +310,7 @@ def ensure_rows(folder: Path, shards: dict, tokenizer: Tokenizer, known: dict, w
         key = content_key(C.DATA_RULES, shards[name]["sha256"], tokenizer.sha256)
         path = folder / "rows" / f"{Path(name).stem}.{key}.u16"
         about = {"split": split, **describe(path)}
-        if about["size"] < 0 or about != known.get(path.name, about):
+        if not path.is_file() or about != known.get(path.name, about):
             n_rows = C.EVAL_TOKENS // C.MAX_SEQ_LEN if split == "val" else None
             build_rows(folder / "shards" / name, path, tokenizer, n_rows)
             about |= describe(path)
@@ -333,8 +331,8 @@ def load_manifest(folder: Path) -> dict:
     """Return the manifest of `folder`, or {} if there is none that can be read."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        return manifest if {"rules", "revision", "shards", "rows"} <= set(manifest) else {}
-    except (OSError, ValueError, TypeError):
+        return manifest if all(isinstance(manifest[k], dict) for k in ("shards", "rows")) else {}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 
@@ -360,10 +358,9 @@ def prepare(folder: Path, num_shards: int, workers: int | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    last, default = C.VAL_SHARD, C.DEFAULT_NUM_SHARDS
+    last, text = C.VAL_SHARD, "training shards, -1 for all (default %(default)s)"
     parser = argparse.ArgumentParser(description="Download, tokenize and pack the data, once.")
-    text = f"training shards, -1 for all {last} (default {default})"
-    parser.add_argument("--num-shards", type=int, default=default, help=text)
+    parser.add_argument("--num-shards", type=int, default=C.DEFAULT_NUM_SHARDS, help=text)
     num_shards = parser.parse_args(argv).num_shards
     num_shards = last if num_shards == -1 else num_shards
     if not 1 <= num_shards <= last:
@@ -461,9 +458,8 @@ class Rows:
 def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[Batch]:
     """Yield batches x, y of shape (B, T), int64, on the device, y being x shifted by one.
 
-    Rows come as they lie, then epoch by epoch in a new permutation. On a GPU the next batch is
-    copied on a stream of its own while this one is used. Events guard both buffers: torch's
-    pinned allocator records one after the copy, `record_stream` one after the last read.
+    Rows come as they lie, then epoch by epoch in a new permutation. On a GPU, one batch is copied
+    on its own stream while another is used; the events that guard both are torch's allocators'.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     orders = (np.random.default_rng(n).permutation(len(rows)) for n in itertools.count(2))
@@ -487,9 +483,6 @@ def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[
 
 # ---- Run-time: evaluation -----------------------------------------------------------------------
 Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
-REPLAY_TOLERANCE = 0.05  # of a logit, between two calls on the same ids
-CAUSAL_TOLERANCE = 1e-3  # of a logit; a deterministic model moves by exactly 0
-CHUNK_ROWS = 8  # rows whose logits are held in float32 at once
 
 
 def bits_per_byte(nats: float, nbytes: int) -> float:
@@ -520,7 +513,7 @@ def check_model(model: Model, idx: torch.Tensor) -> None:
     T, generator = idx.shape[1], torch.Generator(idx.device).manual_seed(0)
     base = call_model(model, idx)
     noise = max_difference(base, call_model(model, idx))
-    if not noise <= REPLAY_TOLERANCE:
+    if not noise <= C.REPLAY_TOLERANCE:
         what = "the model keeps state between calls or is random (dropout: call model.eval())"
         raise RuntimeError(f"evaluation refused: {what}; a replay moved logits by {noise:.3g}")
     for cut in (1, T // 3, T // 2, T - 1):
@@ -532,7 +525,7 @@ def check_model(model: Model, idx: torch.Tensor) -> None:
         past = max_difference(base[::2, :cut], logits[::2, :cut])
         others = max_difference(base[1::2], logits[1::2])
         for what, moved in (("sees the future", past), ("mixes rows", others)):
-            if not moved <= max(CAUSAL_TOLERANCE, 2 * noise):
+            if not moved <= max(C.CAUSAL_TOLERANCE, 2 * noise):
                 how = f"other ids from position {cut} on moved logits by {moved:.3g}"
                 raise RuntimeError(f"evaluation refused: the model {what}; {how}")
 
@@ -541,12 +534,10 @@ def check_model(model: Model, idx: torch.Tensor) -> None:
 def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_size: int) -> float:
     """Return the bits per byte of `model` over all of `rows`, whatever the batch size.
 
-    rows: ids (R, T + 1), any integer type; sizes: bytes of each token, (V,), 0 for special ones,
-    which count in neither sum. Cross-entropy is computed here, in float32. Raises RuntimeError
-    for a model that `check_model` refuses or logits that are not finite.
+    rows: ids (R, T + 1); sizes: bytes of each token, (V,), 0 for special ones, which count in
+    neither sum. Cross-entropy is computed here, in float32. RuntimeError for a refused model.
     """
-    nats = torch.zeros((), dtype=torch.float64, device=rows.device)
-    nbytes = torch.zeros((), dtype=torch.int64, device=rows.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=rows.device)  # nats, bytes
     check_model(model, rows[:batch_size, :-1].long().contiguous())
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size].long()
@@ -554,15 +545,14 @@ def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_si
         # Every call has one shape; the rows that fill the last one up are not counted.
         idx = torch.cat([batch, batch[:1].expand(batch_size - n, -1)])[:, :-1].contiguous()
         logits = call_model(model, idx)[:n]
-        for part, ids in zip(logits.split(CHUNK_ROWS), batch.split(CHUNK_ROWS), strict=True):
+        for part, ids in zip(logits.split(8), batch.split(8), strict=True):
             part, y = part.float().flatten(0, 1), ids[:, 1:].flatten()  # (b * T, V), (b * T,)
-            loss = F.cross_entropy(part, y, reduction="none")
-            loss = loss + 0 * part.sum()  # not finite anywhere: not finite here
-            nats += torch.where(sizes[y] > 0, loss, 0).sum(dtype=torch.float64)
-            nbytes += sizes[y].sum()
-    if not math.isfinite(float(nats)):
+            loss = F.cross_entropy(part, y, reduction="none").double() * (sizes[y] > 0)
+            nats = loss.sum() + 0 * part.sum()  # not finite anywhere: not finite here
+            sums += torch.stack([nats, sizes[y].sum()])
+    if not math.isfinite(sums[0]):
         raise RuntimeError("evaluation refused: the model gave logits that are not finite")
-    return bits_per_byte(float(nats), int(nbytes))
+    return bits_per_byte(float(sums[0]), int(sums[1]))
 
 
 # ---- Run-time: the run --------------------------------------------------------------------------
@@ -587,8 +577,7 @@ class Run:
         self.opened_at, self.device, self.commit = time.perf_counter(), device, git_commit()
         manifest, path = load_manifest(folder), folder / "manifest.json"
         if manifest.get("rules") != C.DATA_RULES:
-            problem = "was written under other rules" if manifest else "is missing or damaged"
-            raise ValueError(f"{path} {problem}; run {PREPARE}")
+            raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
         self.tokenizer = Tokenizer.load(folder / "tokenizer")
         hashes = [describe(Path(C.__file__)), describe(Path(__file__)), self.tokenizer.sha256]
         paths: dict[str, list[Path]] = {"train": [], "val": []}
@@ -598,9 +587,9 @@ class Run:
             if not path.is_file() or path.stat().st_size != entry["size"]:
                 raise ValueError(f"{path} is missing or cut short; run {PREPARE}")
             if entry["split"] == "val":
-                hashes.append(describe(path)["sha256"])
-                if hashes[-1] != entry["sha256"]:
+                if describe(path)["sha256"] != entry["sha256"]:
                     raise ValueError(f"{path} is damaged: its bytes changed; run {PREPARE}")
+                hashes.append(entry["sha256"])
         self.rules = f"{'smoke' if C.SMOKE else 'full'}-{content_key(*hashes)[:8]}"
         self.train_rows, self.val_rows = Rows(paths["train"]), Rows(paths["val"])
         self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
@@ -694,13 +683,9 @@ class Run:
 
 def git_commit() -> str:
     """Return the short hash of the checkout, `+dirty` when tracked files differ from it."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude=*"]
-    try:
-        return subprocess.check_output(
-            [*git, "--dirty=+dirty"], stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.SubprocessError):
-        return "none"
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --exclude='*'"
+    status, text = subprocess.getstatusoutput(f"{git} --dirty=+dirty")
+    return "none" if status else text
 
 
 def open_run(device: torch.device) -> Run:

@@ -1,0 +1,153 @@
+"""What all tests share: smoke rules, a cache of their own, no network, a tiny corpus."""
+
+import atexit
+import os
+import random
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+CACHE = Path(tempfile.mkdtemp(prefix="autoresearch-tests-"))
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+PROXIES = [f"{kind}_proxy" for kind in ("http", "https", "all")]
+for name in ["AUTORESEARCH_SEED", "HF_TOKEN", "HF_ENDPOINT", *PROXIES, *map(str.upper, PROXIES)]:
+    os.environ.pop(name, None)
+# Before the first import of constants, which reads them once.
+os.environ |= {"AUTORESEARCH_SMOKE": "1", "AUTORESEARCH_CACHE": str(CACHE), "HF_HUB_OFFLINE": "1"}
+
+import pyarrow as pa  # noqa: E402  (importable only after the environment is set)
+import pyarrow.parquet as pq  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hub import Hub  # noqa: E402
+
+import constants as C  # noqa: E402
+import prepare  # noqa: E402
+
+# Alphabets of two-, three- and four-byte characters; the words of a corpus are drawn from them.
+SCRIPTS = [
+    "etaoinshrdlucmfwypvbgk",
+    "éèêëàùïîôûçñåøüß",
+    "аеиотнсрвлкмдпуябгзй",
+    "αβγδεζηθικλμνξοπρστυφχψω",
+    "مرحبابالعدغفقكلنهوي",
+    "नमस्तेदुनियाकगचजटडतपबयलव",
+    "的一是不了人我在有他这中大来上国",
+    "ひらがなカタカナ日本語をはにのと",
+    "😀😂🥲🤖🔥🚀🌍👩👨👧🏽🇫🇷",
+]
+SPECIAL_LOOKING = [
+    "<|reserved_0|>",
+    "a <|reserved_3|> in the middle, and <|endoftext|> <|bos|> [BOS] </s>",
+    "<|reserved_0|><|reserved_0|>",
+    "<|reserved_",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_localhost():
+    """Fail a test that connects to, or looks up, any host but 127.0.0.1."""
+    patch, allowed = pytest.MonkeyPatch(), {"127.0.0.1", b"127.0.0.1", "localhost", "", None}
+
+    def guard(function, host_of):
+        def guarded(*args, **kwargs):
+            host = host_of(*args, **kwargs)
+            if host not in allowed:
+                pytest.fail(f"a test reached for the network: {host}")
+            return function(*args, **kwargs)
+
+        return guarded
+
+    def host_of_socket(sock, address):
+        return address[0] if sock.family in (socket.AF_INET, socket.AF_INET6) else None
+
+    for name in ("connect", "connect_ex"):
+        patch.setattr(socket.socket, name, guard(getattr(socket.socket, name), host_of_socket))
+    patch.setattr(socket, "getaddrinfo", guard(socket.getaddrinfo, lambda host, *_, **__: host))
+    yield
+    patch.undo()
+
+
+def write_shard(path: Path, documents: list[str], row_group_size: int = 100) -> Path:
+    """Write a shard as the data set's are: parquet, one column `text`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": pa.array(documents, pa.string())}), path, row_group_size)
+    return path
+
+
+def make_documents(seed: int, count: int) -> list[str]:
+    """Return random documents of 1 to some 300 words; words recur, as BPE needs it."""
+    rng = random.Random(seed)
+    words = [
+        "".join(rng.choices(script, k=rng.randint(1, 7))) for script in SCRIPTS for _ in range(60)
+    ]
+    words += [str(rng.randint(0, 10**6)) for _ in range(60)] + ["I'm", "they'll", "WE'VE", "don't"]
+    spaces = [" "] * 12 + [", ", ".\n", "\n\n", "  ", "\t", "\r\n"]
+    documents = []
+    for _ in range(count):
+        n = int(rng.paretovariate(1.1)) + 4
+        drawn = rng.choices(words, k=min(n, 300))
+        documents.append("".join(word + rng.choice(spaces) for word in drawn))
+    return documents
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """Documents of every awkward kind: empty, very long, many scripts, special-looking; 600."""
+    documents = make_documents(seed=0, count=580)
+    documents += [*SPECIAL_LOOKING, "", "", " ", "\n", "\0", "\x7f\x1b[0m", "x"]
+    documents += ["\ufeff", "\ufffd", "e\u0301 \u200d\u202e zero width", "\U0010ffff\ue000"]
+    documents += ["a" * 1000, "é" * 700, "1234567890" * 9, "\r\n" * 9]
+    documents += ["".join(make_documents(seed=1, count=400))]
+    random.Random(0).shuffle(documents)
+    return documents
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(corpus: list[str], tmp_path_factory) -> prepare.Tokenizer:
+    """A tokenizer of C.VOCAB_SIZE ids, trained on `corpus`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shard = write_shard(folder / C.SHARD_NAME.format(0), corpus)
+    return prepare.ensure_tokenizer(folder / "tokenizer", {shard: prepare.describe(shard)})
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A folder as `prepare` leaves it under the smoke rules. Copy it before you damage it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare.prepare(folder, num_shards=3, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shard_folder(corpus: list[str], tmp_path_factory) -> Path:
+    """Shards 0, 1, 2 and the validation shard, tiny, to be served by a hub. Not to be changed."""
+    folder = tmp_path_factory.mktemp("served")
+    for k, number in enumerate([0, 1, 2, C.VAL_SHARD]):
+        documents = corpus[:500] if k == 0 else make_documents(seed=100 + k, count=200)
+        write_shard(folder / C.SHARD_NAME.format(number), documents)
+    return folder
+
+
+@pytest.fixture
+def hub(shard_folder: Path, monkeypatch) -> Iterator[Hub]:
+    """The stand-in for the hub, as HF_ENDPOINT, over `shard_folder`; retries do not wait."""
+    with Hub(shard_folder) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(prepare, "RETRY_SECONDS", (0, 0, 0))
+        yield hub
+
+
+@pytest.fixture
+def full_rules(monkeypatch) -> None:
+    """Let `prepare` ask the hub for shards, as under the full rules; sizes stay those of smoke."""
+    monkeypatch.setattr(C, "SMOKE", False)

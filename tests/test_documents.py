@@ -1,0 +1,130 @@
+"""Documents: in order, in batches of one row group; one rule keeps validation text apart."""
+
+import json
+import re
+import shutil
+import struct
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_documents, write_shard
+from hub import Hub
+
+import prepare
+
+MARKER = "ѮѰѲѴ"  # letters that no training document has
+
+
+def flat(batches) -> list[str]:
+    return [document for batch in batches for document in batch]
+
+
+# ---- Reading ------------------------------------------------------------------------------------
+def test_documents_come_in_order_and_unchanged(corpus, tmp_path):
+    path = write_shard(tmp_path / "shard_00000.parquet", corpus, row_group_size=77)
+    assert flat(prepare.read_documents(path)) == corpus
+
+
+def test_batches_hold_128_documents_and_never_span_row_groups(tmp_path):
+    path = write_shard(tmp_path / "shard_00000.parquet", ["x"] * 700, row_group_size=300)
+    sizes = [len(batch) for batch in prepare.read_documents(path)]
+    assert sizes == [128, 128, 44] + [128, 128, 44] + [100]
+
+
+@pytest.mark.parametrize("group", [1, 100, 127, 128, 129, 256, 1000])
+def test_every_row_group_starts_a_batch(tmp_path, group):
+    path = write_shard(tmp_path / "shard_00000.parquet", ["x"] * 600, row_group_size=group)
+    sizes = [len(batch) for batch in prepare.read_documents(path)]
+    starts = {sum(sizes[:k]) for k in range(len(sizes))}
+    assert starts >= set(range(0, 600, group))
+    assert sum(sizes) == 600 and max(sizes) <= 128
+
+
+def test_other_columns_are_not_read(tmp_path):
+    path = tmp_path / "shard_00000.parquet"
+    pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"], "url": ["u", "v"]}), path)
+    assert flat(prepare.read_documents(path)) == ["a", "b"]
+
+
+def test_shard_without_documents_gives_no_batch(tmp_path):
+    path = write_shard(tmp_path / "shard_00000.parquet", [])
+    assert flat(prepare.read_documents(path)) == []
+
+
+def damage(kind: str, tmp_path) -> bytes:
+    good = write_shard(tmp_path / "good.parquet", make_documents(0, 50)).read_bytes()
+    third, other = len(good) // 3, pa.BufferOutputStream()
+    pq.write_table(pa.table({"content": ["a", "b"]}), other)
+    return {
+        "column of another name": other.getvalue().to_pybytes(),
+        "page of a web server": b"<!doctype html><title>404</title>" * 20,
+        "empty": b"",
+        "cut short": good[:-100],
+        "overwritten": good[:third] + bytes(400) + good[third + 400 :],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["column of another name", "page of a web server", "empty", "cut short", "overwritten"],
+)
+def test_damaged_shard_is_an_error_that_names_it_and_says_what_to_do(tmp_path, kind):
+    path = tmp_path / "shard_00003.parquet"
+    path.write_bytes(damage(kind, tmp_path))
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        flat(prepare.read_documents(path))
+    message = str(error.value)
+    assert "`text`" in message and "delete it and run" in message and "uv run prepare.py" in message
+
+
+# ---- The split ----------------------------------------------------------------------------------
+def prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch):
+    """Prepare two training shards and this validation text; return the folder."""
+    served, out = tmp_path / "served", tmp_path / "out"
+    shutil.copytree(shard_folder, served)
+    write_shard(served / prepare.VAL_NAME, documents)
+    with Hub(served) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        prepare.prepare(out, num_shards=2, workers=2)
+    return out
+
+
+def row_texts(folder, split: str) -> list[str]:
+    """Return every row of a split as text, read without the code under test."""
+    tokenizer = prepare.Tokenizer.load(folder / "tokenizer")
+    rows = json.loads((folder / "manifest.json").read_text())["rows"]
+    texts = []
+    for name, about in rows.items():
+        if about["split"] == split:
+            body = (folder / "rows" / name).read_bytes()
+            texts.append(tokenizer.decode(struct.unpack(f"<{len(body) // 2}H", body)))
+    return texts
+
+
+def test_validation_text_reaches_neither_tokenizer_nor_training_rows(
+    shard_folder, tmp_path, monkeypatch, full_rules
+):
+    documents = [f"{MARKER} {MARKER}{k} {text}" for k, text in enumerate(make_documents(7, 200))]
+    folder = prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch)
+    assert all(MARKER in text for text in row_texts(folder, "val"))
+    train = row_texts(folder, "train")
+    assert len(train) == 2 and all(len(text) > 1000 for text in train)
+    assert not any(letter in text for letter in MARKER for text in train)
+    ranks = prepare.Tokenizer.load(folder / "tokenizer").encoding._mergeable_ranks
+    assert not any(letter.encode() in token for letter in MARKER for token in ranks)
+
+
+def test_another_validation_text_changes_the_validation_rows_alone(
+    shard_folder, tmp_path, monkeypatch, full_rules
+):
+    kept = []
+    for k in range(2):
+        place = tmp_path / str(k)
+        documents = make_documents(seed=50 + k, count=200)
+        folder = prepare_with_validation_text(documents, shard_folder, place, monkeypatch)
+        files = [*(folder / "tokenizer").iterdir(), *(folder / "rows").iterdir()]
+        kept.append({path.name: path.read_bytes() for path in files})
+    differ = {name for name, _ in kept[0].items() ^ kept[1].items()}
+    assert len(differ) == 2 and all(name.startswith("shard_06542.") for name in differ)
+    assert len(kept[0]) == 5
