@@ -51,8 +51,8 @@ PACK_BATCH_DOCS = 128  # documents a refill takes, of one row group
 
 # Evaluation: the first rows of the validation shard, the same for every model and batch size.
 EVAL_TOKENS = 2**16 if SMOKE else 40 * 524_288  # target tokens
-REPLAY_TOLERANCE = 0.05  # of a logit, between two calls of the model on the same ids
-CAUSAL_TOLERANCE = 1e-3  # of a logit, when later ids change; a deterministic model moves by 0
+LOGIT_TOLERANCE = 1e-3  # what a logit may move by when nothing it may see has changed
+
 # What prepared rows depend on beside the shard and the tokenizer.
 DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH_DOCS]
 
@@ -60,7 +60,7 @@ DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH
 TIME_BUDGET = 20 if SMOKE else 300  # training; start-up, compilation and evaluation excluded
 STARTUP_LIMIT = 60 if SMOKE else 300  # opening the run to the first step, compilation included
 # A last step that is slower than all before it may end late; beyond this share the run is void.
-OVERRUN_TOLERANCE = 0.10 if SMOKE else 0.01
+OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 
 # Attention kernel, the only thing from the network that is executed. A version is one API for ever.
 FLASH_ATTENTION_REPO = "kernels-community/flash-attn3"

@@ -11,6 +11,7 @@ AdamW for the rest. prepare.py owns data, clock, seed, evaluation and summary; s
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ LOG_EVERY = 10  # steps between two lines in the log
 
 if SMOKE:  # the same code with a tiny model, so that an edit can be tried on a CPU in a minute
     DEPTH, N_EMBD, HEAD_DIM = 4, 128, 32
-    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, EVAL_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4, 32
+    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, EVAL_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4, 4
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -494,7 +495,8 @@ def lr_multiplier(progress: float) -> float:
 def muon_momentum(progress: float) -> float:
     """Return Muon's momentum, which rises over the first MOMENTUM_WARMUP_RATIO of the budget."""
     low, high = MUON_MOMENTUM
-    return low + (high - low) * min(1.0, progress / MOMENTUM_WARMUP_RATIO)
+    risen = progress / MOMENTUM_WARMUP_RATIO if MOMENTUM_WARMUP_RATIO else 1.0
+    return low + (high - low) * min(1.0, risen)
 
 
 def set_schedules(optimizer: MuonAdamW, progress: float) -> float:
@@ -534,7 +536,7 @@ def warm_up(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: 
             batches = [run.random_batch(batch_size) for _ in range(2)]
             train_step(model, optimizer, loss_of, batches, 2)
         with torch.no_grad():
-            logits_of(run.random_batch(EVAL_BATCH_SIZE)[0])
+            logits_of(run.random_batch(min(EVAL_BATCH_SIZE, batch_size))[0])
     finally:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -582,6 +584,7 @@ def build_config() -> GPTConfig:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # a killed run leaves its log whole
     cuda = torch.cuda.is_available() and not SMOKE  # smoke leaves a GPU to whoever is using it
     device = torch.device("cuda" if cuda else "cpu")
     if not (cuda or SMOKE):
@@ -606,18 +609,20 @@ def main() -> None:
     logits_of = torch.compile(model, dynamic=False) if cuda else model
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
+    start = time.perf_counter()
     while True:
         try:
             warm_up(run, model, optimizer, loss_of, logits_of, batch_size)
             break
         except torch.OutOfMemoryError:
-            if batch_size == 1:
+            if batch_size % 2:
                 raise
             print(f"batch: {batch_size} rows do not fit in memory, trying {batch_size // 2}")
             batch_size //= 2
             grad_accum_steps = grad_accumulation(batch_size)
             torch.cuda.empty_cache()
-    print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")
+    text = f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens"
+    print(f"{text}; compiled and warmed up in {time.perf_counter() - start:.1f} s", flush=True)
     gc.collect()
     gc.freeze()  # a collection in the middle of training stalls it for half a second
     gc.disable()
@@ -627,7 +632,7 @@ def main() -> None:
         step.loss = train_step(model, optimizer, loss_of, step.batches, grad_accum_steps)
         report(run)
     report(run)
-    run.evaluate(logits_of, EVAL_BATCH_SIZE)
+    run.evaluate(logits_of, min(EVAL_BATCH_SIZE, batch_size))
     run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
 
 

@@ -1,0 +1,164 @@
+"""Attention against its definition, written out; the kernels against each other; who is chosen."""
+
+import math
+import types
+
+import pytest
+import torch
+
+import prepare
+import train
+
+CPU = torch.device("cpu")
+
+
+def qkv(B: int, T: int, H: int, Hkv: int, D: int, dtype=torch.float32, device=CPU):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, T, H, D), (B, T, Hkv, D), (B, T, Hkv, D))
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [t.to(device, dtype).requires_grad_() for t in drawn]
+
+
+def by_hand(q, k, v, window: int) -> list:
+    """Attention in Python's floats, one number after the other."""
+    (B, T, H, D), group = q.shape, q.size(2) // k.size(2)
+    q, k, v = q.tolist(), k.tolist(), v.tolist()
+    out = [[[[0.0] * D for _ in range(H)] for _ in range(T)] for _ in range(B)]
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                seen = range(max(0, t - window + 1), t + 1)
+                query = q[b][t][h]
+                scores = [sum(x * y for x, y in zip(query, k[b][s][h // group])) for s in seen]  # noqa: B905 (speed)
+                weights = [math.exp(score / math.sqrt(D)) for score in scores]
+                for s, weight in zip(seen, weights, strict=True):
+                    for d in range(D):
+                        out[b][t][h][d] += weight / sum(weights) * v[b][s][h // group][d]
+    return out
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 50])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_masked_attention_is_the_definition(window, kv_heads):
+    q, k, v = qkv(2, 7, 4, kv_heads, 6)
+    expected = torch.tensor(by_hand(q, k, v, window))
+    assert torch.allclose(train.masked_attention(q, k, v, window), expected, atol=1e-5)
+
+
+def test_a_window_of_one_token_returns_its_value():
+    q, k, v = qkv(1, 5, 2, 2, 4)
+    assert torch.allclose(train.masked_attention(q, k, v, 1), v, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # that FlexAttention is not compiled here
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_flex_attention_agrees_with_the_definition(kv_heads):
+    T = 160  # more than one block of 128
+    windows = [1, 40, 128, T]
+    attend = train.build_flex_attention(windows, T, CPU)
+    q, k, v = (t.detach() for t in qkv(1, T, 4, kv_heads, 16))  # on a CPU, forward only
+    for window in windows:
+        y = attend(q, k, v, window)
+        assert y.shape == (1, T, 4, 16)
+        assert torch.allclose(y, train.masked_attention(q, k, v, window), atol=1e-5)
+
+
+# ---- Choice -------------------------------------------------------------------------------------
+@pytest.fixture
+def flex(monkeypatch):
+    """Stands in for FlexAttention, whose block masks would be built on a GPU."""
+    built = object()
+    monkeypatch.setattr(train, "build_flex_attention", lambda windows, T, device: built)
+    return built
+
+
+GPU = types.SimpleNamespace(type="cuda")
+
+
+def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(monkeypatch, capsys, flex):
+    def load():
+        raise RuntimeError("the hub could not be reached")
+
+    monkeypatch.setattr(prepare, "load_flash_attention", load)
+    assert train.choose_attention("auto", [8], 8, GPU) == ("flex", flex)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "flex" in line and "fallback" in line and "the hub could not be reached" in line
+
+
+def test_flash_attention_asked_for_by_name_never_falls_back(monkeypatch):
+    def load():
+        raise RuntimeError("no build for this GPU")
+
+    monkeypatch.setattr(prepare, "load_flash_attention", load)
+    with pytest.raises(RuntimeError, match="no build for this GPU"):
+        train.choose_attention("fa3", [8], 8, GPU)
+
+
+def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(monkeypatch, capsys):
+    calls = []
+
+    def flash_attn_func(q, k, v, causal, window_size):
+        calls.append((causal, window_size))
+        return q
+
+    monkeypatch.setattr(prepare, "load_flash_attention", lambda: flash_attn_func)
+    name, attend = train.choose_attention("auto", [8], 8, GPU)
+    q, k, v = qkv(1, 8, 2, 2, 4)
+    assert name == "fa3" and attend(q, k, v, 5) is q
+    assert calls == [(True, (4, 0))]  # itself and four before it
+    assert "fa3" in capsys.readouterr().out
+
+
+def test_a_cpu_uses_the_plain_softmax(capsys):
+    assert train.choose_attention("auto", [8], 8, CPU) == ("masked", train.masked_attention)
+    assert "attention: masked (no GPU)" in capsys.readouterr().out
+
+
+def test_flex_can_be_asked_for(flex):
+    assert train.choose_attention("flex", [8], 8, GPU) == ("flex", flex)
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(
+        ValueError, match="ATTENTION is 'fa9'; it must be auto, fa3, flex or masked"
+    ):
+        train.choose_attention("fa9", [8], 8, CPU)
+
+
+def test_without_a_gpu_flash_attention_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="GPU"):
+        prepare.load_flash_attention()
+
+
+# ---- On a GPU -----------------------------------------------------------------------------------
+def flash_attention():
+    try:
+        return train.build_flash_attention()
+    except RuntimeError as error:  # no network, or a GPU it has no build for: flex serves there
+        pytest.skip(str(error))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, kv_heads, D", [(4, 4, 64), (4, 4, 128), (4, 2, 128)])
+@pytest.mark.parametrize("name", ["flex", "fa3"])
+def test_kernels_agree_with_the_definition_forward_and_backward(name, heads, kv_heads, D):
+    device, T = torch.device("cuda"), 512
+    windows = [1, 64, 100, T]
+    if name == "flex":
+        attend = torch.compile(train.build_flex_attention(windows, T, device), dynamic=False)
+    else:
+        attend = flash_attention()
+    for window in windows:
+        exact = qkv(2, T, heads, kv_heads, D, torch.bfloat16, device)
+        half = [t.detach().clone().requires_grad_() for t in exact]
+        exact = [t.detach().float().requires_grad_() for t in exact]
+        weights = torch.randn(2, T, heads, D, device=device)
+        expected, got = train.masked_attention(*exact, window), attend(*half, window)
+        assert got.dtype == torch.bfloat16 and got.shape == expected.shape
+        (expected * weights).sum().backward()
+        (got.float() * weights).sum().backward()
+        pairs = [(expected, got), *((e.grad, h.grad) for e, h in zip(exact, half, strict=True))]
+        for e, h in pairs:
+            error = (e - h.float()).norm() / e.norm().clamp_min(1e-3 * e.numel() ** 0.5)
+            assert error < 0.02, (window, float(error))

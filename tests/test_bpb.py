@@ -1,0 +1,264 @@
+"""Bits per byte: counted by hand, for every batch size, and refused for models that cheat."""
+
+import math
+
+import pytest
+import torch
+
+import constants as C
+import prepare
+
+V, R, T = 13, 7, 12  # ids, rows, targets a row
+SPECIAL = (11, 12)  # no bytes; id 10 is never in a row
+SIZES = torch.tensor([1, 2, 3, 1, 4, 2, 1, 5, 1, 2, 1, 0, 0])
+
+
+@pytest.fixture(autouse=True)
+def small_vocabulary(monkeypatch):
+    monkeypatch.setattr(C, "VOCAB_SIZE", V)
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(10, (R, T + 1), generator=generator)
+    ids[:, 0] = SPECIAL[0]
+    ids[1, 5], ids[3, T] = SPECIAL
+    return ids
+
+
+def table(seed: int) -> torch.Tensor:
+    return torch.randn(V, V, generator=torch.Generator().manual_seed(seed))
+
+
+def causal(idx: torch.Tensor) -> torch.Tensor:
+    """A model that looks at an id and, less, at all those before it."""
+    return table(0)[idx] + 0.1 * table(1)[idx].cumsum(1)
+
+
+def uniform(idx: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*idx.shape, V)
+
+
+def slow_sums(model, rows: torch.Tensor) -> tuple[float, int]:
+    """Return nats and bytes of `rows`, one target after the other, in Python's floats."""
+    nats, nbytes = 0.0, 0
+    for row in rows:
+        logits = model(row[None, :-1])[0].double().tolist()
+        for scores, target in zip(logits, row[1:].tolist(), strict=True):
+            if target not in SPECIAL:
+                nats += math.log(sum(math.exp(s - max(scores)) for s in scores))
+                nats += max(scores) - scores[target]
+                nbytes += int(SIZES[target])
+    return nats, nbytes
+
+
+# ---- The number ---------------------------------------------------------------------------------
+def test_bits_per_byte_by_hand():
+    # Three tokens at 1/2, 1/4 and 1/8 cost 1 + 2 + 3 bits; they spell four bytes.
+    assert prepare.bits_per_byte(-math.log(1 / 2 * 1 / 4 * 1 / 8), 4) == pytest.approx(1.5)
+    assert prepare.bits_per_byte(0.0, 9) == 0.0
+
+
+def test_a_uniform_model_costs_log2_of_the_vocabulary_a_token(rows):
+    targets = [target for row in rows.tolist() for target in row[1:] if target not in SPECIAL]
+    nbytes = sum(SIZES[target].item() for target in targets)
+    expected = math.log2(V) * len(targets) / nbytes
+    assert prepare.evaluate_bpb(uniform, rows, SIZES, 2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_known_model_agrees_with_a_slow_loop(rows):
+    nats, nbytes = slow_sums(causal, rows)
+    expected = nats / nbytes / math.log(2)
+    assert prepare.evaluate_bpb(causal, rows, SIZES, 3) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_rows_may_have_any_integer_type(rows, dtype):
+    expected = prepare.evaluate_bpb(causal, rows, SIZES, 3)
+    assert prepare.evaluate_bpb(causal, rows.to(dtype), SIZES, 3) == expected
+
+
+def test_special_tokens_count_in_neither_sum(rows):
+    before = prepare.evaluate_bpb(uniform, rows, SIZES, 2)
+    more = torch.cat([rows, torch.full((4, T + 1), SPECIAL[1])])
+    assert prepare.evaluate_bpb(uniform, more, SIZES, 2) == pytest.approx(before, rel=1e-9)
+
+
+def test_the_first_id_of_a_row_is_no_target(rows):
+    changed = rows.clone()
+    changed[:, 0] = 7
+    before = prepare.evaluate_bpb(uniform, rows, SIZES, 2)
+    assert prepare.evaluate_bpb(uniform, changed, SIZES, 2) == before
+
+
+def test_every_batch_size_gives_the_same_value(rows):
+    values = [prepare.evaluate_bpb(causal, rows, SIZES, size) for size in (1, 3, R, R + 4)]
+    assert values == pytest.approx([values[0]] * 4, rel=1e-7)
+    # The last batch of 3 holds one row; its fillers would be seen if they counted.
+    assert values[0] != pytest.approx(prepare.evaluate_bpb(causal, rows[:6], SIZES, 3), rel=1e-4)
+
+
+def test_every_call_has_one_shape_so_that_nothing_is_compiled_twice(rows):
+    shapes = set()
+
+    def model(idx):
+        shapes.add(tuple(idx.shape))
+        return causal(idx)
+
+    prepare.evaluate_bpb(model, rows, SIZES, 3)
+    assert shapes == {(3, T)}
+
+
+def test_the_model_is_never_given_the_last_target(rows):
+    seen = []
+
+    def model(*args, **kwargs):
+        assert len(args) == 1 and not kwargs
+        seen.append(args[0].clone())
+        return causal(args[0])
+
+    prepare.evaluate_bpb(model, rows, SIZES, R)
+    assert all(idx.shape == (R, T) for idx in seen)
+    assert torch.equal(seen[-1], rows[:, :-1])
+
+
+def test_half_precision_logits_are_summed_in_float32(rows):
+    def model(idx):
+        return (50 * causal(idx)).bfloat16()
+
+    nats, nbytes = slow_sums(model, rows)
+    expected = nats / nbytes / math.log(2)
+    assert prepare.evaluate_bpb(model, rows, SIZES, 3) == pytest.approx(expected, rel=1e-5)
+
+
+# ---- Refusals -----------------------------------------------------------------------------------
+def refused(model, rows, what: str, batch_size: int = 4) -> None:
+    with pytest.raises(RuntimeError, match=f"evaluation refused: .*{what}"):
+        prepare.evaluate_bpb(model, rows, SIZES, batch_size)
+
+
+def test_refuses_a_model_that_averages_over_the_whole_row(rows):
+    def model(idx):
+        return causal(idx) + table(2)[idx].mean(1, keepdim=True)
+
+    refused(model, rows, "sees the future")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_refuses_a_shift_by_one(rows, batch_size):
+    def model(idx):  # logits at t from id t + 1, the target
+        return 9 * torch.eye(V)[idx.roll(-1, dims=1)]
+
+    refused(model, rows, "sees the future", batch_size)
+
+
+@pytest.mark.parametrize("leak", [0, T - 2])
+def test_refuses_a_leak_at_a_single_position_into_the_next(rows, leak):
+    def model(idx):
+        logits = causal(idx)
+        logits[:, leak] += 0.1 * table(2)[idx[:, leak + 1]]
+        return logits
+
+    refused(model, rows, "sees the future")
+
+
+def test_refuses_a_model_that_mixes_rows(rows):
+    def model(idx):
+        return causal(idx) + table(2)[idx].mean(0, keepdim=True)
+
+    refused(model, rows, "mixes rows")
+
+
+def test_refuses_a_counter_of_calls(rows):
+    calls = []
+
+    def model(idx):
+        calls.append(idx)
+        return causal(idx) + 0.2 * len(calls) * torch.arange(V)
+
+    refused(model, rows, "keeps state")
+
+
+def test_refuses_a_cache_of_earlier_calls(rows):
+    cache = []
+
+    def model(idx):
+        logits = causal(idx) + sum(table(3)[old].mean((0, 1)) for old in cache[-1:])
+        cache.append(idx)
+        return logits
+
+    refused(model, rows, "keeps state")
+
+
+def test_refuses_a_model_that_learns_slowly_from_what_it_is_shown(rows):
+    counts = torch.zeros(V)
+
+    def model(idx):  # a unigram cache: the text of one batch helps with the next
+        counts.add_(0.01 * torch.bincount(idx.flatten(), minlength=V) / idx.numel())
+        return causal(idx) + counts
+
+    refused(model, rows, "keeps state")
+
+
+def test_refuses_dropout_left_on(rows):
+    def model(idx):
+        return torch.nn.functional.dropout(causal(idx), 0.1, training=True)
+
+    refused(model, rows, r"random \(dropout: call model.eval\(\)\)")
+
+
+@pytest.mark.parametrize(
+    "model, what",
+    [
+        (lambda idx: causal(idx)[..., :-1], rf"4, {T}, {V - 1}[])].* not logits \(4, {T}, {V}\)"),
+        (lambda idx: causal(idx)[:, -1:], rf"4, 1, {V}[])].* not logits"),
+        (lambda idx: causal(idx).mean(), r"\(\[?\]?\).*, not logits"),
+        (lambda idx: 1.5, "gave float"),
+        (lambda idx: (causal(idx), None), "gave tuple"),
+        (lambda idx: (9 * causal(idx)).long(), "(int64|integer|dtype)"),
+    ],
+    ids=["vocabulary", "last-position-only", "loss", "number", "tuple", "integers"],
+)
+def test_refuses_what_is_no_logits_and_says_what_it_got(rows, model, what):
+    refused(model, rows, what)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["everywhere", "in the last row"])
+def test_refuses_logits_that_are_not_finite_even_for_an_id_that_is_no_target(rows, value, where):
+    last = rows[-1, :-1]
+
+    def model(idx):
+        logits = causal(idx)
+        at = (idx == last).all(1) if where == "in the last row" else slice(None)
+        logits[at, :, 10] = value  # id 10 is never a target
+        return logits
+
+    refused(model, rows, "finite")
+
+
+def test_a_causal_model_passes_whatever_its_precision(rows):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        value = prepare.evaluate_bpb(lambda idx, dtype=dtype: causal(idx).to(dtype), rows, SIZES, 2)
+        assert math.isfinite(value)
+
+
+def test_replaced_ids_differ_at_every_position_after_the_cut(rows):
+    seen = []
+
+    def model(idx):
+        seen.append(idx.clone())
+        return uniform(idx)
+
+    base = rows[:, :-1]
+    prepare.check_model(model, base)
+    moved = [idx != base for idx in seen if not torch.equal(idx, base)]
+    assert moved and all(not m[1::2].any() for m in moved)  # odd rows never change
+    firsts = set()
+    for m in moved:
+        cut = m[0].int().argmax().item()  # the first replaced position
+        firsts.add(cut)
+        assert torch.equal(m[0], torch.arange(T) >= cut)
+        assert torch.equal(m[::2], m[0].expand_as(m[::2]))
+    assert min(firsts) == 1 and max(firsts) == T - 1 and len(firsts) >= 3

@@ -1,0 +1,134 @@
+"""What a run prints: step lines, and the summary that tools and agents read."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import constants as C
+import prepare
+import train
+
+FIRST_NINE = "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M"
+FIRST_NINE = f"{FIRST_NINE} num_steps num_params_M depth".split()
+STEP_LINE = re.compile(
+    r"step \d{5} \(\d+\.\d%\) \| loss: \d+\.\d{4} \| lrm: \d\.\d\d \| dt: \d+ms \| "
+    r"tok/sec: [\d,]+ \| epoch: \d+ \| remaining: \d+s"
+)
+
+
+@pytest.fixture(scope="module")
+def summary(prepared) -> str:
+    """The summary of a run whose model knows nothing, with 8 steps of a pretended second."""
+    patch, seconds = pytest.MonkeyPatch(), iter(range(100))
+    patch.setattr(C, "TIME_BUDGET", 8.0)
+    run = prepare.Run(prepared, torch.device("cpu"))
+    patch.undo()
+    time = 0.0
+    run.clock.now = lambda: time
+    for step in run.steps(2, 3):
+        assert len(list(step.batches)) == 3
+        step.loss, time = 1.0, float(next(seconds) + 1)
+    run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
+    lines = []
+    patch.setattr("builtins.print", lambda *args, **kwargs: lines.append(*args))
+    run.print_summary(num_params=1_234_567, depth=3, flops_per_token=1e9, attention="masked")
+    patch.undo()
+    (text,) = lines
+    return text
+
+
+def parse(summary: str) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in summary.splitlines()[1:])
+
+
+def test_the_summary_has_its_keys_in_order_the_familys_nine_first(summary):
+    keys = [line.split(":")[0] for line in summary.splitlines()]
+    assert keys == [line.split(":")[0] for line in C.SUMMARY.splitlines()]
+    assert keys[:10] == ["---", *FIRST_NINE]
+    ours = {"tok_per_sec", "startup_seconds", "eval_seconds", "epochs", "attention", "gpu", "seed"}
+    assert ours | {"commit", "rules"} <= set(keys) and len(set(keys)) == len(keys)
+
+
+def test_every_line_of_the_summary_is_a_key_and_a_value(summary):
+    first, *lines = summary.splitlines()
+    assert first == "---"
+    assert all(re.fullmatch(r"[a-zA-Z_]+: \S.*", line) for line in lines)
+    assert "\r" not in summary and summary.count("val_bpb:") == 1
+
+
+def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
+    values = parse(summary)
+    tokens = 8 * 3 * 2 * C.MAX_SEQ_LEN
+    assert values["num_steps"] == "8" and values["depth"] == "3"
+    assert values["training_seconds"] == "8.0" and values["num_params_M"] == "1.2"
+    assert values["tok_per_sec"] == str(tokens // 8)
+    assert values["total_tokens_M"] == f"{tokens / 1e6:.1f}"
+    manifest = prepare.load_manifest(prepared)["rows"]
+    sizes = [about["size"] for about in manifest.values() if about["split"] == "train"]
+    there = sum(sizes) // 2 // (C.MAX_SEQ_LEN + 1)
+    assert values["epochs"] == f"{8 * 3 * 2 / there:.2f}"
+    assert values["attention"] == "masked" and values["seed"] == str(C.SEED)
+    assert float(values["eval_seconds"]) >= 0 and float(values["startup_seconds"]) > 0
+    assert float(values["total_seconds"]) >= float(values["startup_seconds"])
+
+
+def test_the_bits_per_byte_of_the_summary_are_those_of_a_guess(summary, prepared):
+    run = prepare.Run(prepared, torch.device("cpu"))
+    targets = np.concatenate([row[1:] for row in run.val_rows])
+    assert len(targets) == C.EVAL_TOKENS
+    text = targets[targets < C.BOS_ID]
+    nbytes = sum(len(run.tokenizer.encoding.decode_single_token_bytes(int(i))) for i in text)
+    expected = math.log2(C.VOCAB_SIZE) * len(text) / nbytes
+    assert float(parse(summary)["val_bpb"]) == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_run_without_a_gpu_says_so(summary):
+    values = parse(summary)
+    assert values["gpu"] == "none (cpu)" and values["peak_vram_mb"] == "0.0"
+    assert values["mfu_percent"] == "nan"
+
+
+def test_the_rules_are_named_by_a_hash_of_what_is_fixed(summary, prepared, monkeypatch, tmp_path):
+    rules = parse(summary)["rules"]
+    assert re.fullmatch("smoke-[0-9a-f]{8}", rules)
+    assert prepare.Run(prepared, torch.device("cpu")).rules == rules
+    changed = tmp_path / "constants.py"
+    changed.write_text(open(C.__file__).read().replace("TIME_BUDGET = 20", "TIME_BUDGET = 21"))
+    monkeypatch.setattr(C, "__file__", str(changed))
+    assert prepare.Run(prepared, torch.device("cpu")).rules != rules
+
+
+def test_the_commit_is_a_short_hash_or_none(summary):
+    assert re.fullmatch(r"[0-9a-f]{7,}(\+dirty)?|none", parse(summary)["commit"])
+
+
+# ---- Step lines ---------------------------------------------------------------------------------
+def a_step(number: int) -> prepare.Step:
+    step = prepare.Step(number, 0.4321, 1)
+    step.loss, step.lrm, step.tokens, step.seconds = 3.14159, 0.875, 524_288, 0.315
+    return step
+
+
+def test_a_step_line_has_the_fields_of_the_family():
+    line = train.step_line(a_step(412), 5.0)
+    assert STEP_LINE.fullmatch(line)
+    assert line.startswith("step 00412 (43.2%) | loss: 3.1416 | lrm: 0.8")
+    assert "| dt: 315ms | tok/sec: 1,664,406 | epoch: 1 |" in line
+
+
+def test_the_time_that_remains_is_never_negative():
+    assert train.step_line(a_step(1), C.TIME_BUDGET + 1.0).endswith("remaining: 0s")
+    assert train.step_line(a_step(1), C.TIME_BUDGET - 2.0).endswith("remaining: 2s")
+
+
+def test_the_log_has_whole_lines_and_the_first_step(prepared, capsys):
+    run = prepare.Run(prepared, torch.device("cpu"))
+    run.finished.extend(map(a_step, range(100)))
+    train.report(run)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert not run.finished and out.endswith("\n") and "\r" not in out
+    assert lines[0].startswith("step 00000 ") and all(map(STEP_LINE.fullmatch, lines))
