@@ -493,10 +493,10 @@ def bits_per_byte(nats: float, nbytes: int) -> float:
 def call_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
     """Return model(idx); RuntimeError if it is not finite logits of shape (B, T, V)."""
     logits, expected = model(idx), (*idx.shape, C.VOCAB_SIZE)
-    shape, dtype = getattr(logits, "shape", type(logits)), getattr(logits, "dtype", None)
-    if shape != expected or not dtype.is_floating_point:
-        text = f"model(idx) gave {shape} {dtype}, not floating-point logits {expected}"
-        raise RuntimeError(f"evaluation refused: {text}")
+    tensor = isinstance(logits, torch.Tensor)
+    if not tensor or logits.shape != expected or not logits.is_floating_point():
+        got = f"{tuple(logits.shape)} {logits.dtype}" if tensor else type(logits).__name__
+        raise RuntimeError(f"evaluation refused: model(idx) gave {got}, not logits {expected}")
     if not math.isfinite(logits.sum(dtype=torch.float32)):
         raise RuntimeError("evaluation refused: the model gave logits that are not finite")
     return logits
@@ -655,7 +655,7 @@ class Run:
     def evaluate(self, model: Model, batch_size: int) -> float:
         """Measure `model` on the validation rows, see `evaluate_bpb`; training must be over."""
         if self.clock.running or not self.num_steps or math.isfinite(self.val_bpb):
-            raise RuntimeError("evaluate once, after training; the clock runs, or never did")
+            raise RuntimeError("evaluate after training, and once")
         start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
         sizes = torch.from_numpy(self.tokenizer.token_bytes).to(self.device)
         self.val_bpb = evaluate_bpb(model, torch.from_numpy(ids).to(self.device), sizes, batch_size)

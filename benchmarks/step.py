@@ -26,7 +26,7 @@ KINDS = {  # kind: parts of kernel names, first match
     "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "bmm", "_mm"),
     "embedding gradients": ("embedding", "index_put", "atomic_add"),
     "softmax and loss": ("softmax", "nll", "tanh", "logsumexp"),
-    "copies": ("memcpy", "memset", "copy"),
+    "copies": ("memcpy", "memset"),
     "elementwise": ("triton", "elementwise", "vectorized", "reduce"),
 }
 
