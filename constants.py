@@ -73,7 +73,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989.5e12,
-    "A100": 312e12,
+    "NVIDIA A100": 312e12,
 }
 
 # What a run prints last; the first nine keys are those that every tool of this family reads.

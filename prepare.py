@@ -1,7 +1,5 @@
 """Data preparation, once, and the fixed run-time of every experiment. Not edited.
 
-Usage: uv run prepare.py                 downloads, trains the tokenizer, tokenizes and packs
-
 Writes below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it):
     shards/shard_00000.parquet           as the hub serves it, checked against its SHA-256
     tokenizer/ranks.tiktoken             a line a token: its bytes in base64, its rank
@@ -46,6 +44,8 @@ import constants as C
 
 PREPARE = ("AUTORESEARCH_SMOKE=1 " if C.SMOKE else "") + "uv run prepare.py"  # advice in errors
 VAL_NAME = C.SHARD_NAME.format(C.VAL_SHARD)
+Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
+Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
 
 
 # ---- Files --------------------------------------------------------------------------------------
@@ -66,6 +66,9 @@ def atomic_write(path: Path) -> Iterator:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -95,7 +98,7 @@ def persist(action: Callable, *args):
             return action(*args)
         except (requests.RequestException, ConnectionError, ValueError) as error:
             problem = error
-    raise ConnectionError(f"{args[-1]}: {problem}") from problem
+    raise ConnectionError(f"{args[-1]}: {problem}; see to the network, then run {PREPARE} again")
 
 
 def stat_shard(session: requests.Session, revision: str, name: str) -> tuple[str, str, dict]:
@@ -122,7 +125,7 @@ def download_shard(session: requests.Session, revision: str, path: Path) -> dict
             file.flush()
             if describe(Path(file.name)) != remote:
                 raise ConnectionError(f"{file.tell()} of {remote['size']} bytes, or wrong ones")
-        print(f"  {path.name} {remote['size'] / 1e6:.0f} MB", flush=True)
+        print(f"  {path.name} {remote['size'] / 1e6:.0f} MB\n", end="", flush=True)
     return remote
 
 
@@ -148,9 +151,9 @@ def ensure_shards(folder: Path, names: list[str], manifest: dict) -> tuple[str, 
 def write_smoke_shards(folder: Path, names: list[str]) -> dict[str, dict]:
     """Write shards of the Python installation's own source text, for the smoke rules."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(library.glob("*.py")) + sorted(library.glob("[a-su-z]*/*.py"))  # not test/
-    texts = (path.read_text("utf-8", "ignore") for path in files)
-    documents = [text for text in "\n\n\n".join(texts).split("\n\n\n") if text.strip()]
+    files = sorted(library.glob("*.py")) + sorted(library.glob("[a-ru-z]*/*.py"))
+    text = "\n\n\n".join(path.read_text("utf-8", "ignore") for path in files)
+    documents = [part for part in text.split("\n\n\n") if part.strip()]
     random.Random(0).shuffle(documents)
     for k, name in enumerate(names):
         with atomic_write(folder / name) as file:
@@ -192,9 +195,6 @@ class Tokenizer:
         """Return BOS and the ids of `text`, uint16."""
         ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         return np.concatenate(([self.bos_id], ids)).astype(np.uint16)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.encoding.decode([int(i) for i in ids])
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -258,8 +258,7 @@ def pack_rows(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterator[np
 
     batches: lists of documents, each an array that opens with BOS. Before every placement the
     buffer is refilled to PACK_BUFFER_DOCS; the longest document that fits is placed, or else the
-    shortest, cropped; of equals the earliest. What fills no row in the end is dropped. Yields
-    the same array each time. Source: best-fit packing, arXiv:2404.10830.
+    shortest, cropped; of equals the earliest. Yields one array each time. Source: arXiv:2404.10830.
     """
     source, arrivals = iter(batches), itertools.count()
     documents: dict[int, np.ndarray] = {}  # arrival -> ids
@@ -301,8 +300,7 @@ def build_rows(shard: Path, out: Path, tokenizer: Tokenizer, n_rows: int | None 
 def ensure_rows(folder: Path, shards: dict, tokenizer: Tokenizer, known: dict, workers: int):
     """Have the row file of every shard; return file name -> split, size and SHA-256.
 
-    A name carries the key of all that the file depends on and appears by one rename: what is
-    there is right, unless its bytes are not those of `known`, an earlier result.
+    A name carries the key of all it depends on: a file is right unless `known` tells otherwise.
     """
 
     def ensure(name: str) -> tuple[str, dict]:
@@ -314,7 +312,7 @@ def ensure_rows(folder: Path, shards: dict, tokenizer: Tokenizer, known: dict, w
             n_rows = C.EVAL_TOKENS // C.MAX_SEQ_LEN if split == "val" else None
             build_rows(folder / "shards" / name, path, tokenizer, n_rows)
             about |= describe(path)
-            print(f"  {path.name} {about['size'] / 2e6:.1f} M tokens", flush=True)
+            print(f"  {path.name} {about['size'] / 2e6:.1f} M tokens\n", end="", flush=True)
         return path.name, about
 
     start = time.perf_counter()
@@ -331,8 +329,9 @@ def load_manifest(folder: Path) -> dict:
     """Return the manifest of `folder`, or {} if there is none that can be read."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        return manifest if all(isinstance(manifest[k], dict) for k in ("shards", "rows")) else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        good = all({"split", "size", "sha256"} <= {*entry} for entry in manifest["rows"].values())
+        return manifest if good and isinstance(manifest["shards"], dict) else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
@@ -349,9 +348,9 @@ def prepare(folder: Path, num_shards: int, workers: int | None = None) -> None:
     train = {folder / "shards" / name: shards[name] for name in names if name != VAL_NAME}
     tokenizer = ensure_tokenizer(folder / "tokenizer", train)
     rows = ensure_rows(folder, shards, tokenizer, manifest.get("rows", {}), workers)
-    manifest = {"rules": C.DATA_RULES, "revision": revision, "shards": shards, "rows": rows}
+    about = {"rules": C.DATA_RULES, "revision": revision, "tokenizer": tokenizer.sha256}
     with atomic_write(folder / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+        file.write(json.dumps(about | {"shards": shards, "rows": rows}, indent=1).encode())
     for path in (folder / "rows").iterdir():  # of other shards, tokenizers or rules
         if path.name not in rows:
             path.unlink()
@@ -367,28 +366,35 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--num-shards is 1 to {last}, or -1 for all")
     try:
         prepare(data_dir(), num_shards)
-        _ = C.SMOKE or load_flash_attention()
     except (OSError, ValueError) as error:
         sys.exit(f"prepare.py: {error}")
+    try:
+        if not C.SMOKE:
+            load_flash_attention()
     except RuntimeError as error:
-        print(f"attention: runs will use FlexAttention; {error}")
+        print(f"attention: FlashAttention-3 was not fetched here; {error}")
     print("prepared", flush=True)
 
 
-# ---- Attention kernel ---------------------------------------------------------------------------
 def load_flash_attention() -> Callable[..., torch.Tensor]:
     """Return FlashAttention-3's `flash_attn_func(q, k, v, causal=, window_size=)`.
 
-    q, k, v and the result are (B, T, H, D) in bf16. RuntimeError says why it cannot be had.
-    Source: arXiv:2407.08608; the package `kernels` keeps it in the hub's cache.
+    All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source: arXiv:2407.08608.
     """
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     if capability[0] != 8 and capability != (9, 0):
         raise RuntimeError("FlashAttention-3 needs a GPU of compute capability 8.x or 9.0")
+    pin = data_dir() / "flash_attention.txt"  # where the build lies that prepare.py fetched
     try:
-        from kernels import get_kernel  # here, because its import takes a second
+        from kernels import get_kernel, get_local_kernel  # here: the import takes a second
 
-        module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
+        if pin.is_file() and Path(pin.read_text("utf-8")).is_dir():
+            module = get_local_kernel(Path(pin.read_text("utf-8")))  # asks nobody
+        else:
+            module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
+            if file := getattr(module, "__file__", None):
+                with atomic_write(pin) as out:
+                    out.write(str(Path(file).parent).encode())
         return getattr(module, "flash_attn_interface", module).flash_attn_func
     except Exception as error:  # of five libraries; FlexAttention serves whatever went wrong
         text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({type(error).__name__}: {error})"
@@ -397,10 +403,7 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
 
 # ---- Run-time: clock ----------------------------------------------------------------------------
 class Clock:
-    """Counts the time budget by what the device has finished, while the host runs ahead.
-
-    now: returns seconds, from a clock that setting the machine's time does not move.
-    """
+    """Counts the time budget, in seconds, by what the device has finished; the host runs ahead."""
 
     MAX_AHEAD = 2  # steps that the host may have queued: enough to hide launches, and no more
 
@@ -436,9 +439,6 @@ class Clock:
 
 
 # ---- Run-time: loader ---------------------------------------------------------------------------
-Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
-
-
 class Rows:
     """The rows of several files as one read-only array of ids, memory-mapped."""
 
@@ -471,20 +471,19 @@ def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[
         with torch.cuda.stream(stream):
             return ids if stream is None else ids.pin_memory().to(device, non_blocking=True)
 
-    ahead = read()
-    while True:
-        ids = ahead
-        if stream is not None:
-            torch.cuda.current_stream().wait_stream(stream)
-            ids.record_stream(torch.cuda.current_stream())
-        ahead, ids = read(), ids.long()
-        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    def hand_out(ids: torch.Tensor) -> Iterator[Batch]:
+        while True:
+            if stream is not None:
+                torch.cuda.current_stream().wait_stream(stream)
+                ids.record_stream(torch.cuda.current_stream())
+            ahead, ids = read(), ids.long()
+            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+            ids = ahead
+
+    return hand_out(read())  # the first read is done when the clock starts
 
 
 # ---- Run-time: evaluation -----------------------------------------------------------------------
-Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
-
-
 def bits_per_byte(nats: float, nbytes: int) -> float:
     """Return cross-entropy in bits for each byte of text. Source: arXiv:2101.00027, section 3.1."""
     return nats / (math.log(2) * nbytes)
@@ -505,15 +504,14 @@ def call_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
 def check_model(model: Model, idx: torch.Tensor) -> None:
     """Refuse, by RuntimeError, a model that keeps state, sees the future or mixes rows.
 
-    idx: ids (B, T). After each of several cuts the ids of every second row are replaced: logits
-    before the cut and in the other rows must stay; the last position before it shows a shift.
+    After each of several cuts the ids of every second row are replaced: logits before the cut
+    and in the other rows must stay; the last position before it shows a shift.
     """
 
     def refuse_if_moved(what: str, a: torch.Tensor, b: torch.Tensor) -> None:
         moved = [float((p.float() - q.float()).abs().max()) for p, q in zip(a, b, strict=True)]
         if max(moved, default=0.0) > C.LOGIT_TOLERANCE:
-            text = f"the model {what}; logits moved by {max(moved):.3g}"
-            raise RuntimeError(f"evaluation refused: {text}")
+            raise RuntimeError(f"evaluation refused: the model {what}; moved {max(moved):.3g}")
 
     T, generator = idx.shape[1], torch.Generator(idx.device).manual_seed(0)
     base = call_model(model, idx)
@@ -525,7 +523,7 @@ def check_model(model: Model, idx: torch.Tensor) -> None:
         shift = torch.randint(1, C.VOCAB_SIZE, part.shape, generator=generator, device=idx.device)
         part.copy_((part + shift) % C.VOCAB_SIZE)  # never the same id
         logits = call_model(model, changed)
-        refuse_if_moved(f"sees the future at {cut}", base[::2, :cut], logits[::2, :cut])
+        refuse_if_moved(f"sees the future from {cut} on", base[::2, :cut], logits[::2, :cut])
         refuse_if_moved("mixes rows", base[1::2], logits[1::2])
 
 
@@ -533,8 +531,8 @@ def check_model(model: Model, idx: torch.Tensor) -> None:
 def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_size: int) -> float:
     """Return the bits per byte of `model` over all of `rows`, whatever the batch size.
 
-    rows: ids (R, T + 1); sizes: bytes of each token, (V,), 0 for special ones, which count in
-    neither sum. Cross-entropy is computed here, in float32. RuntimeError for a refused model.
+    rows: ids (R, T + 1); sizes: bytes of each token, (V,), 0 for special ones, which do not
+    count. Cross-entropy is computed here, in float32. RuntimeError for a refused model.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=rows.device)  # nats, bytes
     check_model(model, rows[:batch_size, :-1].long().contiguous())
@@ -575,6 +573,8 @@ class Run:
         if manifest.get("rules") != C.DATA_RULES:
             raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
         self.tokenizer = Tokenizer.load(folder / "tokenizer")
+        if manifest.get("tokenizer") != self.tokenizer.sha256:
+            raise ValueError(f"the rows in {folder} are of another tokenizer; run {PREPARE}")
         hashes = [describe(Path(C.__file__)), describe(Path(__file__)), self.tokenizer.sha256]
         paths: dict[str, list[Path]] = {"train": [], "val": []}
         for name, entry in manifest["rows"].items():
@@ -589,7 +589,7 @@ class Run:
         self.rules = f"{'smoke' if C.SMOKE else 'full'}-{content_key(*hashes)[:8]}"
         self.train_rows, self.val_rows = Rows(paths["train"]), Rows(paths["val"])
         self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
-        self.clock, self.seed = Clock(C.TIME_BUDGET), C.SEED
+        self.clock, self.seed, self.cuda = Clock(C.TIME_BUDGET), C.SEED, device.type == "cuda"
         self.tokens, self.num_steps, self.val_bpb = 0, 0, math.nan
         self.finished: deque[Step] = deque()  # steps that the device is through with, for the log
         self.random_ids = torch.Generator(device).manual_seed(C.SEED)
@@ -605,14 +605,16 @@ class Run:
         """Start the clock, which can be done once, and yield steps while it runs.
 
         A step holds `grad_accum_steps` batches of `batch_size` rows, to be used before the next
-        one is asked for; the loop sets `step.loss`. RuntimeError if the clock has run before, if
-        start-up took over STARTUP_LIMIT, if a loss is not finite.
+        is asked for; the loop sets its loss. RuntimeError for a late start or a loss not finite.
         """
         if self.clock.started_at is not None:
             raise RuntimeError("the clock has been started; one run trains once")
         batches = load_batches(self.train_rows, batch_size, self.device)
+        if self.cuda:  # warm-up's work and memory are not the run's
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         if (waited := time.perf_counter() - self.opened_at) > C.STARTUP_LIMIT:
-            raise RuntimeError(f"start-up took {waited:.0f} s, over the {C.STARTUP_LIMIT} allowed")
+            raise RuntimeError(f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less")
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
         self.clock.start()
         return self._steps(batches, batch_size * C.MAX_SEQ_LEN, grad_accum_steps)
@@ -626,15 +628,16 @@ class Run:
             if step.loss is None:
                 raise RuntimeError(f"step {step.number} ended without a loss; set step.loss")
             step.loss = torch.as_tensor(step.loss).detach().to("cpu", non_blocking=True)
-            cuda = self.device.type == "cuda"  # there, the loss is read only after the event
-            event = torch.cuda.current_stream().record_event() if cuda else None
+            event = torch.cuda.current_stream().record_event() if self.cuda else None
             self.num_steps += 1
             self.clock.queued.append((event, step))
-            self._settle(Clock.MAX_AHEAD if cuda else 0)
+            self._settle(Clock.MAX_AHEAD if self.cuda else 0)
+        if self.cuda:
+            torch.cuda.synchronize(self.device)  # what ran beside the steps counts as well
         self._settle(0)
         self.clock.running = False
         if (late := self.clock.seconds - C.TIME_BUDGET) > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
-            raise RuntimeError(f"the last step ended {late:.1f} s after the budget; run is void")
+            raise RuntimeError(f"the last step ended {late:.1f} s late; the run is void, repeat it")
 
     def _batches(self, step: Step, batches: Iterator, tokens: int, count: int) -> Iterator[Batch]:
         for _ in range(count):
@@ -655,7 +658,7 @@ class Run:
     def evaluate(self, model: Model, batch_size: int) -> float:
         """Measure `model` on the validation rows, see `evaluate_bpb`; training must be over."""
         if self.clock.running or not self.num_steps or math.isfinite(self.val_bpb):
-            raise RuntimeError("evaluate after training, and once")
+            raise RuntimeError("evaluate after training, once, and do not break out of run.steps")
         start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
         sizes = torch.from_numpy(self.tokenizer.token_bytes).to(self.device)
         self.val_bpb = evaluate_bpb(model, torch.from_numpy(ids).to(self.device), sizes, batch_size)
@@ -667,11 +670,11 @@ class Run:
         if not math.isfinite(self.val_bpb):
             raise RuntimeError("there is no result to print; evaluate first")
         self.num_params, self.depth, self.attention = num_params / 1e6, depth, attention
-        cuda, self.tok_per_sec = self.device.type == "cuda", self.tokens / self.clock.seconds
-        self.gpu = torch.cuda.get_device_name(self.device) if cuda else "none (cpu)"
+        self.tok_per_sec = self.tokens / self.clock.seconds
+        self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
         peak = next((flops for part, flops in C.PEAK_FLOPS.items() if part in self.gpu), math.nan)
         self.mfu_percent = 100 * flops_per_token * self.tok_per_sec / peak
-        self.peak_vram_mb = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else 0.0
+        self.peak_vram_mb = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else 0.0
         self.epochs, self.tokens_M = self.tokens / self.epoch_tokens, self.tokens / 1e6
         self.total_seconds = time.perf_counter() - C.STARTED_AT
         print(C.SUMMARY.format(run=self), flush=True)

@@ -57,7 +57,6 @@ MATRIX_LR = 0.04  # Muon: spectral norm of an update of a square matrix
 MATRIX_WEIGHT_DECAY = 0.2  # cautious, times the rate; falls to 0 over the run
 MUON_MOMENTUM = (0.85, 0.95)  # from, to
 MUON_BETA2 = 0.95  # of the second moment in the variance reduction
-NS_STEPS = 5  # Polar Express iterations
 
 # Schedule, in shares of the time budget
 WARMUP_RATIO = 0.0  # rates rise from 0
@@ -280,7 +279,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        frequency = config.rope_base ** -torch.arange(0, 1, 2 / config.head_dim)
+        frequency = config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
         angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)  # (T, D / 2)
         self.register_buffer("cos", angle.cos()[:, None], persistent=False)
         self.register_buffer("sin", angle.sin()[:, None], persistent=False)
@@ -351,13 +350,13 @@ POLAR_EXPRESS = (
 # fmt: on
 
 
-def polar_express(G: torch.Tensor, ns_steps: int) -> torch.Tensor:
+def polar_express(G: torch.Tensor) -> torch.Tensor:
     """Return the nearest (semi-)orthogonal matrices to G (N, rows, columns), about, in bf16."""
     X = G.bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X  # the product below is of the short side
-    for a, b, c in POLAR_EXPRESS[:ns_steps]:
+    for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
     return X.mT if tall else X
@@ -371,7 +370,7 @@ def muon_update(grad, param, momentum_buffer, second_momentum_buffer, momentum, 
     only where it agrees with the update (cautious, arXiv:2510.12402). The last four are 0-dim.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
-    update = polar_express(grad.lerp(momentum_buffer, momentum), NS_STEPS).float()
+    update = polar_express(grad.lerp(momentum_buffer, momentum)).float()
     dim = -1 if grad.size(-2) >= grad.size(-1) else -2  # a moment for each unit on the long side
     square = update.square().mean(dim=dim, keepdim=True)
     second_momentum_buffer.lerp_(square, 1 - beta2)
@@ -428,6 +427,8 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            if missing := [tuple(p.shape) for p in group["params"] if p.grad is None]:
+                raise RuntimeError(f"no gradient for parameters of shape {missing}: not in use?")
             if group["kind"] == "muon":
                 self._step_muon(group)
             else:
@@ -486,10 +487,9 @@ def build_optimizer(model: GPT, compile: bool) -> MuonAdamW:
 # ---- Schedules ----------------------------------------------------------------------------------
 def lr_multiplier(progress: float) -> float:
     """Return the factor on all rates at a share of the time budget: up, flat, down, linearly."""
-    if progress < WARMUP_RATIO:
-        return progress / WARMUP_RATIO
+    up = min(1.0, progress / WARMUP_RATIO) if WARMUP_RATIO else 1.0
     left = min(1.0, (1 - progress) / WARMDOWN_RATIO) if WARMDOWN_RATIO else 1.0
-    return left + (1 - left) * FINAL_LR_FRAC
+    return min(up, left + (1 - left) * FINAL_LR_FRAC)
 
 
 def muon_momentum(progress: float) -> float:
@@ -544,6 +544,18 @@ def warm_up(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: 
                 tensor.copy_(value)
 
 
+def fits(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: int) -> bool:
+    """Warm up with micro-batches of `batch_size` rows; return False if memory is too small."""
+    try:
+        warm_up(run, model, optimizer, loss_of, logits_of, batch_size)
+        return True
+    except torch.OutOfMemoryError:
+        if batch_size % 2:
+            raise
+    torch.cuda.empty_cache()  # here, where the failed step's tensors are let go
+    return False
+
+
 def step_line(step: prepare.Step, seconds: float) -> str:
     """Return the log line of a finished step; seconds: of the budget that are gone."""
     return (
@@ -569,6 +581,8 @@ def build_config() -> GPTConfig:
     """Return the model's configuration from the knobs; ValueError if they do not fit together."""
     if N_EMBD % HEAD_DIM or (N_EMBD // HEAD_DIM) % KV_GROUP:
         raise ValueError(f"HEAD_DIM ({HEAD_DIM}) * KV_GROUP ({KV_GROUP}) must divide {N_EMBD}")
+    if EVAL_BATCH_SIZE < 1:
+        raise ValueError(f"EVAL_BATCH_SIZE ({EVAL_BATCH_SIZE}) must be at least 1")
     return GPTConfig(
         sequence_len=MAX_SEQ_LEN,
         vocab_size=VOCAB_SIZE,
@@ -610,17 +624,10 @@ def main() -> None:
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
     start = time.perf_counter()
-    while True:
-        try:
-            warm_up(run, model, optimizer, loss_of, logits_of, batch_size)
-            break
-        except torch.OutOfMemoryError:
-            if batch_size % 2:
-                raise
-            print(f"batch: {batch_size} rows do not fit in memory, trying {batch_size // 2}")
-            batch_size //= 2
-            grad_accum_steps = grad_accumulation(batch_size)
-            torch.cuda.empty_cache()
+    while not fits(run, model, optimizer, loss_of, logits_of, batch_size):
+        print(f"batch: {batch_size} rows do not fit in memory, trying {batch_size // 2}")
+        batch_size //= 2
+        grad_accum_steps = grad_accumulation(batch_size)
     text = f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens"
     print(f"{text}; compiled and warmed up in {time.perf_counter() - start:.1f} s", flush=True)
     gc.collect()

@@ -162,3 +162,23 @@ def test_kernels_agree_with_the_definition_forward_and_backward(name, heads, kv_
         for e, h in pairs:
             error = (e - h.float()).norm() / e.norm().clamp_min(1e-3 * e.numel() ** 0.5)
             assert error < 0.02, (window, float(error))
+
+
+def test_a_kernel_that_was_fetched_is_loaded_again_without_the_hub(monkeypatch, tmp_path):
+    # The real package, on a build laid out as the hub's; LOCAL_KERNELS plays the download.
+    build = tmp_path / "repository" / "build" / "torch-cuda"
+    build.mkdir(parents=True)
+    (build / "__init__.py").write_text("from . import flash_attn_interface\n")
+    (build / "flash_attn_interface.py").write_text("def flash_attn_func(): return 'fetched'\n")
+    metadata = '{"name": "flash-attn3", "id": "flash_attn3_test", "version": 1, '
+    metadata += '"license": "BSD-3-Clause", "python-depends": [], "backend": {"type": "cuda"}}'
+    (build / "metadata.json").write_text(metadata)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(RuntimeError, match="flash-attn3 could not be loaded"):
+        prepare.load_flash_attention()  # never fetched, and no hub
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={build.parent.parent}")
+    assert prepare.load_flash_attention()() == "fetched"
+    monkeypatch.delenv("LOCAL_KERNELS")
+    assert prepare.load_flash_attention()() == "fetched"

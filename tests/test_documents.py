@@ -98,7 +98,7 @@ def row_texts(folder, split: str) -> list[str]:
     for name, about in rows.items():
         if about["split"] == split:
             body = (folder / "rows" / name).read_bytes()
-            texts.append(tokenizer.decode(struct.unpack(f"<{len(body) // 2}H", body)))
+            texts.append(tokenizer.encoding.decode(struct.unpack(f"<{len(body) // 2}H", body)))
     return texts
 
 

@@ -1,5 +1,7 @@
 """Bad input: one clear sentence, last of all, and an exit status that is not 0."""
 
+import hashlib
+import json
 import os
 import runpy
 import shutil
@@ -200,3 +202,36 @@ def test_a_number_of_shards_that_there_are_not(value, capsys, monkeypatch, tmp_p
     last = capsys.readouterr().err.splitlines()[-1]
     assert "--num-shards" in last and (value == "many" or f"1 to {C.VAL_SHARD}" in last)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_retrained_under_old_rows_is_refused(cache):
+    # What a preparation killed between tokenizer and rows leaves: the byte lengths would be wrong.
+    folder = cache / "tokenizer"
+    lines = (folder / "ranks.tiktoken").read_bytes().splitlines(keepends=True)
+    (a, i), (b, j) = lines[-1].split(), lines[-2].split()
+    body = b"".join([*lines[:-2], b"%s %s\n" % (a, j), b"%s %s\n" % (b, i)])
+    (folder / "ranks.tiktoken").write_bytes(body)
+    about = json.loads((folder / "tokenizer.json").read_text())
+    about["ranks_sha256"] = hashlib.sha256(body).hexdigest()
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="of another tokenizer; run .*prepare.py"):
+        prepare.Run(cache, torch.device("cpu"))
+
+
+def test_preparation_that_fails_in_torch_or_threads_does_not_say_prepared(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(prepare, "prepare", fail)
+    with pytest.raises(RuntimeError, match="new thread"):
+        prepare.main([])
+    assert "prepared" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("entry", [{}, {"split": "val"}, 3, None])
+def test_a_manifest_with_half_an_entry_is_a_sentence_not_a_key_error(cache, entry):
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["rows"][next(iter(manifest["rows"]))] = entry
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="manifest.json is missing, damaged or of other rules"):
+        prepare.Run(cache, torch.device("cpu"))

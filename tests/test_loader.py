@@ -190,7 +190,7 @@ def test_asking_for_the_steps_twice_does_not_set_the_clock_back(run, seconds):
 def test_start_up_has_a_limit(run, monkeypatch):
     monkeypatch.setattr(C, "STARTUP_LIMIT", 0.001)
     time.sleep(0.002)
-    with pytest.raises(RuntimeError, match="start-up took .* over the 0.001 allowed"):
+    with pytest.raises(RuntimeError, match="start-up took .* of 0.001 s; compile less"):
         run.steps(2, 1)
 
 
@@ -239,7 +239,7 @@ def test_tokens_and_epochs_are_counted(run, seconds):
 
 
 def test_a_last_step_that_ends_late_voids_the_run(run, seconds):
-    with pytest.raises(RuntimeError, match="ended 3.0 s after the budget; run is void"):
+    with pytest.raises(RuntimeError, match="ended 3.0 s late; the run is void"):
         for step in run.steps(2, 1):
             seconds.time += 4.0 if step.number == 7 else 1.0
             step.loss = 1.0
@@ -291,3 +291,10 @@ def test_the_seed_of_the_rules_seeds_torch(prepared, monkeypatch):
         draws.append([torch.rand(4).tolist(), run.random_batch(2)[0].tolist()])
     assert draws[0] == draws[1]
     assert draws[0][0] != draws[2][0] and draws[0][1] != draws[2][1]
+
+
+def test_the_first_batch_is_read_before_the_clock_starts(run, monkeypatch):
+    read, row = [], prepare.Rows.__getitem__
+    monkeypatch.setattr(prepare.Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i))
+    run.steps(2, 1)
+    assert read == [0, 1]

@@ -268,3 +268,8 @@ def test_importing_train_prints_nothing_writes_nothing_and_leaves_the_gpu_alone(
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("head_dim", [98, 196, 206])
+def test_rotary_angles_of_a_head_size_whose_inverse_rounds_up(head_dim):
+    assert fresh(n_head=1, n_kv_head=1, n_embd=head_dim).cos.shape[-1] == head_dim // 2

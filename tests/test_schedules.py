@@ -70,3 +70,10 @@ def test_the_schedules_reach_every_group(monkeypatch):
         assert first["weight_decay"] == 0.7  # only the matrices' decay falls
         assert second["weight_decay"] == pytest.approx(0.4 * (1 - progress))
         assert second["momentum"] == train.muon_momentum(progress)
+
+
+def test_rates_do_not_jump_where_warm_up_and_warm_down_overlap(monkeypatch):
+    monkeypatch.setattr(train, "WARMUP_RATIO", 0.5)
+    monkeypatch.setattr(train, "WARMDOWN_RATIO", 0.75)
+    rates = [train.lr_multiplier(k / 1000) for k in range(1001)]
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < 0.01
