@@ -98,7 +98,7 @@ def persist(action: Callable, *args):
             return action(*args)
         except (requests.RequestException, ConnectionError, ValueError) as error:
             problem = error
-    raise ConnectionError(f"{args[-1]}: {problem}; see to the network, then run {PREPARE} again")
+    raise ConnectionError(f"{args[-1]}: {problem}; run {PREPARE} again") from problem
 
 
 def stat_shard(session: requests.Session, revision: str, name: str) -> tuple[str, str, dict]:

@@ -544,6 +544,19 @@ def warm_up(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: 
                 tensor.copy_(value)
 
 
+def expected_batch(batch_size: int, config: GPTConfig, free_bytes: int) -> int:
+    """Return `batch_size`, halved while it would take over 90 % of the free GPU memory.
+
+    An estimate, so that a small card does not compile for sizes that cannot fit: 17 activations
+    of n_embd a token and layer in bf16, logits in bf16 and float32. At 9 x 640 that is 245 kB a
+    token; measured 242.
+    """
+    token = 34 * config.n_layer * config.n_embd + 6 * config.vocab_size  # bytes
+    while batch_size % 2 == 0 and batch_size * config.sequence_len * token > 0.9 * free_bytes:
+        batch_size //= 2
+    return batch_size
+
+
 def fits(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: int) -> bool:
     """Warm up with micro-batches of `batch_size` rows; return False if memory is too small."""
     try:
@@ -608,7 +621,7 @@ def main() -> None:
         )
     try:
         config, batch_size = build_config(), DEVICE_BATCH_SIZE
-        grad_accum_steps = grad_accumulation(batch_size)
+        grad_accumulation(batch_size)  # here already, for its errors
         run = prepare.open_run(device)
         attention, attend = choose_attention(ATTENTION, config.windows, MAX_SEQ_LEN, device)
     except (OSError, ValueError) as error:
@@ -624,10 +637,12 @@ def main() -> None:
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
     start = time.perf_counter()
+    if cuda:
+        batch_size = expected_batch(batch_size, config, torch.cuda.mem_get_info()[0])
     while not fits(run, model, optimizer, loss_of, logits_of, batch_size):
         print(f"batch: {batch_size} rows do not fit in memory, trying {batch_size // 2}")
         batch_size //= 2
-        grad_accum_steps = grad_accumulation(batch_size)
+    grad_accum_steps = grad_accumulation(batch_size)
     text = f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens"
     print(f"{text}; compiled and warmed up in {time.perf_counter() - start:.1f} s", flush=True)
     gc.collect()

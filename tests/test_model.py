@@ -273,3 +273,9 @@ def test_importing_train_prints_nothing_writes_nothing_and_leaves_the_gpu_alone(
 @pytest.mark.parametrize("head_dim", [98, 196, 206])
 def test_rotary_angles_of_a_head_size_whose_inverse_rounds_up(head_dim):
     assert fresh(n_head=1, n_kv_head=1, n_embd=head_dim).cos.shape[-1] == head_dim // 2
+
+
+def test_the_expected_batch_is_halved_until_it_fits_and_never_grows():
+    sizes = [train.expected_batch(64, config(), free) for free in (10**12, 10**6, 10**5, 10**4, 0)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 1
+    assert train.expected_batch(6, config(), 0) == 3  # an odd number is left to the warm-up

@@ -333,3 +333,19 @@ def test_an_unused_parameter_is_named_not_a_type_error_from_torch():
     used.grad = torch.ones(4, 4)
     with pytest.raises(RuntimeError, match=r"no gradient for parameters of shape \[\(4, 4\)\]"):
         MuonAdamW([muon_group([used, unused])]).step()
+
+
+def test_a_batch_that_does_not_fit_leaves_nothing_behind_and_an_odd_one_ends_the_run(trained):
+    model, optimizer = trained
+    run = types.SimpleNamespace(random_batch=tiny_batch)
+
+    def too_much(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    before = snapshot(model, optimizer)
+    parts = (run, model, optimizer)
+    assert not train.fits(*parts, too_much, model, 2)
+    assert all(map(torch.equal, snapshot(model, optimizer), before))
+    assert train.fits(*parts, train.compute_loss, model, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.fits(*parts, too_much, model, 1)

@@ -1,0 +1,49 @@
+"""What a stranger installs: the declared packages, from the public index; and short files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import constants as C
+
+ROOT = Path(C.__file__).parent
+
+
+def toml(name: str) -> dict:
+    return pytest.importorskip("tomllib").loads((ROOT / name).read_text("utf-8"))
+
+
+def test_run_time_dependencies_are_those_that_the_scripts_import():
+    declared = {
+        re.split(r"[^\w-]", d)[0] for d in toml("pyproject.toml")["project"]["dependencies"]
+    }
+    assert declared == {"torch", "numpy", "pyarrow", "requests", "rustbpe", "tiktoken", "kernels"}
+
+
+def test_tests_come_with_a_plain_uv_run_and_the_notebook_does_not():
+    groups = toml("pyproject.toml")["dependency-groups"]
+    assert any(d.startswith("pytest") for d in groups["dev"])  # the group that uv installs unasked
+    assert not any(re.match("pandas|matplotlib", d) for d in groups["dev"])
+    assert any(d.startswith("pandas") for d in groups["analysis"])
+
+
+def test_the_lock_file_names_the_public_index_alone():
+    packages = toml("uv.lock")["package"]
+    sources = [package["source"] for package in packages]
+    assert len(packages) > 50
+    index = {"registry": "https://pypi.org/simple"}
+    assert [s for s in sources if s not in (index, {"virtual": "."})] == []
+    text = (ROOT / "uv.lock").read_text("utf-8")
+    hosts = set(re.findall(r"https?://([^/\"]+)", text))
+    assert hosts == {"pypi.org", "files.pythonhosted.org"}
+
+
+def test_torch_is_pinned_to_the_version_that_was_measured():
+    torch = [p for p in toml("uv.lock")["package"] if p["name"] == "torch"]
+    assert {p["version"] for p in torch} == {"2.11.0"}
+
+
+@pytest.mark.parametrize("name, limit", [("constants.py", 100), ("prepare.py", 700)])
+def test_the_fixed_files_stay_short_enough_to_read(name, limit):
+    assert len((ROOT / name).read_text("utf-8").splitlines()) <= limit
