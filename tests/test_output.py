@@ -132,3 +132,11 @@ def test_the_log_has_whole_lines_and_the_first_step(prepared, capsys):
     lines = out.splitlines()
     assert not run.finished and out.endswith("\n") and "\r" not in out
     assert lines[0].startswith("step 00000 ") and all(map(STEP_LINE.fullmatch, lines))
+
+
+def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(prepared):
+    run = prepare.Run(prepared, torch.device("cpu"))
+    run.num_steps = 1
+    run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
+    with pytest.raises(RuntimeError, match="evaluate after training, once"):
+        run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
