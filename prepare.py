@@ -514,7 +514,7 @@ def check_model(model: Model, idx: torch.Tensor) -> None:
             raise RuntimeError(f"evaluation refused: the model {what}; moved {max(moved):.3g}")
 
     T, generator = idx.shape[1], torch.Generator(idx.device).manual_seed(0)
-    base = call_model(model, idx)
+    base = call_model(model, idx).clone()  # a captured graph would write over it
     state = "keeps state between calls or is random (dropout: call model.eval())"
     refuse_if_moved(state, base, call_model(model, idx))
     for cut in (1, T // 3, T // 2, T - 1):
