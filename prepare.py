@@ -388,8 +388,9 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
     try:
         from kernels import get_kernel, get_local_kernel  # here: the import takes a second
 
-        if pin.is_file() and Path(pin.read_text("utf-8")).is_dir():
-            module = get_local_kernel(Path(pin.read_text("utf-8")))  # asks nobody
+        build = Path(pin.read_text("utf-8")) if pin.is_file() else pin
+        if build.is_dir():
+            module = get_local_kernel(build)  # asks nobody
         else:
             module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
             if file := getattr(module, "__file__", None):

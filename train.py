@@ -288,11 +288,12 @@ class GPT(nn.Module):
     def init_weights(self, scale: float, x0_lambda: float) -> None:
         """Draw the weights from torch's generator.
 
-        wte                       normal, std 1
-        value_embeds, c_q c_k c_v c_fc   uniform, std scale / sqrt(n_embd)
-        c_proj, value_gate        zero: a block starts as the identity, a gate as 1
-        lm_head                   normal, std 0.001
-        resid_lambdas, x0_lambdas 1, x0_lambda
+        wte                         normal, std 1
+        value_embeds                uniform, std scale / sqrt(n_embd)
+        c_q, c_k, c_v, c_fc         uniform, std scale / sqrt(n_embd)
+        c_proj, value_gate          zero: a block starts as the identity, a gate as 1
+        lm_head                     normal, std 0.001
+        resid_lambdas, x0_lambdas   1, x0_lambda
         """
         bound = scale * (3 / self.config.n_embd) ** 0.5  # a uniform on +-b has std b / sqrt(3)
         for name, p in self.named_parameters():
@@ -462,17 +463,16 @@ def build_optimizer(model: GPT, compile: bool) -> MuonAdamW:
     """Return the optimizer of a model with the rates and decays of the knobs."""
     rate = (model.config.n_embd / 768) ** -0.5
     adamw = {"kind": "adamw", "betas": ADAM_BETAS, "eps": 1e-10, "weight_decay": 0.0}
-    tables = [*model.value_embeds.parameters()]
+    tables = [
+        ([model.wte.weight], EMBEDDING_LR, WTE_WEIGHT_DECAY),
+        ([*model.value_embeds.parameters()], EMBEDDING_LR, VALUE_EMBED_WEIGHT_DECAY),
+        ([model.lm_head.weight], UNEMBEDDING_LR, LM_HEAD_WEIGHT_DECAY),
+    ]
     groups = [
-        adamw
-        | {"params": [model.wte.weight], "lr": EMBEDDING_LR * rate}
-        | {"weight_decay": WTE_WEIGHT_DECAY},
-        adamw
-        | {"params": tables, "lr": EMBEDDING_LR * rate}
-        | {"weight_decay": VALUE_EMBED_WEIGHT_DECAY},
-        adamw
-        | {"params": [model.lm_head.weight], "lr": UNEMBEDDING_LR * rate}
-        | {"weight_decay": LM_HEAD_WEIGHT_DECAY},
+        adamw | {"params": params, "lr": lr * rate, "weight_decay": decay}
+        for params, lr, decay in tables
+    ]
+    groups += [
         adamw | {"params": [model.resid_lambdas], "lr": SCALAR_LR * 0.01},
         adamw | {"params": [model.x0_lambdas], "lr": SCALAR_LR, "betas": X0_BETAS},
     ]
@@ -511,6 +511,22 @@ def set_schedules(optimizer: MuonAdamW, progress: float) -> float:
 
 
 # ---- Training -----------------------------------------------------------------------------------
+def build_training(config: GPTConfig, attend: Attention, device: torch.device):
+    """Return model, optimizer and loss function as a run uses them: compiled and bf16 on a GPU."""
+    cuda = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    with device:
+        model = GPT(config, attend, torch.bfloat16 if cuda else torch.float32)
+    model.init_weights(INIT_SCALE, X0_LAMBDA_INIT)
+    loss_of = torch.compile(compute_loss, dynamic=False) if cuda else compute_loss
+    return model, build_optimizer(model, compile=cuda), loss_of
+
+
+def eval_batch_size(batch_size: int) -> int:
+    """Return the rows of an evaluation batch: where fewer fit in training, no more are tried."""
+    return min(EVAL_BATCH_SIZE, batch_size)
+
+
 def train_step(model, optimizer, loss_of, batches, grad_accum_steps: int) -> torch.Tensor:
     """Do one optimizer step over `batches`; return the mean loss of its micro-steps, 0-dim."""
     total = torch.zeros((), device=next(model.parameters()).device)
@@ -536,7 +552,7 @@ def warm_up(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: 
             batches = [run.random_batch(batch_size) for _ in range(2)]
             train_step(model, optimizer, loss_of, batches, 2)
         with torch.no_grad():
-            logits_of(run.random_batch(min(EVAL_BATCH_SIZE, batch_size))[0])
+            logits_of(run.random_batch(eval_batch_size(batch_size))[0])
     finally:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -626,13 +642,8 @@ def main() -> None:
         attention, attend = choose_attention(ATTENTION, config.windows, MAX_SEQ_LEN, device)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    torch.set_float32_matmul_precision("high")
 
-    with device:
-        model = GPT(config, attend, torch.bfloat16 if cuda else torch.float32)
-    model.init_weights(INIT_SCALE, X0_LAMBDA_INIT)
-    optimizer = build_optimizer(model, compile=cuda)
-    loss_of = torch.compile(compute_loss, dynamic=False) if cuda else compute_loss
+    model, optimizer, loss_of = build_training(config, attend, device)
     logits_of = torch.compile(model, dynamic=False) if cuda else model
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
@@ -654,7 +665,7 @@ def main() -> None:
         step.loss = train_step(model, optimizer, loss_of, step.batches, grad_accum_steps)
         report(run)
     report(run)
-    run.evaluate(logits_of, min(EVAL_BATCH_SIZE, batch_size))
+    run.evaluate(logits_of, eval_batch_size(batch_size))
     run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
 
 

@@ -57,15 +57,10 @@ def main() -> None:
         sys.exit("benchmarks/step.py needs a CUDA GPU")
 
     device, T = torch.device("cuda"), constants.MAX_SEQ_LEN
-    torch.set_float32_matmul_precision("high")
     config, B = train.build_config(), train.DEVICE_BATCH_SIZE
     accum = train.grad_accumulation(B)
     name, attend = train.choose_attention(train.ATTENTION, config.windows, T, device)
-    with device:
-        model = train.GPT(config, attend, torch.bfloat16)
-    model.init_weights(train.INIT_SCALE, train.X0_LAMBDA_INIT)
-    optimizer = train.build_optimizer(model, compile=True)
-    loss_of = torch.compile(train.compute_loss, dynamic=False)
+    model, optimizer, loss_of = train.build_training(config, attend, device)
     batches = [torch.randint(config.vocab_size, (2, B, T), device=device) for _ in range(accum)]
 
     def step() -> None:
@@ -92,7 +87,7 @@ def main() -> None:
     print(
         f"{gpu}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
         f"{tok_per_sec / 1e6:.3f} M tok/s, {100 * mfu:.1f} % MFU, "
-        f" {1e3 * seconds:.1f} ms a step (slowest {1e3 * max(times):.1f}, n={args.steps}), "
+        f"{1e3 * seconds:.1f} ms a step (slowest {1e3 * max(times):.1f}, n={args.steps}), "
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, first steps {compile_seconds:.0f} s"
     )
     if args.profile:

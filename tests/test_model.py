@@ -131,23 +131,24 @@ def test_windows_repeat_the_pattern_and_end_with_a_full_one(pattern, n_layer, ex
 
 
 @torch.no_grad()
+def moved_by(at: int, deaf_layer: int) -> torch.Tensor:
+    """Return which positions' logits move, (T,), when the id at one of them changes.
+
+    Of two layers, with windows of 4 and all, only the one that is not deaf looks at others.
+    """
+    model, idx = lively(n_layer=2, window_pattern="S"), some_ids(1)
+    model.h[deaf_layer].attn.c_proj.weight.zero_()
+    changed = idx.clone()
+    changed[0, at] = (changed[0, at] + 1) % V
+    return (model(changed) - model(idx)).abs().amax(-1)[0] > 1e-4
+
+
 def test_a_token_is_seen_within_the_window_and_not_beyond():
-    # Of two layers only the first, with a window of 4, lets positions see each other.
-    model, idx = lively(n_layer=2, window_pattern="S"), some_ids(1)
-    model.h[1].attn.c_proj.weight.zero_()
-    changed = idx.clone()
-    changed[0, 5] = (changed[0, 5] + 1) % V
-    moved = (model(changed) - model(idx)).abs().amax(-1)[0] > 1e-4
-    assert moved.nonzero().flatten().tolist() == [5, 6, 7, 8]
+    assert moved_by(5, deaf_layer=1).nonzero().flatten().tolist() == [5, 6, 7, 8]
 
 
-@torch.no_grad()
 def test_the_last_layer_sees_everything():
-    model, idx = lively(n_layer=2, window_pattern="S"), some_ids(1)
-    model.h[0].attn.c_proj.weight.zero_()
-    changed = idx.clone()
-    changed[0, 0] = (changed[0, 0] + 1) % V
-    assert ((model(changed) - model(idx)).abs().amax(-1) > 1e-4).all()
+    assert moved_by(0, deaf_layer=0).all()
 
 
 # ---- Parts --------------------------------------------------------------------------------------
