@@ -89,6 +89,10 @@ num_params_M: {run.num_params:.1f}
 depth: {run.depth}
 tok_per_sec: {run.tok_per_sec:.0f}
 startup_seconds: {run.startup_seconds:.1f}
+import_seconds: {run.import_seconds:.1f}
+open_seconds: {run.open_seconds:.1f}
+compile_seconds: {run.compile_seconds:.1f}
+data_wait_percent: {run.wait_percent:.2f}
 eval_seconds: {run.eval_seconds:.1f}
 epochs: {run.epochs:.2f}
 attention: {run.attention}

@@ -595,6 +595,9 @@ class Run:
         self.finished: deque[Step] = deque()  # steps that the device is through with, for the log
         self.random_ids = torch.Generator(device).manual_seed(C.SEED)
         torch.manual_seed(C.SEED)
+        self.import_seconds = self.opened_at - C.STARTED_AT
+        self.open_seconds = time.perf_counter() - self.opened_at
+        self.waited = 0.0  # seconds that the loop has waited for batches
 
     def random_batch(self, batch_size: int) -> Batch:
         """Return random ids for warm-up; torch's own generator is left alone."""
@@ -617,6 +620,7 @@ class Run:
         if (waited := time.perf_counter() - self.opened_at) > C.STARTUP_LIMIT:
             raise RuntimeError(f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less")
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
+        self.compile_seconds = self.startup_seconds - self.import_seconds - self.open_seconds
         self.clock.start()
         return self._steps(batches, batch_size * C.MAX_SEQ_LEN, grad_accum_steps)
 
@@ -646,7 +650,9 @@ class Run:
                 raise RuntimeError(f"step {step.number} is over; its batches cannot be had now")
             step.tokens += tokens
             self.tokens += tokens
-            yield next(batches)
+            start, batch = time.perf_counter(), next(batches)
+            self.waited += time.perf_counter() - start
+            yield batch
 
     def _settle(self, ahead: int) -> None:
         for step in self.clock.settle(ahead):
@@ -672,6 +678,7 @@ class Run:
             raise RuntimeError("there is no result to print; evaluate first")
         self.num_params, self.depth, self.attention = num_params / 1e6, depth, attention
         self.tok_per_sec = self.tokens / self.clock.seconds
+        self.wait_percent = 100 * self.waited / self.clock.seconds
         self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
         peak = next((flops for part, flops in C.PEAK_FLOPS.items() if part in self.gpu), math.nan)
         self.mfu_percent = 100 * flops_per_token * self.tok_per_sec / peak

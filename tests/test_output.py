@@ -48,7 +48,8 @@ def test_the_summary_has_its_keys_in_order_the_familys_nine_first(summary):
     keys = [line.split(":")[0] for line in summary.splitlines()]
     assert keys == [line.split(":")[0] for line in C.SUMMARY.splitlines()]
     assert keys[:10] == ["---", *FIRST_NINE]
-    ours = {"tok_per_sec", "startup_seconds", "eval_seconds", "epochs", "attention", "gpu", "seed"}
+    ours = {"tok_per_sec", "startup_seconds", "import_seconds", "open_seconds", "compile_seconds"}
+    ours |= {"data_wait_percent", "eval_seconds", "epochs", "attention", "gpu", "seed"}
     assert ours | {"commit", "rules"} <= set(keys) and len(set(keys)) == len(keys)
 
 
@@ -73,6 +74,9 @@ def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
     assert values["attention"] == "masked" and values["seed"] == str(C.SEED)
     assert float(values["eval_seconds"]) >= 0 and float(values["startup_seconds"]) > 0
     assert float(values["total_seconds"]) >= float(values["startup_seconds"])
+    parts = sum(float(values[f"{part}_seconds"]) for part in ("import", "open", "compile"))
+    assert parts == pytest.approx(float(values["startup_seconds"]), abs=0.2)  # four roundings
+    assert 0 < float(values["data_wait_percent"]) < 100
 
 
 def test_the_bits_per_byte_of_the_summary_are_those_of_a_guess(summary, prepared):
