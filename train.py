@@ -3,15 +3,17 @@
 Usage: uv run train.py > run.log 2>&1        (AUTORESEARCH_SMOKE=1: a tiny model, on the CPU)
 
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full causal
-windows, value embeddings with input-dependent gates, per-layer scalars on the residual stream and
-on the input embedding, soft-capped logits, untied head, no biases. Muon for the block matrices,
-AdamW for the rest. prepare.py owns data, clock, seed, evaluation and summary; see class `Run`.
+windows, gated value embeddings, per-layer scalars on the residual stream and the input embedding,
+soft-capped logits, untied head, no biases. Muon for the block matrices, AdamW for the rest.
+prepare.py owns data, clock, seed, evaluation and summary; see class `Run`.
 """
 
+import copy
+import functools
 import gc
+import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -23,16 +25,26 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._inductor.async_compile import maybe_warm_pool
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # a platform without CUDA
+    triton = None
+
 import prepare
+
+# What is compiled in one run is there in the next.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.data_dir().parent / "compiled"))
 
 # ---- Knobs --------------------------------------------------------------------------------------
 # Model
 DEPTH = 9  # layers
 N_EMBD = 640  # width
 HEAD_DIM = 128  # heads are N_EMBD / HEAD_DIM
-KV_GROUP = 1  # query heads that share a key and value head (1: plain multi-head attention)
 WINDOW_PATTERN = "SSSSL"  # S short, L full; repeated over the layers, the last is always full
 SHORT_WINDOW = MAX_SEQ_LEN // 8  # tokens that a short window sees, itself included
 ROPE_BASE = 200_000
@@ -44,12 +56,11 @@ ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (sl
 # Batch
 TOTAL_BATCH_SIZE = 2**18  # tokens a step
 DEVICE_BATCH_SIZE = 128  # rows a micro-step, halved until it fits; divides the total batch
-EVAL_BATCH_SIZE = 32  # rows; changes speed and memory, never the result
 
 # Optimizer. AdamW rates are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
 UNEMBEDDING_LR = 0.005  # lm_head
-SCALAR_LR = 0.5  # x0_lambdas; a hundredth of it for resid_lambdas
+SCALAR_LR = 0.5  # x0_lambda; a hundredth of it for resid_lambda
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
 WTE_WEIGHT_DECAY, VALUE_EMBED_WEIGHT_DECAY, LM_HEAD_WEIGHT_DECAY = 0.001, 0.003, 0.01
@@ -68,20 +79,17 @@ LOG_EVERY = 10  # steps between two lines in the log
 
 if SMOKE:  # the same code with a tiny model, so that an edit can be tried on a CPU in a minute
     DEPTH, N_EMBD, HEAD_DIM = 4, 128, 32
-    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, EVAL_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4, 4
+    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4
 
 
 # ---- Attention ----------------------------------------------------------------------------------
-# q (B, T, H, D), k and v (B, T, Hkv, D), window in tokens, itself included -> (B, T, H, D)
+# q, k and v (B, T, H, D), window in tokens, itself included -> (B, T, H, D)
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
-def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-) -> torch.Tensor:
+def masked_attention(q, k, v, window: int) -> torch.Tensor:
     """Attend by the definition: softmax over a (T, T) mask. For CPUs, and the oracle in tests."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     at = torch.arange(q.size(2), device=q.device)
     distance = at[:, None] - at[None, :]  # of a key behind its query
     scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5  # (B, H, T, T)
@@ -90,7 +98,8 @@ def masked_attention(
 
 
 def build_flex_attention(windows: Iterable[int], T: int, device: torch.device) -> Attention:
-    """Return FlexAttention with one block mask for each window; to be called compiled."""
+    """Return FlexAttention, compiled on a GPU, with one block mask for each window."""
+    flex = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
 
     def block_mask(window: int):
         def visible(b, h, query, key):
@@ -102,8 +111,7 @@ def build_flex_attention(windows: Iterable[int], T: int, device: torch.device) -
 
     def attend(q, k, v, window):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        y = flex_attention(q, k, v, block_mask=masks[window], enable_gqa=q.size(1) != k.size(1))
-        return y.transpose(1, 2)
+        return flex(q, k, v, block_mask=masks[window]).transpose(1, 2)
 
     return attend
 
@@ -119,10 +127,8 @@ def build_flash_attention() -> Attention:
     return attend
 
 
-def choose_attention(
-    name: str, windows: Iterable[int], T: int, device: torch.device
-) -> tuple[str, Attention]:
-    """Return name and function of the attention in use, and print them, with why if a fallback."""
+def choose_attention(name: str, windows: Iterable[int], T: int, device: torch.device):
+    """Return name and function of the attention in use; print it, and why if it is a fallback."""
     if name not in ("auto", "fa3", "flex", "masked"):
         raise ValueError(f"ATTENTION is {name!r}; it must be auto, fa3, flex or masked")
     why = "as set by ATTENTION"
@@ -141,6 +147,85 @@ def choose_attention(
     return name, masked_attention if name == "masked" else build_flex_attention(windows, T, device)
 
 
+# ---- Compiled and hand-written kernels ----------------------------------------------------------
+def compiled(function: Callable) -> Callable:
+    """Decorate a function (args[1] is a tensor): compiled on a GPU, once for all layers."""
+    fused = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (fused if args[1].is_cuda else function)(*args)
+
+    return call
+
+
+@triton.jit if triton else lambda kernel: kernel
+def relu_square_kernel(
+    a, b, post, out, M, N, K,
+    BACKWARD: "tl.constexpr", BM: "tl.constexpr", BN: "tl.constexpr", BK: "tl.constexpr",
+):  # fmt: skip
+    """Write relu(a @ b.T)^2, or (a @ b) * 2 sqrt(post), in tiles of (BM, BN); see relu_square."""
+    columns = tl.cdiv(N, BN)
+    tiles = tl.cdiv(M, BM) * columns
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = tile // columns * BM, tile % columns * BN
+        total = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            b_tile = b.load([k, n]) if BACKWARD else b.load([n, k]).T
+            total = tl.dot(a.load([m, k]), b_tile, total, input_precision="ieee")
+        halves = total.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()  # for want of shared memory
+        for i in tl.static_range(2):
+            at, half = [m, n + i * (BN // 2)], halves[i]
+            if BACKWARD:
+                half *= 2 * tl.sqrt(post.load(at).to(tl.float32))
+            else:
+                half = tl.maximum(half, 0.0)
+                half *= half
+            out.store(at, half.to(out.dtype))
+
+
+@torch.library.custom_op("autoresearch::relu_square", mutates_args=())
+def relu_square(a: torch.Tensor, b: torch.Tensor, post: torch.Tensor | None) -> torch.Tensor:
+    """Return relu(a @ b.T)^2 of a (M, K), b (N, K), or with that as `post` the gradient before it.
+
+    The gradient is (a @ b) * 2 sqrt(post) of a (M, K), the gradient behind a second product with
+    b (K, N). Needs rows of whole 16 bytes and compute capability 9.0 or 10.
+    """
+    (M, K), N = a.shape, b.size(0) if post is None else b.size(1)
+    out, BM, BN, BK = a.new_empty(M, N), 128, 256, 128 // a.element_size()
+    operands = [
+        TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]),
+        TensorDescriptor.from_tensor(b.contiguous(), [BN, BK] if post is None else [BK, BN]),
+        TensorDescriptor.from_tensor(out if post is None else post, [BM, BN // 2]),
+        TensorDescriptor.from_tensor(out, [BM, BN // 2]),
+    ]
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+    numbers, launch = (M, N, K, post is not None, BM, BN, BK), {"num_warps": 8, "num_stages": 3}
+    relu_square_kernel[(programs,)](*operands, *numbers, **launch)
+    return out
+
+
+@relu_square.register_fake
+def _(a, b, post):
+    return a.new_empty(len(a), b.size(0) if post is None else b.size(1))
+
+
+class ReluSquareMLP(torch.autograd.Function):
+    """relu(x @ fc.T)^2 @ proj.T without the passes over memory for ReLU^2 and its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, fc, proj):
+        post = relu_square(x, fc, None)
+        ctx.save_for_backward(x, fc, proj, post)
+        return post @ proj.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, fc, proj, post = ctx.saved_tensors
+        pre = relu_square(grad, proj, post)
+        return pre @ fc, pre.T @ x, grad.T @ post
+
+
 # ---- Model --------------------------------------------------------------------------------------
 VALUE_GATE_CHANNELS = 32  # of the layer's input, that a value embedding's gate looks at
 
@@ -152,42 +237,31 @@ class GPTConfig:
     sequence_len: int
     vocab_size: int
     n_layer: int
-    n_head: int
-    n_kv_head: int
     n_embd: int
+    head_dim: int
     window_pattern: str
     short_window: int
     rope_base: float
     softcap: float
 
     def __post_init__(self):
-        if min(self.n_layer, self.n_head, self.n_kv_head) < 1 or self.n_embd % self.n_head:
-            heads = f"{self.n_head} heads of {self.n_layer} layers"
-            raise ValueError(f"N_EMBD ({self.n_embd}) cannot be cut into {heads}; see HEAD_DIM")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"KV_GROUP does not divide the {self.n_head} heads")
-        if self.head_dim % 2 or self.n_embd < VALUE_GATE_CHANNELS:
-            raise ValueError(f"HEAD_DIM ({self.head_dim}) is odd, or N_EMBD ({self.n_embd}) small")
+        if self.n_layer < 1:
+            raise ValueError(f"DEPTH ({self.n_layer}) must be at least 1")
+        if self.head_dim < 2 or self.head_dim % 2 or self.n_embd % self.head_dim:
+            raise ValueError(f"HEAD_DIM ({self.head_dim}) is odd or does not divide {self.n_embd}")
+        if self.n_embd < VALUE_GATE_CHANNELS:
+            raise ValueError(f"N_EMBD ({self.n_embd}) is below {VALUE_GATE_CHANNELS}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"WINDOW_PATTERN ({self.window_pattern!r}) is not made of S and L")
         if not 1 <= self.short_window <= self.sequence_len:
             raise ValueError(f"SHORT_WINDOW ({self.short_window}) is not 1 to {self.sequence_len}")
 
     @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    @property
     def windows(self) -> list[int]:
-        """Tokens that each layer's attention sees."""
+        """Tokens that each layer's attention sees; the last layer's sees all."""
         sizes = {"S": self.short_window, "L": self.sequence_len}
-        pattern = self.window_pattern
-        windows = [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer)]
-        return [*windows[:-1], self.sequence_len]
-
-    def has_value_embedding(self, layer: int) -> bool:
-        """Return whether a layer adds a value embedding: every second one, with the last."""
-        return layer % 2 == (self.n_layer - 1) % 2
+        pattern = self.window_pattern * self.n_layer
+        return [*(sizes[letter] for letter in pattern[: self.n_layer - 1]), self.sequence_len]
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -195,10 +269,27 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x (B, T, H, D); cos and sin (T, 1, D / 2). Source: arXiv:2104.09864."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+class RotaryNorm(torch.autograd.Function):
+    """QK-norm (arXiv:2010.04245) of a rotary embedding (arXiv:2104.09864) of x (B, T, H, D).
+
+    cos and sin (T, 1, D) hold each angle twice, for both halves of x; the second sin is negative.
+    The gradient is computed from the result, which attention keeps anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        dtype, x = x.dtype, x.float()
+        scale = (x.square().mean(-1, keepdim=True) + 1e-7).rsqrt()
+        y = (scale * (x * cos + x.roll(x.size(-1) // 2, -1) * sin)).to(dtype)
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y, scale, cos, sin), dtype = ctx.saved_tensors, grad.dtype
+        grad, y = grad.float(), y.float()
+        dx = scale * (grad - y * (grad * y).mean(-1, keepdim=True))
+        return (dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin).to(dtype), None, None
 
 
 class Linear(nn.Linear):
@@ -212,30 +303,27 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """QK-norm: arXiv:2010.04245; grouped queries: 2305.13245; value residual: 2410.17897."""
+    """Attention with value embeddings in every second layer. Source: arXiv:2410.17897."""
 
-    def __init__(self, config: GPTConfig, layer: int, attend: Attention):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim, self.window = config.head_dim, config.windows[layer]
-        self.attend = attend
-        self.c_q = Linear(config.n_embd, config.n_embd)
-        self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
-        self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
-        if config.has_value_embedding(layer):
-            self.value_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head)
+        self.head_dim, C = config.head_dim, config.n_embd
+        self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
+        self.value_embed = None
+        if layer % 2 == (config.n_layer - 1) % 2:  # with the last
+            self.value_embed = nn.Embedding(config.vocab_size, C)
+            self.value_gate = Linear(VALUE_GATE_CHANNELS, C // self.head_dim)
 
-    def forward(self, x, value_embedding, cos, sin):
-        B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        if value_embedding is not None:
-            gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, Hkv)
-            v = v + gate[..., None] * value_embedding.view_as(v)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        return self.c_proj(self.attend(q, k, v, self.window).reshape(B, T, C))
+    def project(self, x, idx, cos, sin):
+        """Return q, k and v (B, T, H, D) of x (B, T, C)."""
+        # One product, of three matrices that Muon sees apart.
+        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
+        heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.chunk(3, dim=2)
+        if self.value_embed is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H)
+            v = v + gate[..., None] * self.value_embed(idx).to(x.dtype).view_as(v)
+        return RotaryNorm.apply(q, cos, sin), RotaryNorm.apply(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -245,20 +333,38 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        cuda, whole = self.c_fc.weight.is_cuda, config.n_embd % 8 == 0
+        self.fused = cuda and whole and torch.cuda.get_device_capability()[0] in (9, 10)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        if not self.fused:
+            return self.c_proj(F.relu(self.c_fc(x)).square())
+        weights = self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype)
+        return ReluSquareMLP.apply(x.flatten(0, -2), *weights).view_as(x)
 
 
 class Block(nn.Module):
+    """Attention and MLP on the residual stream; the attention itself is between two graphs."""
+
     def __init__(self, config: GPTConfig, layer: int, attend: Attention):
         super().__init__()
-        self.attn = CausalSelfAttention(config, layer, attend)
-        self.mlp = MLP(config)
+        self.attend, self.window = attend, config.windows[layer]
+        self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
+        self.resid_lambda, self.x0_lambda = (nn.Parameter(torch.empty(())) for _ in range(2))
 
-    def forward(self, x, value_embedding, cos, sin):
-        x = x + self.attn(norm(x), value_embedding, cos, sin)
+    @compiled
+    def before(self, x, x0, idx, cos, sin):
+        x = self.resid_lambda * x + self.x0_lambda * x0
+        return x, *self.attn.project(norm(x), idx, cos, sin)
+
+    @compiled
+    def after(self, x, y):
+        x = x + self.attn.c_proj(y.flatten(2))
         return x + self.mlp(norm(x))
+
+    def forward(self, x, x0, idx, cos, sin):
+        x, q, k, v = self.before(x, x0, idx, cos, sin)
+        return self.after(x, self.attend(q, k, v, self.window))
 
 
 class GPT(nn.Module):
@@ -268,33 +374,17 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.value_embeds = nn.ModuleDict(
-            {
-                str(i): nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
-                for i in range(config.n_layer)
-                if config.has_value_embedding(i)
-            }
-        )
         self.h = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         frequency = config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
         angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)  # (T, D / 2)
-        self.register_buffer("cos", angle.cos()[:, None], persistent=False)
-        self.register_buffer("sin", angle.sin()[:, None], persistent=False)
+        cos, sin = torch.cat([angle, angle], 1).cos(), torch.cat([angle, -angle], 1).sin()
+        self.register_buffer("cos", cos[:, None], persistent=False)
+        self.register_buffer("sin", sin[:, None], persistent=False)
 
     @torch.no_grad()
     def init_weights(self, scale: float, x0_lambda: float) -> None:
-        """Draw the weights from torch's generator.
-
-        wte                         normal, std 1
-        value_embeds                uniform, std scale / sqrt(n_embd)
-        c_q, c_k, c_v, c_fc         uniform, std scale / sqrt(n_embd)
-        c_proj, value_gate          zero: a block starts as the identity, a gate as 1
-        lm_head                     normal, std 0.001
-        resid_lambdas, x0_lambdas   1, x0_lambda
-        """
+        """Draw the weights from torch's generator; a block starts as the identity, a gate as 1."""
         bound = scale * (3 / self.config.n_embd) ** 0.5  # a uniform on +-b has std b / sqrt(3)
         for name, p in self.named_parameters():
             if name == "wte.weight":
@@ -303,44 +393,63 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.001)
             elif name.endswith(("c_proj.weight", "value_gate.weight")):
                 nn.init.zeros_(p)
-            elif name.endswith("lambdas"):
-                nn.init.constant_(p, 1.0 if name == "resid_lambdas" else x0_lambda)
-            else:
+            elif name.endswith("lambda"):
+                nn.init.constant_(p, 1.0 if "resid" in name else x0_lambda)
+            else:  # c_q, c_k, c_v, c_fc, value_embed
                 nn.init.uniform_(p, -bound, bound)
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+    @compiled
+    def embed(self, idx):
+        return norm(self.wte(idx).to(self.dtype))
+
+    def trunk(self, idx: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads, (B, T, C)."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x = x0 = norm(self.wte(idx).to(self.dtype))  # (B, T, C)
-        for i, block in enumerate(self.h):
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
-            x = block(x, table(idx).to(self.dtype) if table else None, cos, sin)
-        logits = self.lm_head(norm(x)).float()  # (B, T, V)
-        return self.config.softcap * torch.tanh(logits / self.config.softcap)  # arXiv:2408.00118
+        x0 = self.embed(idx)
+        x = x0.view_as(x0)  # another object, or the first layer would be compiled on its own
+        for block in self.h:
+            x = block(x, x0, idx, cos, sin)
+        return x
+
+    def logits(self, x):
+        """Return softcap * tanh(l / softcap) of the head's l, float32. Source: arXiv:2408.00118."""
+        cap = self.config.softcap
+        return cap * (2 * torch.sigmoid(self.lm_head(norm(x)).float() * (2 / cap)) - 1)  # tanh
+
+    head = compiled(logits)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        training = torch.is_grad_enabled()
+        with torch.enable_grad():  # also in evaluation, so that training's graphs serve it
+            x = self.trunk(idx)
+        x = x if training else x.detach()  # lets the activations go before the logits are there
+        return self.head(x)
+
+    @compiled
+    def cross_entropy(self, x, y):
+        logits = self.logits(x)
+        is_target = y[..., None] == torch.arange(logits.size(-1), device=y.device)
+        # The cap keeps the exponentials finite: no maximum has to be found first.
+        total = torch.exp2(logits * math.log2(math.e)).sum(-1)  # exp2 is one instruction
+        return (total.log() - torch.where(is_target, logits, 0.0).sum(-1)).mean()
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy in nats of targets y (B, T) after ids x (B, T)."""
+        return self.cross_entropy(self.trunk(x), y)
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> float:
-        """Return the FLOPs of forward and backward for one token.
-
-        6 for every weight that multiplies, 12 * C for every key in a layer's window, counted as
-        if all of them were seen. Source: arXiv:2204.02311, appendix B.
-        """
+        """Return the FLOPs of forward and backward for one token: 6 a weight of a product, 12 * C
+        a key of a layer's window, as if all were seen. Source: arXiv:2204.02311, appendix B."""
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         return 6 * matrices + 12 * self.config.n_embd * sum(self.config.windows)
 
 
-def compute_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of a batch, in nats a token."""
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-
-
 # ---- Optimizer ----------------------------------------------------------------------------------
-# Polar Express, arXiv:2505.16932: the composition of five odd quintics a x + b x^3 + c x^5 that
-# brings singular values from [1e-3, 1] closest to 1, found by the paper's algorithm 2 with its
-# cushion 2e-2 and safety factor 1.02.
-# fmt: off
+# Polar Express, arXiv:2505.16932: five odd quintics a x + b x^3 + c x^5 whose composition brings
+# singular values from [1e-3, 1] closest to 1; algorithm 2, cushion 2e-2, safety factor 1.02.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -348,140 +457,92 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-# fmt: on
 
 
 def polar_express(G: torch.Tensor) -> torch.Tensor:
-    """Return the nearest (semi-)orthogonal matrices to G (N, rows, columns), about, in bf16."""
+    """Return, in bf16, about the nearest semi-orthogonal of G (N, rows, columns), not wide."""
     X = G.bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X  # the product below is of the short side
     for a, b, c in POLAR_EXPRESS:
-        A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
-    return X.mT if tall else X
+        A = X.mT @ X
+        X = a * X + X @ (b * A + c * (A @ A))
+    return X
 
 
+@compiled
 def muon_update(grad, param, momentum_buffer, second_momentum_buffer, momentum, beta2, lr, decay):
-    """Return the new value of param (N, rows, columns), moving both buffers.
+    """Return the new value of param (N, rows, columns), rows >= columns, moving both buffers.
 
-    Nesterov momentum, orthogonalised (Muon, kellerjordan.github.io/posts/muon), each row or
-    column scaled by its own second moment at equal total norm (NorMuon, arXiv:2510.05491), decay
-    only where it agrees with the update (cautious, arXiv:2510.12402). The last four are 0-dim.
+    Nesterov momentum, orthogonalised (Muon, kellerjordan.github.io/posts/muon), each row scaled
+    by its own second moment at equal total norm (NorMuon, arXiv:2510.05491), decay only where it
+    agrees with the update (cautious, arXiv:2510.12402). The last four are 0-dim.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = polar_express(grad.lerp(momentum_buffer, momentum)).float()
-    dim = -1 if grad.size(-2) >= grad.size(-1) else -2  # a moment for each unit on the long side
-    square = update.square().mean(dim=dim, keepdim=True)
+    square = update.square().mean(dim=-1, keepdim=True)
     second_momentum_buffer.lerp_(square, 1 - beta2)
     scale = second_momentum_buffer.clamp_min(1e-10).rsqrt()
-    norm_before = square.sum(dim=(-2, -1), keepdim=True).sqrt()
-    norm_after = (square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    norm_before = square.sum(dim=-2, keepdim=True).sqrt()
+    norm_after = (square * scale.square()).sum(dim=-2, keepdim=True).sqrt()
     update = update * scale * (norm_before / norm_after.clamp_min(1e-10))
-    lr = lr * max(1, grad.size(-2) / grad.size(-1)) ** 0.5
     agrees = (update * param) >= 0
     return param - lr * update - lr * decay * param * agrees
 
 
-def adamw_update(grad, param, exp_avg, exp_avg_sq, beta1, beta2, bias1, bias2, lr, decay, eps):
-    """Move param and both moments by one AdamW step (arXiv:1711.05101), in place.
+class Muon(torch.optim.Optimizer):
+    """Muon on groups of matrices; those of a group have one shape and are updated as one stack.
 
-    bias1, bias2: 1 - beta^t at step t. Everything after exp_avg_sq is 0-dim.
-    """
-    param.mul_(1 - lr * decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    param.sub_(lr * (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + eps))
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for groups of kind "muon", whose matrices have one shape, AdamW for kind "adamw".
-
-    All state exists from the start. compile: fuse the updates, once for each shape; numbers that
-    change go in as 0-dim tensors, so that nothing is compiled again.
+    Wide matrices are updated transposed, so that each pair of lengths is compiled once; numbers
+    that change go in as 0-dim tensors for the same reason.
     """
 
-    def __init__(self, groups: list[dict], compile: bool = False):
+    def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
-        fuse = torch.compile(dynamic=False, fullgraph=True) if compile else lambda f: f
-        self.muon_update, self.adamw_update = fuse(muon_update), fuse(adamw_update)
-        for group in self.param_groups:
-            group["initial_lr"] = group["lr"]
-            params = group["params"]
-            if group["kind"] == "muon":
-                N, (rows, columns) = len(params), params[0].shape
-                if any(p.shape != params[0].shape for p in params):
-                    raise ValueError("the matrices of a muon group must have one shape")
-                moment = (N, rows, 1) if rows >= columns else (N, 1, columns)
-                self.state[params[0]] = {
-                    "momentum_buffer": params[0].new_zeros(N, rows, columns),
-                    "second_momentum_buffer": params[0].new_zeros(moment),
-                }
-            elif group["kind"] == "adamw":
-                for p in params:
-                    zeros = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-                    self.state[p] = {"step": torch.zeros(()), **zeros}
-            else:
-                raise ValueError(f"optimizer group of unknown kind {group['kind']!r}")
+        if any(len({p.shape for p in group["params"]}) > 1 for group in groups):
+            raise ValueError("the matrices of a muon group must have one shape")
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            if missing := [tuple(p.shape) for p in group["params"] if p.grad is None]:
-                raise RuntimeError(f"no gradient for parameters of shape {missing}: not in use?")
-            if group["kind"] == "muon":
-                self._step_muon(group)
-            else:
-                self._step_adamw(group)
-
-    def _step_muon(self, group: dict) -> None:
-        params = group["params"]
-        state = self.state[params[0]]
-        numbers = (group["momentum"], group["beta2"], group["lr"], group["weight_decay"])
-        new = self.muon_update(
-            torch.stack([p.grad for p in params]),
-            torch.stack(params),
-            state["momentum_buffer"],
-            state["second_momentum_buffer"],
-            *map(torch.tensor, numbers),
-        )
-        torch._foreach_copy_(params, list(new.unbind()))
-
-    def _step_adamw(self, group: dict) -> None:
-        beta1, beta2 = group["betas"]
-        for p in group["params"]:
-            state = self.state[p]
-            state["step"] += 1
-            bias1, bias2 = 1 - beta1 ** int(state["step"]), 1 - beta2 ** int(state["step"])
-            numbers = (beta1, beta2, bias1, bias2, group["lr"], group["weight_decay"], group["eps"])
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            self.adamw_update(p.grad, p, *moments, *map(torch.tensor, numbers))
+            params, (rows, columns) = group["params"], group["params"][0].shape
+            tall = [p if rows >= columns else p.mT for p in params]  # views
+            stack = torch.stack(tall)
+            grads = torch.stack([p.grad if rows >= columns else p.grad.mT for p in params])
+            state = self.state[params[0]]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(stack)
+                state["second_momentum_buffer"] = torch.zeros_like(stack[..., :1])
+            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            numbers = (group["momentum"], group["beta2"], lr, group["weight_decay"])
+            new = muon_update(grads, stack, *state.values(), *map(torch.tensor, numbers))
+            torch._foreach_copy_(tall, list(new.unbind()))
 
 
-def build_optimizer(model: GPT, compile: bool) -> MuonAdamW:
-    """Return the optimizer of a model with the rates and decays of the knobs."""
+def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, Muon]:
+    """Return the optimizers of a model with the rates and decays of the knobs."""
     rate = (model.config.n_embd / 768) ** -0.5
-    adamw = {"kind": "adamw", "betas": ADAM_BETAS, "eps": 1e-10, "weight_decay": 0.0}
-    tables = [
-        ([model.wte.weight], EMBEDDING_LR, WTE_WEIGHT_DECAY),
-        ([*model.value_embeds.parameters()], EMBEDDING_LR, VALUE_EMBED_WEIGHT_DECAY),
-        ([model.lm_head.weight], UNEMBEDDING_LR, LM_HEAD_WEIGHT_DECAY),
-    ]
+
+    def group(part: str, lr: float, decay: float = 0.0, betas=ADAM_BETAS) -> dict:
+        params = [p for name, p in model.named_parameters() if part in name]
+        return {"params": params, "lr": lr, "weight_decay": decay, "betas": betas}
+
     groups = [
-        adamw | {"params": params, "lr": lr * rate, "weight_decay": decay}
-        for params, lr, decay in tables
+        group("wte", EMBEDDING_LR * rate, WTE_WEIGHT_DECAY),
+        group("value_embed", EMBEDDING_LR * rate, VALUE_EMBED_WEIGHT_DECAY),
+        group("lm_head", UNEMBEDDING_LR * rate, LM_HEAD_WEIGHT_DECAY),
+        group("resid_lambda", SCALAR_LR * 0.01),
+        group("x0_lambda", SCALAR_LR, betas=X0_BETAS),
     ]
-    groups += [
-        adamw | {"params": [model.resid_lambdas], "lr": SCALAR_LR * 0.01},
-        adamw | {"params": [model.x0_lambdas], "lr": SCALAR_LR, "betas": X0_BETAS},
-    ]
+    adamw = torch.optim.AdamW(groups, eps=1e-10, fused=True)
     matrices: dict[torch.Size, list[nn.Parameter]] = {}
-    for p in model.h.parameters():
-        matrices.setdefault(p.shape, []).append(p)
-    muon = {"kind": "muon", "lr": MATRIX_LR, "momentum": 0.0, "beta2": MUON_BETA2}
-    groups += [muon | {"params": ps, "weight_decay": 0.0} for ps in matrices.values()]
-    return MuonAdamW(groups, compile)
+    for module in model.h.modules():
+        if isinstance(module, Linear):
+            matrices.setdefault(module.weight.shape, []).append(module.weight)
+    rest = {"lr": MATRIX_LR, "momentum": 0.0, "beta2": MUON_BETA2, "weight_decay": 0.0}
+    muon = Muon([{"params": params} | rest for params in matrices.values()])
+    for group in adamw.param_groups + muon.param_groups:
+        group["initial_lr"] = group["lr"]
+    return adamw, muon
 
 
 # ---- Schedules ----------------------------------------------------------------------------------
@@ -499,12 +560,12 @@ def muon_momentum(progress: float) -> float:
     return low + (high - low) * min(1.0, risen)
 
 
-def set_schedules(optimizer: MuonAdamW, progress: float) -> float:
+def set_schedules(optimizers: Iterable[torch.optim.Optimizer], progress: float) -> float:
     """Set every group for the step that begins at `progress`; return the rates' factor."""
     lrm = lr_multiplier(progress)
-    for group in optimizer.param_groups:
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         group["lr"] = group["initial_lr"] * lrm
-        if group["kind"] == "muon":
+        if "momentum" in group:  # Muon's
             group["momentum"] = muon_momentum(progress)
             group["weight_decay"] = MATRIX_WEIGHT_DECAY * (1 - progress)
     return lrm
@@ -512,75 +573,48 @@ def set_schedules(optimizer: MuonAdamW, progress: float) -> float:
 
 # ---- Training -----------------------------------------------------------------------------------
 def build_training(config: GPTConfig, attend: Attention, device: torch.device):
-    """Return model, optimizer and loss function as a run uses them: compiled and bf16 on a GPU."""
-    cuda = device.type == "cuda"
+    """Return model and optimizers as a run uses them: bf16 on a GPU."""
     torch.set_float32_matmul_precision("high")
     with device:
-        model = GPT(config, attend, torch.bfloat16 if cuda else torch.float32)
+        model = GPT(config, attend, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.init_weights(INIT_SCALE, X0_LAMBDA_INIT)
-    loss_of = torch.compile(compute_loss, dynamic=False) if cuda else compute_loss
-    return model, build_optimizer(model, compile=cuda), loss_of
+    return model, build_optimizers(model)
 
 
-def eval_batch_size(batch_size: int) -> int:
-    """Return the rows of an evaluation batch: where fewer fit in training, no more are tried."""
-    return min(EVAL_BATCH_SIZE, batch_size)
-
-
-def train_step(model, optimizer, loss_of, batches, grad_accum_steps: int) -> torch.Tensor:
+def train_step(model: GPT, optimizers, batches, grad_accum_steps: int) -> torch.Tensor:
     """Do one optimizer step over `batches`; return the mean loss of its micro-steps, 0-dim."""
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total = torch.zeros((), device=model.wte.weight.device)
     for x, y in batches:
-        loss = loss_of(model, x, y) / grad_accum_steps
+        loss = model.loss(x, y) / grad_accum_steps
         loss.backward()
         total += loss.detach()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if unused := [name for name, p in model.named_parameters() if p.grad is None]:
+        raise RuntimeError(f"no gradient for {unused}: not in use?")
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
     return total
 
 
-def warm_up(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: int) -> None:
+def warm_up(run: prepare.Run, model: GPT, optimizers, batch_size: int) -> bool:
     """Compile and run everything once on random ids, then put weights and state back, bit for bit.
 
-    Two steps of two micro-steps, so that first and later calls are both seen; one evaluation.
-    """
-    tensors = [*model.parameters()]
-    tensors += [t for state in optimizer.state.values() for t in state.values()]
-    saved = [t.detach().clone() for t in tensors]
+    A step of two micro-steps, so that gradients are both made and added to, and one evaluation;
+    return False if the memory is too small for `batch_size` rows and fewer can be tried."""
+    parts = [model, *optimizers]
+    saved = copy.deepcopy([part.state_dict() for part in parts])
     try:
-        for _ in range(2):
-            batches = [run.random_batch(batch_size) for _ in range(2)]
-            train_step(model, optimizer, loss_of, batches, 2)
+        train_step(model, optimizers, [run.random_batch(batch_size) for _ in range(2)], 2)
         with torch.no_grad():
-            logits_of(run.random_batch(eval_batch_size(batch_size))[0])
-    finally:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
-
-
-def expected_batch(batch_size: int, config: GPTConfig, free_bytes: int) -> int:
-    """Return `batch_size`, halved while it would take over 90 % of the free GPU memory.
-
-    An estimate, so that a small card does not compile for sizes that cannot fit: 17 activations
-    of n_embd a token and layer in bf16, logits in bf16 and float32. At 9 x 640 that is 245 kB a
-    token; measured 242.
-    """
-    token = 34 * config.n_layer * config.n_embd + 6 * config.vocab_size  # bytes
-    while batch_size % 2 == 0 and batch_size * config.sequence_len * token > 0.9 * free_bytes:
-        batch_size //= 2
-    return batch_size
-
-
-def fits(run: prepare.Run, model, optimizer, loss_of, logits_of, batch_size: int) -> bool:
-    """Warm up with micro-batches of `batch_size` rows; return False if memory is too small."""
-    try:
-        warm_up(run, model, optimizer, loss_of, logits_of, batch_size)
+            model(run.random_batch(batch_size)[0])
         return True
     except torch.OutOfMemoryError:
         if batch_size % 2:
             raise
+    finally:
+        model.zero_grad(set_to_none=True)
+        for part, state in zip(parts, saved, strict=True):
+            part.load_state_dict(state)
     torch.cuda.empty_cache()  # here, where the failed step's tensors are let go
     return False
 
@@ -608,22 +642,8 @@ def grad_accumulation(batch_size: int) -> int:
 
 def build_config() -> GPTConfig:
     """Return the model's configuration from the knobs; ValueError if they do not fit together."""
-    if N_EMBD % HEAD_DIM or (N_EMBD // HEAD_DIM) % KV_GROUP:
-        raise ValueError(f"HEAD_DIM ({HEAD_DIM}) * KV_GROUP ({KV_GROUP}) must divide {N_EMBD}")
-    if EVAL_BATCH_SIZE < 1:
-        raise ValueError(f"EVAL_BATCH_SIZE ({EVAL_BATCH_SIZE}) must be at least 1")
-    return GPTConfig(
-        sequence_len=MAX_SEQ_LEN,
-        vocab_size=VOCAB_SIZE,
-        n_layer=DEPTH,
-        n_head=N_EMBD // HEAD_DIM,
-        n_kv_head=N_EMBD // HEAD_DIM // KV_GROUP,
-        n_embd=N_EMBD,
-        window_pattern=WINDOW_PATTERN,
-        short_window=SHORT_WINDOW,
-        rope_base=ROPE_BASE,
-        softcap=SOFTCAP,
-    )
+    shape = (MAX_SEQ_LEN, VOCAB_SIZE, DEPTH, N_EMBD, HEAD_DIM)
+    return GPTConfig(*shape, WINDOW_PATTERN, SHORT_WINDOW, ROPE_BASE, SOFTCAP)
 
 
 def main() -> None:
@@ -635,6 +655,8 @@ def main() -> None:
             "train.py: no CUDA GPU is available, and a full run needs one; "
             "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
         )
+    if cuda:
+        maybe_warm_pool()  # torch's compile workers, which take seconds to start
     try:
         config, batch_size = build_config(), DEVICE_BATCH_SIZE
         grad_accumulation(batch_size)  # here already, for its errors
@@ -643,29 +665,24 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
 
-    model, optimizer, loss_of = build_training(config, attend, device)
-    logits_of = torch.compile(model, dynamic=False) if cuda else model
+    model, optimizers = build_training(config, attend, device)
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
-    start = time.perf_counter()
-    if cuda:
-        batch_size = expected_batch(batch_size, config, torch.cuda.mem_get_info()[0])
-    while not fits(run, model, optimizer, loss_of, logits_of, batch_size):
+    while not warm_up(run, model, optimizers, batch_size):
         print(f"batch: {batch_size} rows do not fit in memory, trying {batch_size // 2}")
         batch_size //= 2
     grad_accum_steps = grad_accumulation(batch_size)
-    text = f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens"
-    print(f"{text}; compiled and warmed up in {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")
     gc.collect()
     gc.freeze()  # a collection in the middle of training stalls it for half a second
     gc.disable()
 
     for step in run.steps(batch_size, grad_accum_steps):
-        step.lrm = set_schedules(optimizer, step.progress)
-        step.loss = train_step(model, optimizer, loss_of, step.batches, grad_accum_steps)
+        step.lrm = set_schedules(optimizers, step.progress)
+        step.loss = train_step(model, optimizers, step.batches, grad_accum_steps)
         report(run)
     report(run)
-    run.evaluate(logits_of, eval_batch_size(batch_size))
+    run.evaluate(model, batch_size)
     run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
 
 

@@ -1,7 +1,10 @@
 """Time the training step of train.py on random ids, for any setting of its knobs.
 
-Usage: python benchmarks/step.py [--steps 40] [--profile] [KNOB=VALUE ...]
-Example: python benchmarks/step.py DEVICE_BATCH_SIZE=64 ATTENTION='"flex"'
+Usage: python benchmarks/step.py [--steps 40] [--profile] [reference | best] [KNOB=VALUE ...]
+Example: python benchmarks/step.py reference DEVICE_BATCH_SIZE=64 ATTENTION='"flex"'
+
+reference and best are the shapes of the reference's default and of its best published
+configuration (LOG.md), so that speeds compare at an equal model.
 
 Prints tokens/s, MFU, peak memory and the median step; with --profile also the GPU time of a step
 by kind of kernel, from torch's profiler. Needs a CUDA GPU and no prepared data.
@@ -21,11 +24,18 @@ import torch
 import constants
 import train
 
+SHAPES = {
+    "reference": ["DEPTH=8", "N_EMBD=512", 'WINDOW_PATTERN="SSSL"', "SHORT_WINDOW=1024"]
+    + ["HEAD_DIM=128", "TOTAL_BATCH_SIZE=524288"],
+    "best": ["DEPTH=9", "N_EMBD=640", 'WINDOW_PATTERN="SSSSL"', "SHORT_WINDOW=256"]
+    + ["HEAD_DIM=128", "TOTAL_BATCH_SIZE=262144"],
+}
+PROFILED = 5  # steps
 KINDS = {  # kind: parts of kernel names, first match
     "attention": ("flash", "fmha", "flex", "fa3"),
-    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "bmm", "_mm"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "bmm", "_mm", "relu_square"),
+    "softmax and loss": ("softmax", "nll", "tanh", "logsumexp", "arange"),
     "embedding gradients": ("embedding", "index_put", "atomic_add"),
-    "softmax and loss": ("softmax", "nll", "tanh", "logsumexp"),
     "copies": ("memcpy", "memset"),
     "elementwise": ("triton", "elementwise", "vectorized", "reduce"),
 }
@@ -44,11 +54,11 @@ def kernel_times(profile: torch.profiler.profile) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("knobs", nargs="*", metavar="KNOB=VALUE")
+    parser.add_argument("knobs", nargs="*", metavar="reference | best | KNOB=VALUE")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    for knob in args.knobs:
+    for knob in [part for name in args.knobs for part in SHAPES.get(name, [name])]:
         name, _, value = knob.partition("=")
         if not hasattr(train, name):
             parser.error(f"train.py has no knob {name}")
@@ -60,12 +70,14 @@ def main() -> None:
     config, B = train.build_config(), train.DEVICE_BATCH_SIZE
     accum = train.grad_accumulation(B)
     name, attend = train.choose_attention(train.ATTENTION, config.windows, T, device)
-    model, optimizer, loss_of = train.build_training(config, attend, device)
-    batches = [torch.randint(config.vocab_size, (2, B, T), device=device) for _ in range(accum)]
+    model, optimizers = train.build_training(config, attend, device)
+    # Ids as uneven as a text's, by Zipf's law: rows that many share slow an embedding's gradient.
+    shares = 1 / torch.arange(1.0, config.vocab_size + 1, device=device)
+    batches = shares.multinomial(accum * 2 * B * T, replacement=True).view(accum, 2, B, T)
 
     def step() -> None:
-        train.set_schedules(optimizer, 0.5)
-        train.train_step(model, optimizer, loss_of, batches, accum)
+        train.set_schedules(optimizers, 0.5)
+        train.train_step(model, optimizers, batches, accum)
 
     start = time.perf_counter()
     for _ in range(3):
@@ -91,10 +103,13 @@ def main() -> None:
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, first steps {compile_seconds:.0f} s"
     )
     if args.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):  # at the clock rate of a busy GPU, not of a rested one
             step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(PROFILED):
+                step()
             torch.cuda.synchronize()
-        parts = kernel_times(profile)
+        parts = {kind: part / PROFILED for kind, part in kernel_times(profile).items()}
         for kind, part in sorted(parts.items(), key=lambda item: -item[1]):
             print(f"  {kind:20s} {1e3 * part:7.1f} ms")
         print(f"  {'idle':20s} {1e3 * max(0.0, seconds - sum(parts.values())):7.1f} ms")

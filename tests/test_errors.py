@@ -106,7 +106,7 @@ def test_an_error_at_import_ends_with_its_sentence_and_a_status():
     "knobs, what",
     [
         ({"N_EMBD": 128, "HEAD_DIM": 48}, r"HEAD_DIM \(48\)"),
-        ({"N_EMBD": 128, "HEAD_DIM": 32, "KV_GROUP": 3}, r"KV_GROUP \(3\)"),
+        ({"DEPTH": 0}, r"DEPTH \(0\)"),
         ({"WINDOW_PATTERN": "SM"}, r"WINDOW_PATTERN \('SM'\)"),
         ({"SHORT_WINDOW": 10**6}, r"SHORT_WINDOW \(1000000\)"),
         ({"TOTAL_BATCH_SIZE": 2**11, "DEVICE_BATCH_SIZE": 3}, r"TOTAL_BATCH_SIZE \(2048 tokens\)"),

@@ -1,23 +1,27 @@
 """Laws of the model, whatever the knobs say: causality, windows, counts, how it begins."""
 
+import builtins
+import collections
 import math
 import os
 import subprocess
 import sys
+import types
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from train import GPT, GPTConfig
+from train import GPT, GPTConfig, RotaryNorm
 
 V, T = 50, 16  # ids, tokens a row
 
 
 def config(**changes) -> GPTConfig:
     values = {"sequence_len": T, "vocab_size": V, "n_layer": 3, "n_embd": 32}
-    values |= {"n_head": 4, "n_kv_head": 2, "window_pattern": "SL", "short_window": 4}
+    values |= {"head_dim": 8, "window_pattern": "SL", "short_window": 4}
     return GPTConfig(**(values | {"rope_base": 10_000, "softcap": 15.0} | changes))
 
 
@@ -40,14 +44,6 @@ def lively(**changes) -> GPT:
 
 def some_ids(rows: int = 2) -> torch.Tensor:
     return torch.randint(V, (rows, T), generator=torch.Generator().manual_seed(1))
-
-
-class Spy:
-    """Attention that remembers what it was given."""
-
-    def __call__(self, q, k, v, window):
-        self.q, self.k, self.v, self.window = q, k, v, window
-        return train.masked_attention(q, k, v, window)
 
 
 # ---- What it computes ---------------------------------------------------------------------------
@@ -79,7 +75,7 @@ def test_a_short_row_is_the_beginning_of_a_long_one():
 @torch.no_grad()
 def test_the_loss_of_an_untrained_model_is_that_of_a_guess():
     idx = some_ids(32)
-    loss = train.compute_loss(fresh(), idx, idx.roll(-1, 1))
+    loss = fresh().loss(idx, idx.roll(-1, 1))
     assert float(loss) == pytest.approx(math.log(V), rel=0.02)
 
 
@@ -98,22 +94,17 @@ def test_the_same_seed_draws_the_same_weights():
 
 # ---- Counts -------------------------------------------------------------------------------------
 def test_parameters_and_flops_by_hand():
-    # Width 32, four query heads of 8, two key-value heads: keys and values are 16 wide.
-    layer = 32 * 32 + 32 * 16 + 32 * 16 + 32 * 32 + 32 * 128 + 128 * 32
-    gates = 2 * (32 * 2)  # value embeddings on layers 0 and 2, a gate for each key-value head
+    # Width 32, four heads of 8.
+    layer = 4 * 32 * 32 + 32 * 128 + 128 * 32
+    gates = 2 * (32 * 4)  # value embeddings on layers 0 and 2, a gate for each head
     head = 32 * 50
-    tables = 50 * 32 + 2 * (50 * 16)
+    tables = 50 * 32 + 2 * (50 * 32)
     scalars = 3 + 3
     model = fresh()
-    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 38726
+    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 43526
     # Three times two FLOPs for a weight; scores and mix, each 2 * 32 a key, forward and backward.
     keys = 4 + 16 + 16
     assert model.flops_per_token() == 6 * (3 * layer + gates + head) + 3 * (2 * 2 * 32) * keys
-
-
-def test_without_grouping_keys_are_as_wide_as_queries():
-    grouped, plain = fresh(), fresh(n_kv_head=4)
-    assert plain.num_params() - grouped.num_params() == 3 * 2 * 32 * 16 + 2 * 50 * 16 + 2 * 32 * 2
 
 
 # ---- Windows ------------------------------------------------------------------------------------
@@ -154,69 +145,75 @@ def test_the_last_layer_sees_everything():
 # ---- Parts --------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_a_block_begins_as_the_identity():
-    model = fresh()
-    x, table = torch.randn(2, T, 32), torch.randn(2, T, 16)
+    model, x, x0 = fresh(), torch.randn(2, T, 32), torch.zeros(2, T, 32)
+    for block in model.h:
+        assert torch.equal(block(x, x0, some_ids(), model.cos, model.sin), x)
+
+
+@torch.no_grad()
+def test_a_layer_mixes_the_stream_and_the_input_embedding_by_its_scalars():
+    model, x, x0 = fresh(), torch.randn(2, T, 32), torch.randn(2, T, 32)
     for i, block in enumerate(model.h):
-        e = table if model.config.has_value_embedding(i) else None
-        assert torch.equal(block(x, e, model.cos, model.sin), x)
+        block.resid_lambda.fill_(0.5 + i)
+        block.x0_lambda.fill_(-2.0)
+        y = block(x, x0, some_ids(), model.cos, model.sin)
+        assert torch.allclose(y, (0.5 + i) * x - 2 * x0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 5, 6])
 def test_value_embeddings_are_on_every_second_layer_with_the_last(n_layer):
-    has = [config(n_layer=n_layer).has_value_embedding(i) for i in range(n_layer)]
+    has = [block.attn.value_embed is not None for block in fresh(n_layer=n_layer).h]
     assert has[-1] and all(a != b for a, b in zip(has, has[1:], strict=False))
-    model = fresh(n_layer=n_layer)
-    assert sorted(model.value_embeds) == [str(i) for i in range(n_layer) if has[i]]
 
 
 @torch.no_grad()
 def test_every_value_embedding_moves_the_logits():
     model, idx = lively(), some_ids()
     base = model(idx)
-    for table in model.value_embeds.values():
-        saved = table.weight.clone()
-        table.weight.zero_()
-        assert not torch.allclose(model(idx), base, atol=1e-3)
-        table.weight.copy_(saved)
+    for block in model.h:
+        if (table := block.attn.value_embed) is not None:
+            saved = table.weight.clone()
+            table.weight.zero_()
+            assert not torch.allclose(model(idx), base, atol=1e-3)
+            table.weight.copy_(saved)
 
 
 @torch.no_grad()
 def test_a_value_gate_begins_at_one_and_stays_below_two():
-    spy, x, e = Spy(), torch.randn(2, T, 32), torch.randn(2, T, 16)
-    model = fresh()
+    model, idx, x = fresh(), some_ids(), torch.randn(2, T, 32)
     attention = model.h[-1].attn
-    attention.attend = spy
-    attention(x, None, model.cos, model.sin)
-    without = spy.v
-    attention(x, e, model.cos, model.sin)
-    assert torch.allclose(spy.v - without, e.view_as(spy.v), atol=1e-6)
+    e = attention.value_embed(idx).view(2, T, 4, 8)
+    without = attention.c_v(x).view(2, T, 4, 8)
+
+    def gate():
+        return (attention.project(x, idx, model.cos, model.sin)[2] - without) / e
+
+    assert torch.allclose(gate(), torch.ones(2, T, 4, 8), atol=1e-4)
     attention.value_gate.weight.normal_(std=100)
-    attention(x, e, model.cos, model.sin)
-    gate = (spy.v - without) / e.view_as(spy.v)  # one for each key-value head and position
-    assert torch.allclose(gate, gate[..., :1].expand_as(gate), atol=1e-2)
-    assert gate.min() > -0.01 and gate.max() < 2.01 and gate.max() - gate.min() > 1.9
+    moved = gate()  # one for each head and position
+    assert torch.allclose(moved, moved[..., :1].expand_as(moved), atol=1e-2)
+    assert moved.min() > -0.01 and moved.max() < 2.01 and moved.max() - moved.min() > 1.9
 
 
 @torch.no_grad()
 def test_queries_and_keys_have_norm_one_however_large_their_weights():
-    spy, x = Spy(), torch.randn(2, T, 32)
-    model = fresh()
+    model, x = fresh(), torch.randn(2, T, 32)
     attention = model.h[0].attn
-    attention.attend = spy
     for factor in (1.0, 1000.0):
         attention.c_q.weight.mul_(factor)
         attention.c_k.weight.mul_(factor)
-        attention(x, torch.zeros(2, T, 16), model.cos, model.sin)
-        for t, heads in ((spy.q, 4), (spy.k, 2)):
-            assert t.shape == (2, T, heads, 8)
-            assert torch.allclose(t.square().mean(-1), torch.ones(2, T, heads), atol=1e-3)
+        q, k, v = attention.project(x, some_ids(), model.cos, model.sin)
+        assert q.shape == k.shape == v.shape == (2, T, 4, 8)
+        for t in (q, k):
+            assert torch.allclose(t.square().mean(-1), torch.ones(2, T, 4), atol=1e-3)
 
 
 @torch.no_grad()
 def test_rotary_scores_depend_on_the_distance_alone():
     model = fresh()
     q, k = torch.randn(2, 1, 1, 1, 8)
-    q, k = (train.rotate(t.expand(1, T, 1, 8), model.cos, model.sin)[0, :, 0] for t in (q, k))
+    pair = (t.expand(1, T, 1, 8) for t in (q, k))
+    q, k = (RotaryNorm.apply(t, model.cos, model.sin)[0, :, 0] for t in pair)
     scores = q @ k.T  # (T, T) of one query and one key at every pair of positions
     for distance in range(-T + 1, T):
         along = scores.diagonal(distance)
@@ -225,12 +222,115 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 @torch.no_grad()
-def test_rotary_keeps_lengths_and_leaves_position_zero_alone():
+def test_rotary_leaves_position_zero_alone_and_keeps_the_dtype():
     model, x = fresh(), torch.randn(2, T, 4, 8)
-    y = train.rotate(x, model.cos, model.sin)
-    assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
-    assert torch.equal(y[:, 0], x[:, 0]) and not torch.allclose(y[:, 1:], x[:, 1:], atol=0.1)
-    assert train.rotate(x.bfloat16(), model.cos, model.sin).dtype == torch.bfloat16
+    y = RotaryNorm.apply(x, model.cos, model.sin)
+    assert torch.allclose(y[:, 0], train.norm(x)[:, 0], atol=1e-6)
+    assert not torch.allclose(y[:, 1:], train.norm(x)[:, 1:], atol=0.1)
+    assert RotaryNorm.apply(x.bfloat16(), model.cos, model.sin).dtype == torch.bfloat16
+
+
+def rotated_by_complex_numbers(x: torch.Tensor, base: float) -> torch.Tensor:
+    """Return the rotary embedding of x (B, T, H, D), of a half each for real and imaginary part."""
+    half = x.size(-1) // 2
+    frequency = base ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.size(1))[:, None, None] * frequency
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
+        torch.ones_like(angle), -angle
+    )
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def test_rotary_norm_and_its_gradient_are_those_of_complex_numbers_and_autograd():
+    model, x = fresh(), torch.randn(2, T, 4, 8, requires_grad=True)
+    exact, weights = x.detach().double().requires_grad_(), torch.randn(2, T, 4, 8)
+    y = RotaryNorm.apply(x, model.cos, model.sin)
+    expected = rotated_by_complex_numbers(train.norm(exact), 10_000)
+    assert torch.allclose(y.double(), expected, atol=1e-5)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.allclose(x.grad.double(), exact.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [1.0, 15.0, 60.0])
+def test_loss_and_gradient_are_those_of_torchs_cross_entropy_of_a_tanh(softcap):
+    model, idx = lively(softcap=softcap), some_ids()
+    targets = idx.roll(-1, 1)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # well into the cap
+    loss = model.loss(idx, targets)
+    loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    raw = model.lm_head(train.norm(model.trunk(idx))).double()
+    capped = softcap * torch.tanh(raw / softcap)
+    expected = torch.nn.functional.cross_entropy(capped.flatten(0, 1), targets.flatten())
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert torch.allclose(model(idx).double(), capped, atol=1e-4 * softcap)
+    for name, p in model.named_parameters():
+        assert torch.allclose(got[name], p.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_evaluation_gives_the_logits_of_training_and_keeps_no_graph():
+    model, idx = lively(), some_ids()
+    logits = model(idx)
+    with torch.no_grad():
+        evaluated = model(idx)
+    assert logits.requires_grad and not evaluated.requires_grad
+    assert torch.equal(logits, evaluated)
+
+
+@torch.no_grad()
+def test_evaluation_lets_the_activations_go_before_the_logits_are_made(monkeypatch):
+    model, idx, alive = lively(), some_ids(), []
+    trunk, head = model.trunk, model.head
+
+    def watched_trunk(idx):
+        x = trunk(idx)
+        alive.append(weakref.ref(x))  # its graph holds the activations
+        return x
+
+    def watched_head(x):
+        alive.append(alive[0]() is not None)
+        return head(x)
+
+    monkeypatch.setattr(model, "trunk", watched_trunk)
+    monkeypatch.setattr(model, "head", watched_head)
+    model(idx)
+    assert alive[1] is False
+
+
+def test_all_layers_share_the_graphs_they_are_compiled_to(monkeypatch):
+    names, compile = [], torch.compile
+
+    def counted(function, **options):
+        def backend(graph, inputs):
+            names.append(function.__name__)
+            return graph.forward
+
+        return compile(function, backend=backend, **options)
+
+    # As on a GPU: every function is compiled, here to what it was before.
+    source = Path(train.__file__).read_text("utf-8")
+    source = source.replace("(fused if args[1].is_cuda else function)(*args)", "fused(*args)")
+    module = types.ModuleType("train_compiled")
+    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(builtins.compile(source, train.__file__, "exec"), module.__dict__)
+    torch._dynamo.reset()
+    parts = config(n_layer=7, n_embd=64, head_dim=16, window_pattern="SSL")
+    model = module.GPT(module.GPTConfig(**vars(parts)), train.masked_attention, torch.float32)
+    model.init_weights(0.7, 0.1)
+    optimizers, idx = module.build_optimizers(model), some_ids()
+    for progress in (0.0, 0.3, 0.6):
+        module.set_schedules(optimizers, progress)
+        module.train_step(model, optimizers, [(idx, idx)] * 2, 2)
+    with torch.no_grad():
+        model(idx)
+    # A layer has a value embedding or not; Muon sees square, long and gate matrices.
+    expected = {"embed": 1, "before": 2, "after": 1, "cross_entropy": 1, "logits": 1}
+    assert collections.Counter(names) == expected | {"muon_update": 3}
 
 
 @torch.no_grad()
@@ -243,12 +343,11 @@ def test_norm_gives_root_mean_square_one():
 @pytest.mark.parametrize(
     "changes, what",
     [
-        ({"n_embd": 34}, r"N_EMBD \(34\) cannot be cut into 4 heads"),
-        ({"n_head": 0}, "N_EMBD"),
-        ({"n_layer": 0}, "0 layers"),
-        ({"n_kv_head": 3}, "KV_GROUP does not divide the 4 heads"),
-        ({"n_embd": 36}, r"HEAD_DIM \(9\) is odd"),
-        ({"n_embd": 16}, r"N_EMBD \(16\)"),
+        ({"n_layer": 0}, r"DEPTH \(0\)"),
+        ({"n_embd": 36}, r"HEAD_DIM \(8\) is odd or does not divide 36"),
+        ({"head_dim": 0}, r"HEAD_DIM \(0\)"),
+        ({"n_embd": 36, "head_dim": 9}, r"HEAD_DIM \(9\) is odd"),
+        ({"n_embd": 16}, r"N_EMBD \(16\) is below 32"),
         ({"window_pattern": ""}, r"WINDOW_PATTERN \(''\)"),
         ({"window_pattern": "SXL"}, r"WINDOW_PATTERN \('SXL'\) is not made of S and L"),
         ({"short_window": 0}, r"SHORT_WINDOW \(0\) is not 1 to 16"),
@@ -273,10 +372,4 @@ def test_importing_train_prints_nothing_writes_nothing_and_leaves_the_gpu_alone(
 
 @pytest.mark.parametrize("head_dim", [98, 196, 206])
 def test_rotary_angles_of_a_head_size_whose_inverse_rounds_up(head_dim):
-    assert fresh(n_head=1, n_kv_head=1, n_embd=head_dim).cos.shape[-1] == head_dim // 2
-
-
-def test_the_expected_batch_is_halved_until_it_fits_and_never_grows():
-    sizes = [train.expected_batch(64, config(), free) for free in (10**12, 10**6, 10**5, 10**4, 0)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 1
-    assert train.expected_batch(6, config(), 0) == 3  # an odd number is left to the warm-up
+    assert fresh(head_dim=head_dim, n_embd=head_dim).cos.shape == (T, 1, head_dim)

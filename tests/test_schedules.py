@@ -58,14 +58,13 @@ def test_the_schedules_reach_every_group(monkeypatch):
     monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.0)
     monkeypatch.setattr(train, "MATRIX_WEIGHT_DECAY", 0.4)
     matrix, vector = torch.zeros(4, 4), torch.zeros(4)
-    adamw = {"kind": "adamw", "params": [vector], "lr": 3.0, "betas": (0.9, 0.9), "eps": 1e-8}
-    muon = {"kind": "muon", "params": [matrix], "lr": 2.0, "momentum": 0.0, "beta2": 0.9}
-    groups = [adamw | {"weight_decay": 0.7}, muon | {"weight_decay": 0.0}]
-    optimizer = train.MuonAdamW(groups)
+    muon = {"params": [matrix], "lr": 2.0, "momentum": 0.0, "beta2": 0.9, "weight_decay": 0.0}
+    optimizers = torch.optim.AdamW([vector], lr=3.0, weight_decay=0.7), train.Muon([muon])
+    (first,), (second,) = (optimizer.param_groups for optimizer in optimizers)
+    first["initial_lr"], second["initial_lr"] = 3.0, 2.0
     # Twice: a schedule is a function of the progress, not of the step before.
     for progress, lrm in ((0.25, 1.0), (0.75, 0.5), (1.0, 0.0), (0.75, 0.5)):
-        assert train.set_schedules(optimizer, progress) == pytest.approx(lrm)
-        first, second = optimizer.param_groups
+        assert train.set_schedules(optimizers, progress) == pytest.approx(lrm)
         assert (first["lr"], second["lr"]) == pytest.approx((3.0 * lrm, 2.0 * lrm))
         assert first["weight_decay"] == 0.7  # only the matrices' decay falls
         assert second["weight_decay"] == pytest.approx(0.4 * (1 - progress))
