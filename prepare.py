@@ -491,15 +491,19 @@ def bits_per_byte(nats: float, nbytes: int) -> float:
 
 
 def call_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
-    """Return model(idx); RuntimeError if it is not finite logits of shape (B, T, V)."""
+    """Return model(idx); RuntimeError if it is not logits of shape (B, T, V)."""
     logits, expected = model(idx), (*idx.shape, C.VOCAB_SIZE)
     tensor = isinstance(logits, torch.Tensor)
     if not tensor or logits.shape != expected or not logits.is_floating_point():
         got = f"{tuple(logits.shape)} {logits.dtype}" if tensor else type(logits).__name__
         raise RuntimeError(f"evaluation refused: model(idx) gave {got}, not logits {expected}")
-    if not math.isfinite(logits.sum(dtype=torch.float32)):
-        raise RuntimeError("evaluation refused: the model gave logits that are not finite")
     return logits
+
+
+def refuse_unless_finite(total: float | torch.Tensor) -> None:
+    """Refuse, by RuntimeError, logits whose sum is not finite."""
+    if not math.isfinite(total):
+        raise RuntimeError("evaluation refused: the model gave logits that are not finite")
 
 
 def check_model(model: Model, idx: torch.Tensor) -> None:
@@ -516,6 +520,7 @@ def check_model(model: Model, idx: torch.Tensor) -> None:
 
     T, generator = idx.shape[1], torch.Generator(idx.device).manual_seed(0)
     base = call_model(model, idx).clone()  # a captured graph would write over it
+    refuse_unless_finite(base.sum(dtype=torch.float32))
     state = "keeps state between calls or is random (dropout: call model.eval())"
     refuse_if_moved(state, base, call_model(model, idx))
     for cut in (1, T // 3, T // 2, T - 1):
@@ -535,7 +540,8 @@ def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_si
     rows: ids (R, T + 1); sizes: bytes of each token, (V,), 0 for special ones, which do not
     count. Cross-entropy is computed here, in float32. RuntimeError for a refused model.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=rows.device)  # nats, bytes
+    # Nats, bytes, logits: read once at the end, so that the device never waits for the host.
+    sums = torch.zeros(3, dtype=torch.float64, device=rows.device)
     check_model(model, rows[:batch_size, :-1].long().contiguous())
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size].long()
@@ -543,10 +549,12 @@ def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_si
         # Every call has one shape; the rows that fill the last one up are not counted.
         idx = torch.cat([batch, batch[:1].expand(batch_size - n, -1)])[:, :-1].contiguous()
         logits = call_model(model, idx)[:n]
+        sums[2] += logits.sum(dtype=torch.float32)
         for part, ids in zip(logits.split(8), batch.split(8), strict=True):
             part, y = part.float().flatten(0, 1), ids[:, 1:].flatten()  # (b * T, V), (b * T,)
             loss = F.cross_entropy(part, y, reduction="none").double() * (sizes[y] > 0)
-            sums += torch.stack([loss.sum(), sizes[y].sum()])
+            sums[:2] += torch.stack([loss.sum(), sizes[y].sum()])
+    refuse_unless_finite(sums[2])
     return bits_per_byte(float(sums[0]), int(sums[1]))
 
 
