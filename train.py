@@ -25,7 +25,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._inductor.async_compile import maybe_warm_pool
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 try:
@@ -655,8 +654,6 @@ def main() -> None:
             "train.py: no CUDA GPU is available, and a full run needs one; "
             "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
         )
-    if cuda:
-        maybe_warm_pool()  # torch's compile workers, which take seconds to start
     try:
         config, batch_size = build_config(), DEVICE_BATCH_SIZE
         grad_accumulation(batch_size)  # here already, for its errors
