@@ -45,7 +45,8 @@ def test_torch_is_pinned_to_the_version_that_was_measured():
 
 
 @pytest.mark.parametrize(
-    "name, limit", [("constants.py", 105), ("prepare.py", 720), ("train.py", 700)]
+    "name, limit",
+    [("constants.py", 105), ("prepare.py", 950), ("train.py", 700)],
 )
 def test_the_fixed_files_stay_short_enough_to_read(name, limit):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= limit
