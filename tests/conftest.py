@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from hub import Hub  # noqa: E402
 
 import constants as C  # noqa: E402
+import download  # noqa: E402
 import prepare  # noqa: E402
 
 # Alphabets of two-, three- and four-byte characters; the words of a corpus are drawn from them.
@@ -143,7 +144,7 @@ def hub(shard_folder: Path, monkeypatch) -> Iterator[Hub]:
     """The stand-in for the hub, as HF_ENDPOINT, over `shard_folder`; retries do not wait."""
     with Hub(shard_folder) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setattr(prepare, "RETRY_SECONDS", (0, 0, 0))
+        monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0, 0))
         yield hub
 
 

@@ -4,14 +4,18 @@
     HF_ENDPOINT=http://127.0.0.1:8000 uv run prepare.py
 
 Like the hub, it answers for a data set's file with the commit, the size and the SHA-256 of the
-file in headers and a redirect to a second server, the CDN, which has the bytes and must not see
-the token. Tests use it as a context manager, read `requests` and order faults with `fail`.
+file in headers and a redirect to a second server, the CDN, which has the bytes, knows ranges and
+must not see the token. Tests use it as a context manager, read `requests`, order faults with
+`fail` and slow the CDN down with `rate`.
 """
 
 import argparse
 import functools
 import hashlib
+import math
 import re
+import socket
+import struct
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +26,23 @@ from typing import NamedTuple
 FILE_URL = re.compile(r"/datasets/[^/]+/[^/]+/resolve/(?P<revision>[^/]+)/(?P<name>[^/?]+)")
 HTML = b"<!doctype html><title>Sign in</title><p>Accept the terms of this network to go on."
 # What can be ordered with `fail`, and which of the two servers does it unless told otherwise.
-FAULTS = {"404": "hub", "500": "hub", "html": "hub", "truncated": "cdn", "changed": "cdn"}
+FAULTS = {
+    "401": "hub",
+    "404": "hub",
+    "429": "hub",
+    "500": "hub",
+    "html": "hub",
+    "loop": "hub",
+    "moved": "hub",
+    "truncated": "cdn",
+    "unsized": "cdn",
+    "changed": "cdn",
+    "stall": "cdn",
+    "reset": "cdn",
+    "no ranges": "cdn",
+    "wrong range": "cdn",
+    "endless": "cdn",
+}
 
 
 class Request(NamedTuple):
@@ -44,6 +64,9 @@ class Hub:
         self.commit = hashlib.sha1(listing.encode()).hexdigest()  # what revision `main` stands for
         self.requests: list[Request] = []
         self.faults: list[list] = []  # [kind, file name or None, server, how many times yet]
+        self.retry_after: str | None = None  # header of 429 and 500
+        self.rate = math.inf  # bytes a second that the CDN sends to each client
+        self.closing = threading.Event()  # ends what stalls
         self.lock = threading.Lock()
         self.servers = [self._listen("hub", port), self._listen("cdn", 0)]
         self.url, self.cdn_url = (f"http://127.0.0.1:{s.server_port}" for s in self.servers)
@@ -58,6 +81,7 @@ class Hub:
         return self
 
     def __exit__(self, *_) -> None:
+        self.closing.set()
         for server in self.servers:
             server.shutdown()
             server.server_close()
@@ -67,8 +91,12 @@ class Hub:
     ) -> None:
         """Let the next `times` requests fail: for file `name` (None: any), at "hub" or "cdn".
 
-        kind: "404"; "500"; "html" (a page with status 200, as a captive portal sends it);
-        "truncated" (the connection ends half-way); "changed" (one byte is another).
+        kind: "401", "404", "429", "500"; "html" (a page with status 200, as a captive portal sends
+        it); "loop" (a redirect to itself); "moved" (to another name of the data set, once);
+        "truncated" (the connection ends half-way); "unsized" (so it does, and no Content-Length);
+        "changed" (one byte is another); "stall" (half, then silence); "reset" (half, then RST);
+        "no ranges" (all with status 200); "wrong range" (a part that was not asked for);
+        "endless" (zeros without an end).
         """
         if kind not in FAULTS or (FAULTS[kind] == "cdn" and server == "hub"):
             raise ValueError(f"no fault {kind!r} at {server or 'any server'}")
@@ -133,16 +161,23 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {key.lower(): value for key, value in self.headers.items()}
         hub.requests.append(Request(self.server_kind, self.command, self.path, name, headers))
         fault, path = hub.next_fault(self.server_kind, name), hub.files.get(name)
-        if fault == "500":
-            self.reply(500, b"internal error\n")
+        if fault in ("429", "500"):
+            after = {"Retry-After": hub.retry_after} if hub.retry_after else {}
+            self.reply(int(fault), b"not now\n", after)
+        elif fault == "401":
+            self.reply(401, b"Invalid username or password.\n", {"X-Error-Code": "RepoNotFound"})
+        elif fault in ("loop", "moved"):
+            owner = "/datasets/moved/" if fault == "moved" else "/datasets/karpathy/"
+            place = self.path.replace("/datasets/karpathy/", owner)
+            self.reply(307, b"Moved.\n", {"Location": place})
         elif fault == "html":
             self.reply(200, HTML, {"Content-Type": "text/html"})
         elif fault == "404" or path is None:
-            self.reply(404, b"Entry not found\n")
+            self.reply(404, b"Entry not found\n", {"X-Error-Code": "EntryNotFound"})
         elif self.server_kind == "cdn":
             self.send_file(path, fault)
         elif found is None or found["revision"] not in ("main", hub.commit):
-            self.reply(404, b"Revision not found\n")
+            self.reply(404, b"Revision not found\n", {"X-Error-Code": "RevisionNotFound"})
         else:
             stat = path.stat()
             digest = sha256(path, stat.st_size, stat.st_mtime_ns)
@@ -160,23 +195,47 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_file(self, path: Path, fault: str | None) -> None:
-        size = path.stat().st_size
-        self.send_response(200)
-        self.send_header("Content-Length", str(size))
+        body = path.read_bytes()
+        size, start = len(body), 0
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and fault != "no ranges":
+            start = int(asked[1])
+        if start >= size:
+            return self.reply(416, b"", {"Content-Range": f"bytes */{size}"})
+        if fault == "changed":
+            body = body[: size // 2] + bytes([body[size // 2] ^ 1]) + body[size // 2 + 1 :]
+        if fault == "endless":
+            body += bytes(50_000_000)
+        self.send_response(206 if start else 200)
+        if fault not in ("unsized", "endless"):
+            self.send_header("Content-Length", str(size - start))
+        if start:
+            shown = start - 1 if fault == "wrong range" else start
+            self.send_header("Content-Range", f"bytes {shown}-{size - 1}/{size}")
         self.send_header("Content-Type", "application/octet-stream")
         self.end_headers()
         if self.command == "HEAD":
             return
-        with open(path, "rb") as file:
-            if fault == "truncated":
-                self.connection.sendfile(file, count=size // 2)
-                self.close_connection = True
-            elif fault == "changed":
-                body = bytearray(file.read())
-                body[size // 2] ^= 1
-                self.wfile.write(body)
-            else:
-                self.connection.sendfile(file)
+        half = fault in ("truncated", "unsized", "stall", "reset")
+        self.close_connection = half or fault == "endless"
+        self.send_slowly(memoryview(body)[start : (start + size + 1) // 2 if half else None])
+        if fault == "stall":
+            self.hub.closing.wait(30)
+        elif fault == "reset":  # no FIN: what the client has not read yet is lost as well
+            self.hub.closing.wait(0.05)
+            option = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+            self.connection.close()
+
+    def send_slowly(self, body: memoryview) -> None:
+        if self.hub.rate == math.inf:
+            self.wfile.write(body)
+            return
+        step = max(int(self.hub.rate / 50), 1)
+        for k in range(0, len(body), step):
+            self.wfile.write(body[k : k + step])
+            if self.hub.closing.wait(1 / 50):
+                return
 
 
 def main() -> None:

@@ -100,7 +100,9 @@ def test_every_file_in_backticks_in_the_readme_exists(readme):
 @pytest.mark.parametrize("name", ["README.md", "program.md"])
 def test_every_option_and_variable_in_the_docs_is_one_that_the_code_reads(name):
     text = (ROOT / name).read_text("utf-8")
-    code = "".join((ROOT / file).read_text("utf-8") for file in ("constants.py", "prepare.py"))
+    code = "".join(
+        (ROOT / file).read_text("utf-8") for file in ("constants.py", "download.py", "prepare.py")
+    )
     variables = set(re.findall(r"\b(AUTORESEARCH_[A-Z]+|HF_[A-Z_]+)\b", text))
     assert variables and sorted(v for v in variables if v not in code) == []
     options = set(re.findall(r"prepare\.py (--[a-z-]+)", text))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import constants as C
+import download
 import prepare
 import train
 
@@ -56,7 +57,7 @@ def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
 def test_no_data_and_no_network(full, monkeypatch, tmp_path):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
     assert C.DATASET in sentence(prepare.main, [])
     # The same through train.py, which prepares first.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

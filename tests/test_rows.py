@@ -76,8 +76,9 @@ def test_row_files_are_whole_rows_and_validation_has_its_number(original):
 
 def test_prepared_folder_holds_nothing_else(original):
     tops = {name.partition("/")[0] for name in listing(original)}
-    assert tops == {"shards", "tokenizer", "rows", "manifest.json"}
-    assert len(listing(original)) == 3 + 2 + 3 + 1
+    assert tops == {"shards", "tokenizer", "rows", "manifest.json", ".lock"}
+    assert len(listing(original)) == 3 + 2 + 3 + 1 + 1
+    assert listing(original)[".lock"] == b""
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -205,7 +206,7 @@ def test_interrupted_packing_leaves_no_half_file_and_no_manifest(
 ):
     folder, real = tmp_path / "folder", prepare.build_rows
 
-    def stop_early(shard, out, tokenizer, n_rows=None):
+    def stop_early(shard, out, tokenizer, n_rows=None, progress=None):
         if shard.name != C.SHARD_NAME.format(number):
             return real(shard, out, tokenizer, n_rows)
         rows = prepare.pack_rows

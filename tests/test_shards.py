@@ -1,43 +1,55 @@
 """Shards: complete or absent, never half; a missing one is a failure; the CDN sees no token."""
 
+import email.utils
 import hashlib
+import itertools
 import json
 import math
+import random
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import hub as hub_module
 import pytest
+from conftest import write_shard
 
 import constants as C
+import download
 import prepare
 
 NAMES = [C.SHARD_NAME.format(number) for number in (0, 1, 2, C.VAL_SHARD)]
-FAULTS = [
-    ("404", "hub"),
+AT_ONCE = [("401", "hub"), ("404", "hub"), ("loop", "hub")]  # another try would not help
+IN_THE_END = [
+    ("429", "hub"),
     ("500", "hub"),
     ("html", "hub"),
     ("404", "cdn"),
     ("500", "cdn"),
     ("html", "cdn"),
-    ("truncated", "cdn"),
     ("changed", "cdn"),
+    ("endless", "cdn"),
 ]
 
 
-def download(name: str, folder: Path) -> dict:
+def get(name: str, folder: Path) -> dict:
     """Have one shard, and return its size and SHA-256."""
-    return prepare.ensure_shards(folder, [name], {})[1][name]
+    return download.ensure_shards(folder, [name], {})[1][name]
 
 
 def listing(folder: Path) -> list[str]:
     """Every file below `folder`, hidden ones included."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def facts(path: Path) -> dict:
@@ -52,8 +64,27 @@ def nowhere(monkeypatch) -> str:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
     return url
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """The seconds that downloads would have waited, in a list that grows; nobody waits."""
+    seen = []
+    monkeypatch.setattr(download.Progress, "pause", lambda self, seconds: seen.append(seconds))
+    return seen
+
+
+@pytest.fixture
+def large_hub(tmp_path_factory, hub, monkeypatch) -> Iterator[hub_module.Hub]:
+    """A hub whose shard is many times what is written at once."""
+    text = random.Random(0).randbytes(300_000).hex()
+    folder = tmp_path_factory.mktemp("large")
+    write_shard(folder / NAMES[0], [text[k : k + 1000] for k in range(0, len(text), 1000)])
+    with hub_module.Hub(folder) as large:
+        monkeypatch.setenv("HF_ENDPOINT", large.url)
+        yield large
 
 
 @pytest.fixture
@@ -66,43 +97,143 @@ def cache(tmp_path, monkeypatch, full_rules) -> Path:
 
 # ---- One shard ----------------------------------------------------------------------------------
 def test_downloaded_shard_is_what_the_hub_has(hub, tmp_path):
-    about = download(NAMES[0], tmp_path)
+    about = get(NAMES[0], tmp_path)
     assert (tmp_path / NAMES[0]).read_bytes() == hub.files[NAMES[0]].read_bytes()
     assert about == facts(hub.files[NAMES[0]])
     assert listing(tmp_path) == [NAMES[0]]
 
 
-@pytest.mark.parametrize("kind, server", FAULTS)
-def test_failed_download_names_the_shard_and_leaves_nothing(hub, tmp_path, kind, server):
+@pytest.mark.parametrize("kind, server", AT_ONCE + IN_THE_END)
+def test_failed_download_names_the_shard_and_leaves_no_shard(hub, tmp_path, kind, server):
     hub.fail(kind, times=math.inf, server=server)
     with pytest.raises(ConnectionError, match=re.escape(NAMES[1])):
-        download(NAMES[1], tmp_path)
-    assert listing(tmp_path) == []
+        get(NAMES[1], tmp_path)
+    assert not (tmp_path / NAMES[1]).exists()
+    tries = 1 if (kind, server) in AT_ONCE else len(download.RETRY_SECONDS)
+    asked = [r for r in hub.requests if r.server == server and r.name == NAMES[1]]
+    follow = download.MAX_REDIRECTS if kind == "loop" else 0
+    assert len(asked) == tries + follow
 
 
-@pytest.mark.parametrize("kind, server", FAULTS)
+@pytest.mark.parametrize("kind, server", IN_THE_END)
 def test_download_recovers_when_a_later_try_is_right(hub, tmp_path, kind, server):
-    hub.fail(kind, times=len(prepare.RETRY_SECONDS) - 1, server=server)
-    assert download(NAMES[1], tmp_path) == facts(hub.files[NAMES[1]])
+    hub.fail(kind, times=len(download.RETRY_SECONDS) - 1, server=server)
+    assert get(NAMES[1], tmp_path) == facts(hub.files[NAMES[1]])
     assert (tmp_path / NAMES[1]).read_bytes() == hub.files[NAMES[1]].read_bytes()
     assert listing(tmp_path) == [NAMES[1]]
 
 
-def test_each_try_waits_its_turn(hub, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", (0, 1, 2))
-    monkeypatch.setattr(prepare.time, "sleep", waits.append)
+def test_each_try_waits_its_turn(hub, tmp_path, waits, monkeypatch):
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 1, 2))
     hub.fail("500", times=math.inf)
     with pytest.raises(ConnectionError):
-        download(NAMES[0], tmp_path)
+        get(NAMES[0], tmp_path)
     assert waits == [0, 1, 2]
     assert hub.count("hub", "HEAD") == 3
 
 
+@pytest.mark.parametrize("kind", ["429", "500"])
+@pytest.mark.parametrize("after, seconds", [("7", 7), ("0", 1), ("soon", 1), ("-3", 1)])
+def test_server_that_asks_to_wait_is_given_its_time(
+    hub, tmp_path, waits, monkeypatch, kind, after, seconds
+):
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 1, 2))
+    hub.retry_after = after
+    hub.fail(kind)
+    get(NAMES[0], tmp_path)
+    assert waits[:2] == [0, seconds]
+
+
+def test_server_that_asks_for_hours_ends_it_with_that_number(hub, tmp_path):
+    hub.retry_after = "7200"
+    hub.fail("429")
+    with pytest.raises(ConnectionError, match="answered 429 and asks to come back in 7200 s"):
+        get(NAMES[0], tmp_path)
+
+
+def test_clock_that_jumps_changes_no_wait(hub, tmp_path, waits, monkeypatch):
+    real, jumps = time.time, itertools.cycle([0, 10**8, -(10**8), 3600])
+    hub.retry_after = email.utils.formatdate(real() + 9, usegmt=True)
+    hub.fail("429", times=2)
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    monkeypatch.setattr(hub_module._Handler, "date_time_string", lambda *_: at_start)
+    at_start = email.utils.formatdate(real(), usegmt=True)
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 1, 2))
+    assert get(NAMES[0], tmp_path) == facts(hub.files[NAMES[0]])
+    assert waits[:3] == [0, 9, 9]
+
+
+# ---- Where it broke, it goes on -----------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["truncated", "unsized", "reset", "stall"])
+def test_download_goes_on_where_it_broke_however_often(large_hub, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(download, "HTTP_TIMEOUT", (5, 0.2))
+    body = large_hub.files[NAMES[0]].read_bytes()
+    large_hub.fail(kind, times=5)  # more than the tries that may fail in a row
+    assert get(NAMES[0], tmp_path) == facts(large_hub.files[NAMES[0]])
+    assert (tmp_path / NAMES[0]).read_bytes() == body
+    ranges = [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"]
+    starts = [0] + [int(re.fullmatch(r"bytes=(\d+)-", text)[1]) for text in ranges[1:]]
+    assert len(starts) == 6 and starts == sorted(set(starts)) and starts[1] > len(body) // 4
+    assert listing(tmp_path) == [NAMES[0]]
+
+
+def test_download_goes_on_in_a_later_run(large_hub, tmp_path, monkeypatch):
+    large_hub.fail("truncated")
+    large_hub.fail("404", times=math.inf, server="cdn")
+    with pytest.raises(ConnectionError):
+        get(NAMES[0], tmp_path)
+    (part,) = tmp_path.iterdir()
+    there, size = part.stat().st_size, large_hub.files[NAMES[0]].stat().st_size
+    assert 0 < there < size
+    large_hub.faults.clear()
+    large_hub.requests.clear()
+    assert get(NAMES[0], tmp_path) == facts(large_hub.files[NAMES[0]])
+    asked = [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"]
+    assert asked == [f"bytes={there}-"]
+    assert listing(tmp_path) == [NAMES[0]]
+
+
+@pytest.mark.parametrize("kind", ["no ranges", "html", "500"])
+def test_server_that_forgot_ranges_spoils_nothing(large_hub, tmp_path, kind):
+    large_hub.fail("truncated")
+    large_hub.fail(kind, server="cdn")
+    assert get(NAMES[0], tmp_path) == facts(large_hub.files[NAMES[0]])
+    ranges = [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"]
+    assert ranges[1] is not None and len(ranges) == (2 if kind == "no ranges" else 3)
+    if kind != "no ranges":  # what had come was not thrown away for a page
+        assert ranges[2] == ranges[1]
+
+
+@pytest.mark.parametrize("size", [10, 10**7])
+def test_part_that_is_wrong_or_too_long_is_thrown_away(large_hub, tmp_path, size):
+    remote = facts(large_hub.files[NAMES[0]])
+    download.part_of(tmp_path / NAMES[0], remote).write_bytes(b"x" * size)
+    assert get(NAMES[0], tmp_path) == remote
+    assert facts(tmp_path / NAMES[0]) == remote
+    assert listing(tmp_path) == [NAMES[0]]
+
+
+def test_part_of_another_content_is_not_gone_on_with(large_hub, tmp_path):
+    other = download.part_of(tmp_path / NAMES[0], {"sha256": "0" * 64})
+    other.write_bytes(b"PAR1 of an older revision")
+    get(NAMES[0], tmp_path)
+    assert [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"] == [None]
+    assert listing(tmp_path) == [NAMES[0]]
+
+
+def test_endless_body_does_not_fill_the_disk(hub, tmp_path, monkeypatch):
+    sizes, real = [], download.describe
+    monkeypatch.setattr(download, "describe", lambda p: sizes.append(size_of(p)) or real(p))
+    hub.fail("endless", times=math.inf)
+    with pytest.raises(ConnectionError, match="SHA-256|more than"):
+        get(NAMES[0], tmp_path)
+    assert max(sizes) < hub.files[NAMES[0]].stat().st_size + 2**17
+
+
 def test_identical_file_is_not_downloaded_again(hub, tmp_path):
-    first = download(NAMES[0], tmp_path)
+    first = get(NAMES[0], tmp_path)
     assert hub.count("cdn", "GET") == 1
-    assert download(NAMES[0], tmp_path) == first
+    assert get(NAMES[0], tmp_path) == first
     assert hub.count("cdn", "GET") == 1
 
 
@@ -112,7 +243,7 @@ def test_corrupt_file_is_replaced(hub, tmp_path, damage):
     changed = good[:100] + bytes([good[100] ^ 1]) + good[101:]
     bad = {"one byte changed": changed, "cut short": good[:-1], "empty": b""}[damage]
     (tmp_path / NAMES[0]).write_bytes(bad)
-    download(NAMES[0], tmp_path)
+    get(NAMES[0], tmp_path)
     assert (tmp_path / NAMES[0]).read_bytes() == good
     assert listing(tmp_path) == [NAMES[0]]
 
@@ -131,7 +262,7 @@ def test_failed_block_leaves_the_old_file_and_no_temporary_one(tmp_path):
 
 # ---- Several shards -----------------------------------------------------------------------------
 def test_all_shards_are_fetched_once_and_described(hub, tmp_path):
-    revision, shards = prepare.ensure_shards(tmp_path, NAMES, {})
+    revision, shards = download.ensure_shards(tmp_path, NAMES, {})
     assert revision == hub.commit
     assert shards == {name: facts(hub.files[name]) for name in NAMES}
     assert list(shards) == NAMES
@@ -141,25 +272,34 @@ def test_all_shards_are_fetched_once_and_described(hub, tmp_path):
     assert all(r.path.startswith(place) for r in hub.requests if r.server == "hub")
 
 
-def test_any_missing_shard_is_an_error_that_names_it(hub, tmp_path):
+@pytest.mark.parametrize("server", ["hub", "cdn"])
+def test_any_missing_shard_is_an_error_that_names_it(hub, tmp_path, server):
     missing = [NAMES[1], NAMES[3]]
     for name in missing:
-        hub.fail("404", name, times=math.inf)
+        hub.fail("404", name, times=math.inf, server=server)
     with pytest.raises(ConnectionError) as error:
-        prepare.ensure_shards(tmp_path, NAMES, {})
+        download.ensure_shards(tmp_path, NAMES, {})
     assert {name: name in str(error.value) for name in NAMES} == {
         name: name in missing for name in NAMES
     }
-    assert listing(tmp_path) == [NAMES[0], NAMES[2]]
+    # At the hub it is known before the first byte; else the others are not lost to it.
+    assert listing(tmp_path) == ([] if server == "hub" else [NAMES[0], NAMES[2]])
+
+
+def test_dead_network_ends_it_before_every_shard_was_tried(hub, tmp_path):
+    hub.fail("500", times=math.inf, server="cdn")
+    with pytest.raises(ConnectionError, match="^1 of 4 failed, 0 are done"):
+        download.ensure_shards(tmp_path, NAMES, {}, workers=1)
+    assert len({r.name for r in hub.requests if r.server == "cdn"}) < 4
 
 
 def test_shard_that_the_hub_does_not_have_is_an_error(hub, tmp_path):
     with pytest.raises(ConnectionError, match="shard_00007.parquet"):
-        prepare.ensure_shards(tmp_path, [NAMES[0], "shard_00007.parquet"], {})
+        download.ensure_shards(tmp_path, [NAMES[0], "shard_00007.parquet"], {})
 
 
 def test_everything_after_the_first_contact_asks_for_the_commit(hub, tmp_path):
-    prepare.ensure_shards(tmp_path, NAMES, {})
+    download.ensure_shards(tmp_path, NAMES, {})
     revisions = [r.path.split("/")[5] for r in hub.requests if r.server == "hub"]
     assert revisions[0] == "main"
     assert len(revisions) > len(NAMES)
@@ -167,10 +307,10 @@ def test_everything_after_the_first_contact_asks_for_the_commit(hub, tmp_path):
 
 
 def test_later_downloads_stay_at_the_recorded_commit(hub, tmp_path):
-    revision, shards = prepare.ensure_shards(tmp_path, NAMES[:2], {})
+    revision, shards = download.ensure_shards(tmp_path, NAMES[:2], {})
     hub.requests.clear()
     manifest = {"revision": revision, "shards": shards}
-    assert prepare.ensure_shards(tmp_path, NAMES, manifest)[0] == hub.commit
+    assert download.ensure_shards(tmp_path, NAMES, manifest)[0] == hub.commit
     asked = [r for r in hub.requests if r.server == "hub"]
     assert {r.path.split("/")[5] for r in asked} == {hub.commit}
     assert {r.name for r in asked} == set(NAMES[2:])
@@ -181,52 +321,142 @@ def test_recorded_shards_need_no_network(hub, tmp_path, nowhere):
     for path in hub.files.values():
         shutil.copy(path, tmp_path)
     manifest = {"revision": "a" * 40, "shards": shards}
-    assert prepare.ensure_shards(tmp_path, NAMES, manifest) == ("a" * 40, shards)
+    assert download.ensure_shards(tmp_path, NAMES, manifest) == ("a" * 40, shards)
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one byte changed"])
 def test_recorded_shard_that_was_damaged_is_fetched_again(hub, tmp_path, damage):
-    revision, shards = prepare.ensure_shards(tmp_path, NAMES, {})
+    revision, shards = download.ensure_shards(tmp_path, NAMES, {})
     good = (tmp_path / NAMES[2]).read_bytes()
     end = {"cut short": b"", "one byte changed": bytes([good[-1] ^ 1])}[damage]
     (tmp_path / NAMES[2]).write_bytes(good[:-1] + end)
-    prepare.ensure_shards(tmp_path, NAMES, {"revision": revision, "shards": shards})
+    download.ensure_shards(tmp_path, NAMES, {"revision": revision, "shards": shards})
     assert (tmp_path / NAMES[2]).read_bytes() == good
     assert hub.count("cdn", "GET", NAMES[2]) == 2
     assert hub.count("cdn", "GET") == len(NAMES) + 1
 
 
 def test_token_goes_to_the_hub_and_never_to_the_cdn(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    prepare.ensure_shards(tmp_path, NAMES, {})
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))  # would take the token's place
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password other\n")
+    hub.fail("moved", NAMES[1])
+    download.ensure_shards(tmp_path / "shards", NAMES, {})
     sent = {(r.server, r.headers.get("authorization")) for r in hub.requests}
-    assert sent == {("hub", "Bearer hf_secret"), ("cdn", None)}
+    assert ("hub", "Bearer hf_secret") in sent
+    assert not any(auth and "hf_secret" in auth for server, auth in sent if server == "cdn")
+    assert {auth for server, auth in sent if server == "hub"} == {"Bearer hf_secret"}
     assert not any("hf_secret" in r.path for r in hub.requests)
+    assert any("/moved/" in r.path for r in hub.requests)
+
+
+@pytest.mark.parametrize("kind, server", AT_ONCE + IN_THE_END)
+def test_token_appears_in_no_message(hub, cache, monkeypatch, capfd, kind, server):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.fail(kind, times=math.inf, server=server)
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["--num-shards", "1"])
+    said = str(end.value.code) + "".join(capfd.readouterr())
+    assert "hf_secret" not in said and "signature" not in said  # nor the CDN's signed address
+
+
+@pytest.mark.parametrize("token", ["hf_se\ncret", "hf_se cret", "hf_secr\N{HORIZONTAL ELLIPSIS}t"])
+def test_token_that_no_header_can_hold_is_an_error_that_does_not_show_it(
+    hub, cache, monkeypatch, token
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(SystemExit, match="HF_TOKEN holds characters") as end:
+        prepare.main(["--num-shards", "1"])
+    assert "hf_se" not in end.value.code and hub.requests == []
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://127.0.0.1", "http://"])
+def test_endpoint_that_is_no_address_is_named(cache, monkeypatch, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(SystemExit, match="HF_ENDPOINT is no address"):
+        prepare.main(["--num-shards", "1"])
+
+
+def test_login_that_is_needed_is_said_at_once_with_what_to_do(hub, cache):
+    hub.fail("401", times=math.inf)
+    with pytest.raises(SystemExit, match="answered 401: it wants a login: set HF_TOKEN"):
+        prepare.main(["--num-shards", "1"])
+    assert len(hub.requests) == 1
+
+
+def test_commit_that_is_gone_from_the_hub_is_said_with_what_to_do(hub, cache):
+    prepare.main(["--num-shards", "1"])
+    old, hub.commit = hub.commit, "b" * 40  # the history was rewritten
+    prepare.main(["--num-shards", "1"])  # nothing is missing: nobody is asked
+    with pytest.raises(SystemExit, match=f"no revision {old} .*; delete .*manifest.json") as end:
+        prepare.main(["--num-shards", "2"])
+    hub.requests.clear()
+    Path(re.search(r"delete (\S+)", end.value.code)[1]).unlink()
+    prepare.main(["--num-shards", "2"])
+    assert json.loads((cache / "manifest.json").read_text())["revision"] == hub.commit
+    assert {r.name for r in hub.requests if r.server == "cdn"} == {NAMES[1]}
+
+
+def test_data_set_with_a_new_name_is_followed_within_the_hub(hub, tmp_path):
+    hub.fail("moved", times=1)
+    assert get(NAMES[0], tmp_path) == facts(hub.files[NAMES[0]])
+
+
+def test_names_and_commits_from_a_server_are_not_used_as_paths(hub, tmp_path):
+    hub.commit = "../../../../tmp"
+    with pytest.raises(ConnectionError, match="not the hub"):
+        get(NAMES[0], tmp_path / "shards")
+    assert listing(tmp_path) == []
+
+
+def test_free_disk_is_checked_before_the_first_byte(hub, cache, monkeypatch):
+    usage = shutil.disk_usage(cache.parent.parent)._replace(free=50_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(
+        SystemExit, match="has 50.00 kB free, and shards and rows need .* free some"
+    ):
+        prepare.main(["--num-shards", "2"])
+    assert hub.count("cdn", "GET") == 0
+
+
+def test_workers_are_as_many_as_are_asked_for(hub, cache):
+    hub.rate, busy, most, real = 100_000, [], [], download.fetch
+
+    def fetch(*args):
+        busy.append(1)
+        most.append(len(busy))
+        real(*args)
+        busy.pop()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "fetch", fetch)
+        prepare.main(["--num-shards", "3", "--download-workers", "2"])
+    assert max(most) == 2
 
 
 def test_without_a_token_no_authorization_is_sent(hub, tmp_path):
-    prepare.ensure_shards(tmp_path, NAMES, {})
+    download.ensure_shards(tmp_path, NAMES, {})
     assert not any("authorization" in r.headers for r in hub.requests)
 
 
 def test_endpoint_may_end_in_a_slash(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
-    prepare.ensure_shards(tmp_path, NAMES[:1], {})
+    download.ensure_shards(tmp_path, NAMES[:1], {})
     assert listing(tmp_path) == [NAMES[0]]
 
 
 def test_page_of_a_captive_portal_is_not_taken_for_the_hub(hub, tmp_path):
     hub.fail("html", times=math.inf)
     with pytest.raises(ConnectionError, match="not the hub") as error:
-        prepare.ensure_shards(tmp_path, NAMES, {})
-    assert hub.url in str(error.value)
+        download.ensure_shards(tmp_path, NAMES, {})
+    assert "127.0.0.1" in str(error.value)
     assert listing(tmp_path) == []
 
 
 def test_unreachable_hub_is_a_connection_error(nowhere, tmp_path):
     with pytest.raises(ConnectionError, match=re.escape(C.DATASET)):
-        prepare.ensure_shards(tmp_path, NAMES, {})
+        download.ensure_shards(tmp_path, NAMES, {})
     assert listing(tmp_path) == []
 
 
@@ -241,7 +471,7 @@ def test_command_downloads_and_prepares_from_the_hub(hub, cache, capsys):
     assert capsys.readouterr().out.endswith("prepared\n")
 
 
-@pytest.mark.parametrize("kind, server", FAULTS)
+@pytest.mark.parametrize("kind, server", AT_ONCE + IN_THE_END)
 def test_command_fails_with_one_sentence_when_a_shard_is_missing(hub, cache, kind, server):
     hub.fail(kind, NAMES[1], times=math.inf, server=server)
     with pytest.raises(SystemExit) as end:
@@ -259,7 +489,7 @@ def test_command_fails_with_one_sentence_without_a_network(nowhere, cache):
     message = end.value.code
     assert isinstance(message, str) and "\n" not in message
     assert C.DATASET in message
-    assert not cache.exists() or listing(cache) == []
+    assert listing(cache) == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +499,8 @@ def test_command_fails_with_one_sentence_without_a_network(nowhere, cache):
         ["--num-shards", "-2"],
         ["--num-shards", str(C.VAL_SHARD + 1)],
         ["--num-shards", "many"],
+        ["--download-workers", "0"],
+        ["--download-workers", "1000"],
     ],
 )
 def test_command_refuses_senseless_numbers(argv, cache, capsys):
@@ -281,9 +513,15 @@ def test_command_refuses_senseless_numbers(argv, cache, capsys):
 
 def test_all_shards_means_all_but_the_validation_shard(cache, monkeypatch):
     asked = []
-    monkeypatch.setattr(prepare, "prepare", lambda folder, n, *_: asked.append(n))
-    prepare.main(["--num-shards", "-1"])
-    assert C.SHARD_NAME.format(asked[0] - 1) == "shard_06541.parquet"
+
+    def ensure_shards(folder, names, *_):
+        asked.extend(names)
+        raise ConnectionError("enough is known")
+
+    monkeypatch.setattr(prepare, "ensure_shards", ensure_shards)
+    with pytest.raises(SystemExit):
+        prepare.main(["--num-shards", "-1"])
+    assert len(asked) == 6543 and asked[-2:] == ["shard_06541.parquet", "shard_06542.parquet"]
 
 
 # ---- The stand-in itself ------------------------------------------------------------------------

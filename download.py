@@ -1,0 +1,422 @@
+"""Shards from the dataset hub, whatever the connection does; and the threads of preparation.
+
+The hub answers for a file with its commit, size and SHA-256 and a redirect to a second host that
+has the bytes. Nothing exists under its name before it is complete and its SHA-256 is right;
+what has come stays in shards/.<name>.<hash>.part and goes on by HTTP Range, in a later run too.
+Names of files are made here, never taken from a server. Not edited.
+"""
+
+import hashlib
+import itertools
+import os
+import queue
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+import constants as C
+
+PREPARE = ("AUTORESEARCH_SMOKE=1 " if C.SMOKE else "") + "uv run prepare.py"  # advice in errors
+
+
+# ---- Files --------------------------------------------------------------------------------------
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the operating system say which file it is about; a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+def describe(path: Path) -> dict:
+    """Return {"size": bytes, "sha256": hex} of a file; a missing one is like an empty one."""
+    digest, size = hashlib.sha256(), 0
+    if path.is_file():
+        with naming(path), open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+                size += len(chunk)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+# ---- Jobs ---------------------------------------------------------------------------------------
+LOG_SECONDS = 10  # between two lines of progress where they are not on a terminal
+
+
+class Stopped(Exception):
+    """Ends a job because another one failed, or because the user wants it."""
+
+
+class Progress:
+    """What has been done of a total, shown on one line that changes, or in a log line by line.
+
+    Jobs on any thread call `add` and `pause`, which raise Stopped once `stop` is set.
+    """
+
+    def __init__(self, what: str, unit: str, total: float, done: float = 0):
+        self.what, self.unit, self.total, self.done = what, unit, total, done
+        self.lock, self.stop, self.terminal = threading.Lock(), threading.Event(), False
+        self.started_at = self.shown_at = time.monotonic()
+        self.before = done  # what was there already says nothing about the rate
+        if sys.stdout is not None:
+            self.terminal = sys.stdout.isatty()
+
+    def add(self, n: float) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        with self.lock:
+            self.done += n
+
+    def pause(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise Stopped
+
+    def line(self) -> str:
+        """Return "fetching: 510 MB of 1.80 GB | 45.10 MB/s | 29 s left"."""
+        seconds = time.monotonic() - self.started_at
+        rate = max(self.done - self.before, 0) / max(seconds, 1e-3)
+        done, total = metric(self.done, self.unit), metric(self.total, self.unit)
+        parts = [f"{self.what}: {done} of {total}"]
+        if rate:
+            left = max(self.total - self.done, 0) / rate
+            clock = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            parts += [f"{metric(rate, self.unit)}/s", f"{clock} left"]
+        return " | ".join(parts)
+
+    def show(self) -> None:
+        """Print the line if it is time."""
+        now = time.monotonic()
+        if now - self.shown_at >= (0.2 if self.terminal else LOG_SECONDS):
+            self.shown_at = now
+            print(f"\r{self.line()}\x1b[K" if self.terminal else self.line(), end="", flush=True)
+            if not self.terminal:
+                print(flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the one that changes."""
+        print(f"\r\x1b[K{text}\n" if self.terminal else f"{text}\n", end="", flush=True)
+
+
+def metric(n: float, unit: str) -> str:
+    """Return a number of about three digits with its unit: "1.80 GB", "310 M characters"."""
+    prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    scale, prefix = next((pair for pair in prefixes if n >= pair[0]), (1, ""))
+    digits = 0 if scale == 1 or n >= 100 * scale else 2
+    return f"{n / scale:.{digits}f} {prefix}{unit}".replace("  ", " ")
+
+
+def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress) -> dict:
+    """Return what each of the named jobs returns; they run on threads, `progress` is shown.
+
+    A ConnectionError leaves the others at work, until as many jobs have failed as there are
+    workers; then one is raised for all. Anything else, Ctrl-C too, stops them and is raised.
+    """
+    finished, results, problems = queue.SimpleQueue(), {}, []
+    pool = ThreadPoolExecutor(workers)
+    futures = {pool.submit(job): name for name, job in jobs.items()}
+    for future in futures:
+        future.add_done_callback(finished.put)
+    try:
+        while len(results) + len(problems) < len(jobs):
+            try:
+                future = finished.get(timeout=0.2)  # the main thread stays open to Ctrl-C
+                results[futures[future]] = future.result()
+            except queue.Empty:
+                pass
+            except ConnectionError as error:
+                problems.append(str(error))
+                if len(problems) == (workers or len(jobs)):
+                    break
+            progress.show()
+        if problems:
+            count = f"{len(problems)} of {len(jobs)} failed, {len(results)} are done"
+            more = ["and more"] if len(problems) > 4 else []
+            raise ConnectionError("; ".join([count, *sorted(problems)[:4], *more]))
+        return results
+    finally:
+        progress.stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(futures, 1)  # so that they leave nothing behind; one that hangs is not waited for
+        if progress.terminal:
+            print("\r\x1b[K", end="", flush=True)
+
+
+def describe_all(folder: Path, names: list[str]) -> dict[str, dict]:
+    """Return size and SHA-256 of each file in `folder`; of a missing one, those of nothing."""
+    progress = Progress("checking", " files", len(names))
+
+    def job(name: str) -> dict:
+        progress.add(1)
+        return describe(folder / name)
+
+    return run_jobs({name: partial(job, name) for name in names}, os.cpu_count(), progress)
+
+
+# ---- The hub ------------------------------------------------------------------------------------
+HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
+DOWNLOADS = 8  # side by side
+RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)  # waits before the tries for one shard, while nothing comes
+MAX_RETRY_AFTER = 600  # seconds that a server may ask to wait
+MAX_REDIRECTS = 5
+CHUNK = 1 << 14  # bytes that are lost at most when a connection breaks
+REFUSALS = {
+    401: "wants a login: set HF_TOKEN to a token that may read the data set",
+    403: "forbids it: set HF_TOKEN to a token that may read the data set",
+    404: "does not have it",
+    410: "does not have it any more",
+}
+
+
+class Refused(ConnectionError):
+    """An answer that another try will not change."""
+
+
+class Busy(ConnectionError):
+    """An answer that asks for another try, after a number of seconds."""
+
+    seconds = 0.0
+
+
+def hub_endpoint() -> str:
+    """Return the hub's address without a slash at its end; ValueError if it is none."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
+        raise ValueError("HF_ENDPOINT is no address like https://huggingface.co; mend or unset it")
+    return endpoint
+
+
+def open_session(workers: int) -> requests.Session:
+    """Return a session that sends HF_TOKEN to the hub and to no host that it redirects to."""
+    hub_endpoint()  # before anything is tried again and again
+    token = (os.environ.get("HF_TOKEN") or "").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise ValueError("HF_TOKEN holds characters that no token has; set it anew or unset it")
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    session = requests.Session()
+    session.auth = authorize  # requests takes it off for a new host; ~/.netrc does not replace it
+    session.max_redirects = MAX_REDIRECTS
+    session.headers["Accept-Encoding"] = "identity"  # bytes and ranges are those of the file
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=workers))
+    return session
+
+
+def check_status(answer: requests.Response) -> None:
+    """Raise Refused or Busy for an answer without the data.
+
+    The text names the host and no more: addresses and headers hold secrets.
+    """
+    host, status = urlsplit(answer.url).netloc.rpartition("@")[2], answer.status_code
+    if status < 400:
+        return
+    text = f"{host} answered {status}"
+    at_hub = host == urlsplit(hub_endpoint()).netloc.rpartition("@")[2]
+    if at_hub and status in REFUSALS:  # elsewhere it is a signed address that ran out
+        raise Refused(f"{text}: it {REFUSALS[status]}")
+    if at_hub and status < 500 and status not in (408, 425, 429):
+        raise Refused(text)
+    busy, after = Busy(text), answer.headers.get("Retry-After", "")
+    try:  # a number, or a date: set against the server's own clock, for ours may be wrong
+        moments = [parsedate_to_datetime(text) for text in (after, answer.headers.get("Date", ""))]
+        busy.seconds = (moments[0] - moments[1]).total_seconds()
+    except (ValueError, TypeError):
+        busy.seconds = float(after) if re.fullmatch(r"\d{1,9}", after) else 0.0
+    if busy.seconds > MAX_RETRY_AFTER:
+        raise Refused(f"{text} and asks to come back in {busy.seconds:.0f} s")
+    raise busy
+
+
+def tell(error: Exception) -> str:
+    """Return what the innermost of an error's causes says, without addresses."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = getattr(error.args[0], "reason", None) or error.args[0]
+    plain = error.args and isinstance(error.args[0], str)
+    return re.sub(r"\w+://\S+|url: \S+", "...", error.args[0] if plain else str(error))
+
+
+def persist(action: Callable, name: str, progress: Progress, size: Callable = lambda: 0):
+    """Return action(), tried again while the network fails; ConnectionError at last.
+
+    size: bytes that are there; as long as they become more, tries are not counted.
+    """
+    tries, wait_seconds, most = 0, RETRY_SECONDS[0], size()
+    while True:
+        progress.pause(wait_seconds)
+        try:
+            return action()
+        except requests.TooManyRedirects as error:
+            raise ConnectionError(f"{name}: the hub redirects in a circle") from error
+        except Refused as error:
+            raise ConnectionError(f"{name}: {error}") from error
+        except (requests.RequestException, ConnectionError, ValueError) as error:
+            problem = f"{name}: {tell(error)}"
+            tries = 1 if size() > most else tries + 1
+            most = max(most, size())
+            if tries >= len(RETRY_SECONDS):
+                raise ConnectionError(f"{problem}; run {PREPARE} again, it goes on") from error
+            wait_seconds = max(RETRY_SECONDS[tries], getattr(error, "seconds", 0.0))
+            progress.note(f"{problem}; again in {wait_seconds:.0f} s")
+
+
+def stat_shard(session: requests.Session, revision: str, name: str) -> tuple[str, str, dict]:
+    """Ask the hub about a shard; return its address, commit and {"size": bytes, "sha256": hex}."""
+    endpoint = hub_endpoint()
+    url = place = f"{endpoint}/datasets/{C.DATASET}/resolve/{revision}/{name}"
+    for _ in range(MAX_REDIRECTS + 1):
+        answer = session.head(place, allow_redirects=False, timeout=HTTP_TIMEOUT)
+        if answer.status_code == 404 and answer.headers.get("X-Error-Code") == "RevisionNotFound":
+            raise Refused(f"the hub has no revision {revision} of {C.DATASET} (any more)")
+        check_status(answer)
+        keys = ("X-Repo-Commit", "X-Linked-Size", "X-Linked-Etag")
+        commit, size, sha256 = (answer.headers.get(key, "").strip('"') for key in keys)
+        if re.fullmatch("[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", f"{commit} {size} {sha256}"):
+            return url, commit, {"size": int(size), "sha256": sha256}
+        place = urljoin(place, answer.headers.get("Location", "?"))
+        if not answer.is_redirect or urlsplit(place).netloc != urlsplit(endpoint).netloc:
+            host = urlsplit(endpoint).hostname
+            raise ValueError(f"{host} did not say size, SHA-256 and commit: not the hub?")
+    raise requests.TooManyRedirects  # within the hub, as for a data set with a new name
+
+
+def fetch(session: requests.Session, url: str, part: Path, size: int, progress: Progress) -> None:
+    """Add to `part` what it lacks of `size` bytes, or raise OSError and leave what has come."""
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    with session.get(url, headers=headers, stream=True, timeout=HTTP_TIMEOUT) as answer:
+        check_status(answer)
+        host, chunks = urlsplit(answer.url).hostname, answer.iter_content(CHUNK)
+        whole = answer.status_code == 200  # also when the server does not know ranges
+        if not whole and answer.headers.get("Content-Range") != f"bytes {start}-{size - 1}/{size}":
+            raise ConnectionError(f"{host} sent another part than bytes {start} to {size}")
+        if whole and (first := next(chunks, b""))[:4] != b"PAR1":
+            raise ConnectionError(f"{host} sent no parquet: the login page of a network?")
+        if whole:
+            progress.add(-start)
+            start, chunks = 0, itertools.chain([first], chunks)
+        with naming(part), open(part, "wb" if whole else "ab") as file:
+            try:
+                for chunk in chunks:
+                    file.write(chunk)
+                    progress.add(len(chunk))
+                    start += len(chunk)
+                    if start > size:
+                        raise ConnectionError(f"{host} sent more than {size} bytes")
+            finally:
+                file.flush()
+            os.fsync(file.fileno())
+    if start < size:
+        raise ConnectionError(f"the connection to {host} ended after {start} of {size} bytes")
+
+
+def part_of(path: Path, remote: dict) -> Path:
+    """Return where the bytes of shard `path` wait until they are all there and checked."""
+    return path.with_name(f".{path.name}.{remote['sha256'][:12]}.part")
+
+
+def download_shard(
+    session: requests.Session, url: str, path: Path, remote: dict, progress: Progress
+) -> None:
+    """Have a shard at `path` as the hub has it, of size and SHA-256 `remote`, or raise OSError."""
+    part = part_of(path, remote)
+
+    def size() -> int:
+        return part.stat().st_size if part.exists() else 0
+
+    def get() -> None:
+        if size() > remote["size"]:
+            progress.add(-size())
+            part.unlink()
+        if size() < remote["size"]:
+            fetch(session, url, part, remote["size"], progress)
+        if describe(part) != remote:
+            progress.add(-size())
+            part.unlink()
+            raise ConnectionError("what came is not what the hub describes (SHA-256)")
+
+    persist(get, path.name, progress, size)
+    os.replace(part, path)
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise OSError if `folder` has not so many bytes left."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        text = f"{folder} has {metric(free, 'B')} free, and shards and rows need"
+        advice = "free some, move AUTORESEARCH_CACHE or lower --num-shards"
+        raise OSError(f"{text} {metric(needed, 'B')}; {advice}")
+
+
+def ensure_shards(
+    folder: Path, names: list[str], manifest: dict, workers: int = DOWNLOADS
+) -> tuple[str, dict[str, dict]]:
+    """Have shards in `folder`, or raise ConnectionError; return the commit, size + SHA-256 each."""
+    known, revision = manifest.get("shards", {}), manifest.get("revision", C.REVISION)
+    shards = describe_all(folder, [name for name in names if name in known])
+    for name in [name for name in shards if shards[name] != known[name]]:
+        state = "damaged" if (folder / name).exists() else "gone"
+        print(f"{name} is {state}: it is fetched again", flush=True)
+        del shards[name]
+    if missing := [name for name in names if name not in shards]:
+        folder.mkdir(parents=True, exist_ok=True)
+        session, first = open_session(workers), f"{missing[0]} of {C.DATASET}"
+        ask = partial(stat_shard, session, revision, missing[0])
+        try:
+            _, commit, _ = persist(ask, first, Progress("asking the hub", " shards", 1))
+        except ConnectionError as error:
+            if revision == C.REVISION or not isinstance(error.__cause__, Refused):
+                raise
+            advice = f"delete {folder.parent / 'manifest.json'} to go on with the present ones"
+            raise ConnectionError(f"{error}; {advice}: what is the same stays") from error
+        revision = commit
+        shards |= fetch_shards(session, folder, missing, revision, workers)
+    for part in folder.glob(".*.part"):  # of shards that are not asked for any more
+        part.unlink()
+    return revision, {name: shards[name] for name in names}
+
+
+def fetch_shards(
+    session: requests.Session, folder: Path, names: list[str], revision: str, workers: int
+) -> dict[str, dict]:
+    """Have shards in `folder` as they are at a commit; return size + SHA-256 of each."""
+    asking = Progress("asking the hub", " shards", len(names))
+
+    def ask(name: str) -> tuple[str, dict, bool]:
+        url, _, remote = persist(partial(stat_shard, session, revision, name), name, asking)
+        present = describe(folder / name) == remote
+        asking.add(1)
+        return url, remote, present
+
+    answers = run_jobs({name: partial(ask, name) for name in names}, workers, asking)
+    missing = {name: about[:2] for name, about in answers.items() if not about[2]}
+    parts = [part_of(folder / name, remote) for name, (_, remote) in missing.items()]
+    there = sum(part.stat().st_size for part in parts if part.exists())
+    total = sum(remote["size"] for _, remote in missing.values())
+    check_free_space(folder, 2 * total - there)  # rows are about as large as the shards
+    if missing:
+        text = f"shards: fetching {len(missing)} of {C.DATASET} at {revision}"
+        print(f"{text}, {metric(total - there, 'B')} to come", flush=True)
+    progress = Progress("fetching", "B", total, there)
+    jobs = {
+        name: partial(download_shard, session, url, folder / name, remote, progress)
+        for name, (url, remote) in missing.items()
+    }
+    run_jobs(jobs, workers, progress)
+    return {name: answers[name][1] for name in names}
