@@ -22,6 +22,7 @@ import math
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -165,10 +166,16 @@ def read_documents(path: Path) -> Iterator[list[str]]:
             if "text" not in schema.names:
                 raise ValueError(f"it has the columns {', '.join(schema.names)[:100] or 'none'}")
             kind = schema.field("text").type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ValueError(f"it is of type {kind}")
+                raise ValueError(f"it is of type {kind}, not string")
+            leaves = map(shard.schema.column, range(len(shard.schema)))
+            place = [leaf.path for leaf in leaves].index("text")
             for group in range(shard.num_row_groups):
+                column = shard.metadata.row_group(group).column(place)
+                limit = MAX_BATCH_BYTES * max(1, column.num_values / C.PACK_BATCH_DOCS)
+                if column.total_uncompressed_size > limit:
+                    size = f"{column.total_uncompressed_size:,} bytes"
+                    raise ValueError(f"{column.num_values} documents are {size}")
                 for batch in shard.iter_batches(
                     C.PACK_BATCH_DOCS, row_groups=[group], columns=["text"], use_threads=False
                 ):
@@ -537,6 +544,7 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"prepare.py: {explain(error)}")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         remove_temporaries(folder, os.getpid())
         print(f"\nprepare.py: interrupted; run {PREPARE} again, it goes on", file=sys.stderr)
         sys.stderr.flush()

@@ -18,7 +18,15 @@ import constants as C
 import download
 import prepare
 
-CONTEXT = multiprocessing.get_context("forkserver")
+
+def context() -> multiprocessing.context.BaseContext:
+    """Return what such processes are made with; the server is up then."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["child"])
+    with pytest.MonkeyPatch.context() as patch:  # how the server finds what it is to import
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return made
 
 
 def _run(cache: Path, url: str, argv: list[str], log: Path, slow: float, file_limit: int) -> None:
@@ -51,11 +59,7 @@ def start(
     slow: seconds that reading a batch of documents takes; file_limit: bytes that a file may have,
     0: any number. `exitcode` is that of the command, or -9 after a SIGKILL.
     """
-    with pytest.MonkeyPatch.context() as patch:  # how the server finds what it is to import
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        CONTEXT.set_forkserver_preload(["child"])
-        forkserver.ensure_running()
     arguments = (cache, url, ["--num-shards", "2", *argv], log, slow, file_limit)
-    process = CONTEXT.Process(target=_run, args=arguments, daemon=True)
+    process = context().Process(target=_run, args=arguments, daemon=True)
     process.start()
     return process

@@ -1,10 +1,13 @@
 """Documents: in order, in batches of one row group; one rule keeps validation text apart."""
 
 import json
+import random
 import re
+import resource
 import shutil
 import struct
 
+import child
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -76,6 +79,119 @@ def test_damaged_shard_is_an_error_that_names_it_and_says_what_to_do(tmp_path, k
         flat(prepare.read_documents(path))
     message = str(error.value)
     assert "`text`" in message and "delete it and run" in message and "uv run prepare.py" in message
+
+
+def varint(n: int) -> bytes:
+    """Return a whole number as thrift's compact protocol writes it."""
+    n, out = 2 * n, b""
+    while n > 127:
+        out, n = out + bytes([n & 127 | 128]), n >> 7
+    return out + bytes([n])
+
+
+def relabel(body: bytes, footer: dict[int, int], pages: dict[int, int]) -> bytes:
+    """Return a parquet file whose footer, or first page header, says other numbers."""
+    size = int.from_bytes(body[-8:-4], "little")
+    data, end = body[: -8 - size], body[-8 - size : -8]
+    for true, lie in pages.items():
+        at = data.index(varint(true), 4, 40)
+        data = data[:at] + varint(lie) + data[at + len(varint(true)) :]
+    for true, lie in footer.items():
+        assert varint(true) in end
+        end = end.replace(varint(true), varint(lie))
+    return data + end + len(end).to_bytes(4, "little") + b"PAR1"
+
+
+def lie(kind: str, path) -> None:
+    """Write a parquet file that says what is not so, or one that is a bomb."""
+    plain = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    plain |= {"store_schema": False}
+    if kind == "one document of 300 megabytes":
+        return pq.write_table(pa.table({"text": ["x" * 300_000_000]}), path, **plain)
+    if kind == "a dictionary of a terabyte":
+        indices = pa.array([0] * 400_000, pa.int32())
+        texts = pa.DictionaryArray.from_arrays(indices, pa.array(["x" * 2_500_000]))
+        return pq.write_table(pa.table({"text": texts}), path, store_schema=False)
+    documents = [random.Random(k).randbytes(40).hex() for k in range(1237)]
+    pq.write_table(pa.table({"text": documents}), path, **plain)
+    column = pq.read_metadata(path).row_group(0).column(0)
+    packed, page = column.total_compressed_size, 1237 * 84  # a page: lengths of 4 bytes, texts
+    # Two levels' bytes are before them; their number is what makes the page header fit.
+    page += next(n for n in range(64) if varint(page + n) in path.read_bytes()[4:40])
+    footer, pages = {
+        "far more rows": ({1237: 2**60}, {}),
+        "a row more": ({1237: 1238}, {}),
+        "a page of two gigabytes": ({packed: packed + 2}, {page: 2**31 - 1}),
+        "a page that is smaller": ({}, {page: page - 9999}),
+        "a page that is larger": ({}, {page: page + 9999}),
+        "a column of a petabyte": ({packed: 2**50}, {}),
+    }[kind]
+    path.write_bytes(relabel(path.read_bytes(), footer, pages))
+
+
+def read_and_weigh(path, out) -> None:
+    """Read a shard in a process of its own; report the error and the memory it took, MiB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        said = f"read {sum(map(len, prepare.read_documents(path)))} documents"
+    except ValueError as error:
+        said = str(error)
+    out.put((said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "far more rows",
+        "a row more",
+        "a page of two gigabytes",
+        "a page that is smaller",
+        "a page that is larger",
+        "a column of a petabyte",
+        "one document of 300 megabytes",
+        "a dictionary of a terabyte",
+    ],
+)
+def test_parquet_that_lies_about_sizes_is_an_error_and_takes_no_memory(tmp_path, kind):
+    lie(kind, path := tmp_path / "shard_00001.parquet")
+    assert path.stat().st_size < 2_000_000
+    out = child.context().SimpleQueue()
+    process = child.context().Process(target=read_and_weigh, args=(path, out))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    said, megabytes = out.get()
+    assert str(path) in said and "delete it and run" in said, said
+    assert megabytes < 1500
+
+
+@pytest.mark.parametrize(
+    "values, what",
+    [
+        ([1, 2], "it is of type int64, not string"),
+        ([b"a"], "it is of type binary, not string"),
+        ([["a"]], "it is of type list<"),
+        ([None, None], "it is of type null|it is of type int32"),
+        (["a", None], "1 nulls"),
+    ],
+)
+def test_column_of_another_type_is_named(tmp_path, values, what):
+    pq.write_table(pa.table({"text": values}), path := tmp_path / "shard_00001.parquet")
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} holds .*{what}"):
+        flat(prepare.read_documents(path))
+
+
+def test_columns_that_are_there_in_place_of_text_are_named(tmp_path):
+    table = pa.table({"content": ["a"], "nested": [{"text": "b"}]})
+    pq.write_table(table, path := tmp_path / "shard_00001.parquet")
+    with pytest.raises(ValueError, match="it has the columns content, nested"):
+        flat(prepare.read_documents(path))
+
+
+def test_nested_column_before_text_does_not_matter(tmp_path):
+    table = pa.table({"meta": [{"text": 1, "b": [2]}], "text": ["a"]})
+    pq.write_table(table, path := tmp_path / "shard_00001.parquet")
+    assert flat(prepare.read_documents(path)) == ["a"]
 
 
 # ---- The split ----------------------------------------------------------------------------------

@@ -128,6 +128,41 @@ def test_rows_equal_the_literal_protocol(monkeypatch, seed, buffer_docs):
     assert rows == pack_literally(batches, capacity, buffer_docs)
 
 
+def pack_by_lengths(lengths: np.ndarray, batch: int, capacity: int, buffer_docs: int):
+    """The protocol over lengths alone: rows as lists of (document, ids taken), by full scans."""
+    numbers, sizes, at = np.empty(0, int), np.empty(0, int), 0
+    rows, row, space = [], [], capacity
+    while True:
+        while len(sizes) < buffer_docs and at < len(lengths):
+            end = min(at + batch, len(lengths))
+            numbers = np.concatenate([numbers, np.arange(at, end)])
+            sizes, at = np.concatenate([sizes, lengths[at:end]]), end
+        if not len(sizes):
+            return rows
+        fitting = np.where(sizes <= space, sizes, 0)
+        k = int(fitting.argmax() if fitting.any() else sizes.argmin())  # both take the first
+        taken = min(int(sizes[k]), space)
+        row.append((int(numbers[k]), taken))
+        space -= taken
+        numbers, sizes = np.delete(numbers, k), np.delete(sizes, k)
+        if space == 0:
+            rows.append(row)
+            row, space = [], capacity
+
+
+@pytest.mark.parametrize("count, longest, capacity", [(1_000_000, 24, 8193), (20_000, 6000, 2049)])
+def test_rows_of_a_million_short_documents_and_of_long_ones(count, longest, capacity):
+    lengths = np.random.default_rng(0).integers(1, longest, count)  # 1 is an empty document
+    firsts = np.arange(count) % 65521  # the first id tells which document it is
+    documents = (np.full(n, first, np.uint16) for n, first in zip(lengths, firsts, strict=True))
+    batches = iter(lambda: [*itertools.islice(documents, 128)], [])
+    rows = [row.copy() for row in prepare.pack_rows(batches, capacity)]
+    expected = pack_by_lengths(lengths, 128, capacity, 1000)
+    assert len(rows) == len(expected) > 1000
+    for row, parts in zip(rows, expected, strict=True):
+        assert np.array_equal(row, np.repeat([firsts[k] for k, _ in parts], [n for _, n in parts]))
+
+
 def test_every_row_opens_with_bos_and_is_full():
     for seed in range(5):
         rows = pack(random_batches(seed, 40), 40)

@@ -3,6 +3,7 @@
 import base64
 import collections
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import regex
+import tiktoken
 from conftest import SPECIAL_LOOKING, make_documents, write_shard
 
 import constants as C
@@ -287,7 +289,9 @@ def test_tokenizer_is_trained_again_when_a_shard_changes(tmp_path, trained_on, c
     assert prepare.Tokenizer.load(tmp_path / "tokenizer").sha256 == second.sha256
 
 
-@pytest.mark.parametrize("rule, value", [("VOCAB_SIZE", 900), ("SPLIT_PATTERN", r"\w+|\W")])
+@pytest.mark.parametrize(
+    "rule, value", [("VOCAB_SIZE", 900), ("SPLIT_PATTERN", r"\w+|\W"), ("TOKENIZER_DOC_CHARS", 50)]
+)
 def test_tokenizer_is_trained_again_when_a_rule_changes(
     tmp_path, trained_on, corpus, monkeypatch, rule, value
 ):
@@ -327,6 +331,17 @@ def test_too_little_text_is_an_error_with_both_numbers(tmp_path):
 )
 def test_split_pattern_cuts_as_the_protocol_does(text, pieces):
     assert regex.findall(C.SPLIT_PATTERN, text) == pieces
+
+
+def test_search_for_the_cuts_is_quicker_and_cuts_the_same(tiny_tokenizer, ranks, corpus):
+    plain = tiktoken.Encoding("plain", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    kinds = ["a", "é", "1", " ", "\t", "\n", "\r", "!", "'", "s"]
+    short = ("".join(text) for n in range(1, 5) for text in itertools.product(kinds, repeat=n))
+    rng = random.Random(0)
+    long = ("".join(rng.choices(kinds + ["ll", "  ", "\u3000"], k=30)) for _ in range(20_000))
+    for text in itertools.chain(short, long, random_texts(seed=5, count=3000), corpus):
+        assert tiny_tokenizer.encode(text)[1:].tolist() == plain.encode_ordinary(text)
+        assert tiny_tokenizer.encoding._pat_str != PATTERN
 
 
 def test_no_token_crosses_a_cut_of_the_split_pattern(tiny_tokenizer, corpus):
