@@ -146,7 +146,7 @@ def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress)
             count = f"{len(problems)} of {len(jobs)} failed, {len(results)} are done"
             more = ["and more"] if len(problems) > 4 else []
             raise ConnectionError("; ".join([count, *sorted(problems)[:4], *more]))
-        return results
+        return {name: results[name] for name in jobs}  # not in the order of their ends
     finally:
         progress.stop.set()
         pool.shutdown(wait=False, cancel_futures=True)

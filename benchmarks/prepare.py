@@ -1,14 +1,17 @@
-"""Time the data path: text to packed rows, and rows to batches, beside what the libraries allow.
+"""Time the data path beside what the libraries allow: text to rows, rows to batches, memory.
 
 Usage: python benchmarks/prepare.py [FOLDER OF SHARDS]
 
 Without a folder it writes shards of the Python installation's own source text. Rates are
-characters (or tokens) a second of wall clock; "tiktoken alone" encodes the same text with nothing
-around it, the floor of what tokenizing can take. Needs no GPU and leaves nothing behind.
+characters (or tokens) a second of wall clock, the best of REPEATS where a line says so. "Alone"
+is the library on the same text with nothing around it: tiktoken with the split pattern as it is
+written, rustbpe on a list of texts in memory. Needs no GPU and leaves nothing behind.
 """
 
 import itertools
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,60 +19,182 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
+import pyarrow.parquet as pq
+import rustbpe
+import tiktoken
 import torch
+from test_packing import pack_by_lengths
 
 import constants as C
 import prepare
 
+REPEATS = 3
+# In a process of its own: what a preparation takes at most, and how soon a run has its first batch.
+PREPARE_AND_WEIGH = """
+import resource, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import prepare
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prepare.prepare(Path(sys.argv[2]), None, 8, source=sys.argv[3])
+print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+FIRST_BATCH = """
+import sys, time
+start = time.perf_counter()
+sys.path.insert(0, sys.argv[1])
+import torch
+torch_in = time.perf_counter()
+from pathlib import Path
+import train, prepare
+imported = time.perf_counter()
+run = prepare.Run(Path(sys.argv[2]), torch.device("cpu"))
+next(prepare.load_batches(run.train_rows, 8, run.device))
+print(torch_in - start, imported - torch_in, time.perf_counter() - imported)
+"""
 
-def timed(action: Callable) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+
+def timed(action: Callable, repeats: int = 1) -> float:
+    """Return the seconds that the quickest of `repeats` calls took."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def report(what: str, value: float, unit: str) -> None:
+    print(f"{what:56}{value:9.2f} {unit}", flush=True)
+
+
+def run_apart(program: str, *args: object) -> list[float]:
+    """Return the numbers of the last line that a program prints."""
+    root = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-c", program, root, *map(str, args)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [float(word) for word in out.splitlines()[-1].split()]
+
+
+def time_tokenizer(shards: list[Path], texts: list[list[str]], folder: Path) -> prepare.Tokenizer:
+    capped = [text[: C.TOKENIZER_DOC_CHARS] for text in itertools.chain.from_iterable(texts)]
+    n_ranks, chars = C.VOCAB_SIZE - len(C.SPECIAL_TOKENS), sum(map(len, capped))
+    about = {path: prepare.describe(path) for path in shards}
+
+    def alone() -> None:
+        bpe = rustbpe.Tokenizer()
+        bpe.train_from_iterator(iter(capped), n_ranks, pattern=C.SPLIT_PATTERN)
+
+    def ours() -> None:
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        prepare.ensure_tokenizer(folder, about)
+
+    seconds = [float("inf"), float("inf")]
+    for _ in range(2):  # by turns, so that another load of the machine meets both
+        seconds = [min(s, timed(f)) for s, f in zip(seconds, (alone, ours), strict=True)]
+    report("rustbpe alone, all cores (best of 2)", chars / seconds[0] / 1e6, "M characters/s")
+    report("tokenizer training (best of 2)", chars / seconds[1] / 1e6, "M characters/s")
+    report("  more than rustbpe alone", 100 * (seconds[1] / seconds[0] - 1), "%")
+    return prepare.Tokenizer.load(folder)
+
+
+def time_rows(shards: list[Path], texts: list[list[str]], outs: list[Path], tokenizer) -> None:
+    chars = [sum(map(len, text)) for text in texts]
+    ranks = tokenizer.encoding._mergeable_ranks
+    plain = tiktoken.Encoding(
+        "plain", pat_str=C.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+
+    def encode(encoding: tiktoken.Encoding) -> None:
+        for text in texts[0]:
+            encoding.encode_to_numpy(text, disallowed_special=())
+
+    def build() -> None:
+        prepare.build_rows(shards[0], outs[0], tokenizer)
+
+    def build_all() -> None:
+        with ThreadPoolExecutor() as pool:
+            jobs = zip(shards, outs, strict=True)
+            list(pool.map(lambda job: prepare.build_rows(*job, tokenizer), jobs))
+
+    def on_one_core(what: str, action: Callable) -> None:
+        rate = chars[0] / timed(action, REPEATS) / 1e6
+        report(f"{what}, one core (best of {REPEATS})", rate, "M characters/s")
+
+    on_one_core("tiktoken alone", lambda: encode(plain))
+    on_one_core("tiktoken alone, our search for the cuts", lambda: encode(tokenizer.encoding))
+    on_one_core("text to rows", build)
+    report("text to rows, all cores", sum(chars) / timed(build_all) / 1e6, "M characters/s")
+    row_bytes = sum(out.stat().st_size for out in outs)
+    tokens = sum(len(tokenizer.encode(text)) for text in texts[0])
+    kept = outs[0].stat().st_size / 2 / tokens
+    report("characters to a token, first shard", chars[0] / tokens, "")
+    report("tokens that packing keeps, first shard", 100 * kept, "%")
+    report("rows over shards, bytes", row_bytes / sum(p.stat().st_size for p in shards), "")
+
+
+def check_literally(shard: Path, tokenizer: prepare.Tokenizer, folder: Path) -> None:
+    """Compare the rows of a shard with those of full scans over its documents, id for id."""
+    documents = []
+    for group in range((file := pq.ParquetFile(shard)).num_row_groups):
+        texts = file.read_row_group(group)["text"].to_pylist()
+        starts = range(0, len(texts), C.PACK_BATCH_DOCS)
+        documents += [[*map(tokenizer.encode, texts[k : k + C.PACK_BATCH_DOCS])] for k in starts]
+    lengths = [np.array([len(ids) for ids in batch]) for batch in documents]
+    expected = pack_by_lengths(lengths, C.MAX_SEQ_LEN + 1, C.PACK_BUFFER_DOCS)
+    flat = [ids for batch in documents for ids in batch]
+    rows = (np.concatenate([flat[k][:n] for k, n in parts]) for parts in expected)
+    prepare.build_rows(shard, folder / "literal.u16", tokenizer)
+    made = np.fromfile(folder / "literal.u16", "<u2").reshape(-1, C.MAX_SEQ_LEN + 1)
+    same = len(made) == len(expected) and all(map(np.array_equal, made, rows))
+    print(f"{len(made)} rows of {shard.name} {'equal' if same else 'DIFFER FROM'} the literal ones")
+
+
+def time_loader(outs: list[Path]) -> None:
+    torch.set_num_threads(1)
+    batch_size, n = 8 if C.SMOKE else 64, 100
+    batches = prepare.load_batches(prepare.Rows(outs), batch_size, torch.device("cpu"))
+    timed(lambda: [next(batches) for _ in range(n)])  # brings the page cache up
+    seconds = timed(lambda: [next(batches) for _ in range(n)], REPEATS)
+    rate = n * batch_size * C.MAX_SEQ_LEN / seconds / 1e6
+    report(f"rows to batches, one core (best of {REPEATS})", rate, "M tokens/s")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if len(sys.argv) > 1:
-            shards = sorted(Path(sys.argv[1]).rglob("*.parquet"))[:4]
-        else:
-            names = [C.SHARD_NAME.format(i) for i in range(4)]
-            prepare.write_smoke_shards(folder / "shards", names)
-            shards = [folder / "shards" / name for name in names]
-        if not shards:
-            sys.exit(f"benchmarks/prepare.py: no parquet file below {sys.argv[1]}")
-        about = {path: prepare.describe(path) for path in shards}
-        texts = [[*itertools.chain.from_iterable(prepare.read_documents(path))] for path in shards]
-        chars = [sum(map(len, text)) for text in texts]
-        cores = os.cpu_count()
-        print(f"{cores} cores, {len(shards)} shards, {sum(chars) / 1e6:.1f} M characters")
-
-        seconds = timed(lambda: prepare.ensure_tokenizer(folder / "tokenizer", about))
-        trained = min(sum(chars), C.TOKENIZER_CHARS)  # documents are capped: a little less
-        print(f"tokenizer training    {trained / seconds / 1e6:6.1f} M characters/s, all cores")
-        tokenizer = prepare.Tokenizer.load(folder / "tokenizer")
-
-        encode = tokenizer.encoding.encode_ordinary_batch
-        seconds = timed(lambda: encode(texts[0], num_threads=1))
-        print(f"tiktoken alone        {chars[0] / seconds / 1e6:6.1f} M characters/s, one core")
-        outs = [folder / "rows" / f"{k}.u16" for k in range(len(shards))]
-        seconds = timed(lambda: prepare.build_rows(shards[0], outs[0], tokenizer))
-        print(f"text to rows          {chars[0] / seconds / 1e6:6.1f} M characters/s, one core")
-        jobs = zip(shards, outs, [tokenizer] * len(shards), strict=True)
-        with ThreadPoolExecutor() as pool:
-            seconds = timed(lambda: [*pool.map(lambda job: prepare.build_rows(*job), jobs)])
-        print(f"text to rows          {sum(chars) / seconds / 1e6:6.1f} M characters/s, all cores")
-
-        batch_size = 64 if not C.SMOKE else 8
-        batches = prepare.load_batches(prepare.Rows(outs), batch_size, torch.device("cpu"))
-        next(batches)
-        n = 200
-        seconds = timed(lambda: [next(batches) for _ in range(n)])
-        rate = n * batch_size * C.MAX_SEQ_LEN / seconds / 1e6
-        print(f"rows to batches (CPU) {rate:6.1f} M tokens/s, one core")
+        source = Path(sys.argv[1]) if len(sys.argv) > 1 else folder / "shards"
+        if len(sys.argv) == 1:
+            prepare.write_smoke_shards(source, [C.SHARD_NAME.format(i) for i in range(5)])
+        if len(shards := sorted(source.glob("*.parquet"))) < 3:
+            sys.exit(f"benchmarks/prepare.py: fewer than three parquet files in {source}")
+        used = shards[:2]
+        texts = [[*itertools.chain.from_iterable(prepare.read_documents(p))] for p in used]
+        chars = sum(len(text) for part in texts for text in part)
+        print(f"{os.cpu_count()} cores, {len(used)} shards, {chars / 1e6:.1f} M characters")
+        tokenizer = time_tokenizer(used, texts, folder / "tokenizer")
+        outs = [folder / f"{k}.u16" for k in range(len(used))]
+        time_rows(used, texts, outs, tokenizer)
+        time_loader(outs)
+        check_literally(shards[-1], tokenizer, folder)
+        del texts
+        start = time.perf_counter()
+        before, most = run_apart(PREPARE_AND_WEIGH, folder / "all", source)
+        seconds = time.perf_counter() - start
+        size = sum(p.stat().st_size for p in shards) / 1e6
+        print(f"all {len(shards)} shards ({size:.0f} MB) with 8 workers, {seconds:.0f} s:")
+        report("  resident memory, of which imports", most / 1e9, f"GB, {before / 1e9:.2f} GB")
+        manifest = json.loads((folder / "all" / "manifest.json").read_text())
+        tokens = sum(row["size"] / 2 for row in manifest["rows"].values())
+        report("  tokens in rows", tokens / 1e6, "M")
+        if manifest["rules"] == C.DATA_RULES:
+            runs = [run_apart(FIRST_BATCH, folder / "all") for _ in range(REPEATS)]
+            for k, what in enumerate(["import torch", "import the rest", "open to first batch"]):
+                report(f"{what} (best of {REPEATS})", min(run[k] for run in runs), "s")
 
 
 if __name__ == "__main__":

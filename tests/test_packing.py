@@ -128,15 +128,14 @@ def test_rows_equal_the_literal_protocol(monkeypatch, seed, buffer_docs):
     assert rows == pack_literally(batches, capacity, buffer_docs)
 
 
-def pack_by_lengths(lengths: np.ndarray, batch: int, capacity: int, buffer_docs: int):
+def pack_by_lengths(batches: list[np.ndarray], capacity: int, buffer_docs: int):
     """The protocol over lengths alone: rows as lists of (document, ids taken), by full scans."""
-    numbers, sizes, at = np.empty(0, int), np.empty(0, int), 0
+    numbers, sizes, source, count = np.empty(0, int), np.empty(0, int), iter(batches), 0
     rows, row, space = [], [], capacity
     while True:
-        while len(sizes) < buffer_docs and at < len(lengths):
-            end = min(at + batch, len(lengths))
-            numbers = np.concatenate([numbers, np.arange(at, end)])
-            sizes, at = np.concatenate([sizes, lengths[at:end]]), end
+        while len(sizes) < buffer_docs and (batch := next(source, None)) is not None:
+            numbers = np.concatenate([numbers, np.arange(count, count + len(batch))])
+            sizes, count = np.concatenate([sizes, batch]), count + len(batch)
         if not len(sizes):
             return rows
         fitting = np.where(sizes <= space, sizes, 0)
@@ -157,7 +156,8 @@ def test_rows_of_a_million_short_documents_and_of_long_ones(count, longest, capa
     documents = (np.full(n, first, np.uint16) for n, first in zip(lengths, firsts, strict=True))
     batches = iter(lambda: [*itertools.islice(documents, 128)], [])
     rows = [row.copy() for row in prepare.pack_rows(batches, capacity)]
-    expected = pack_by_lengths(lengths, 128, capacity, 1000)
+    parts = np.split(lengths, range(128, count, 128))
+    expected = pack_by_lengths(parts, capacity, 1000)
     assert len(rows) == len(expected) > 1000
     for row, parts in zip(rows, expected, strict=True):
         assert np.array_equal(row, np.repeat([firsts[k] for k, _ in parts], [n for _, n in parts]))

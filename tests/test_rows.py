@@ -191,8 +191,74 @@ def test_preparing_again_mends_a_missing_or_damaged_manifest(folder, original, t
     assert stamps(folder / "rows") | stamps(folder / "tokenizer") == before
 
 
-def test_manifest_of_a_readable_folder_is_returned_as_it_is(original):
-    assert prepare.load_manifest(original) == manifest_of(original)
+def test_manifest_with_any_byte_changed_is_not_believed(original, tmp_path):
+    body = (original / "manifest.json").read_bytes()
+    whole = manifest_of(original)
+    for at in range(0, len(body), 7):
+        changed = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        (tmp_path / "manifest.json").write_bytes(changed)
+        read = prepare.load_manifest(tmp_path)
+        assert read == {} or {**read, "key": 0} == {**whole, "key": 0} or "key" not in read
+        if "key" not in read and read:  # its own name was hit: all the rest is right
+            del whole["key"]
+            assert len(read) == len(whole) + 1 and whole.items() <= read.items()
+            whole = manifest_of(original)
+
+
+def test_damaged_manifest_costs_no_download_and_no_packing(folder, original, hub, capsys):
+    body = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(body.replace(b'"size": ', b'"size": 1', 1))
+    before = stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
+    prepare.prepare(folder, num_shards=2, workers=2)
+    assert listing(folder) == listing(original)
+    after = stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
+    assert before == after and hub.count("cdn", "GET") == 0
+
+
+@pytest.mark.parametrize("version", ["with a key", "without, as it once was"])
+def test_manifest_of_a_readable_folder_is_returned_as_it_is(original, tmp_path, version):
+    manifest = manifest_of(original)
+    if version != "with a key":
+        del manifest["key"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare.load_manifest(tmp_path) == manifest
+
+
+def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
+    flip(row_path(folder, 1))
+    cut(folder / "shards" / C.SHARD_NAME.format(0))
+    (folder / "shards" / C.SHARD_NAME.format(1)).unlink()
+    (folder / "tokenizer" / "ranks.tiktoken").unlink()
+    prepare.prepare(folder, num_shards=2, workers=2)
+    said = capsys.readouterr().out
+    assert "shard_00000.parquet is damaged: it is fetched again" in said
+    assert "shard_00001.parquet is gone: it is fetched again" in said
+    assert "missing or damaged" in said and "it is trained anew" in said
+    assert f"rows/{row_path(folder, 1).name} is damaged: it is packed anew" in said
+    assert "2 files, 1 packed in" in said
+    prepare.prepare(folder, num_shards=2, workers=2)
+    said = capsys.readouterr().out
+    assert "trained anew" not in said and "packed anew" not in said and ", 0 packed in" in said
+    monkeypatch.setattr(C, "DATA_RULES", [*C.DATA_RULES, 1])
+    prepare.prepare(folder, num_shards=2, workers=2)
+    said = capsys.readouterr().out
+    assert "rows: of other shards, tokenizer or rules; they are packed anew" in said
+    assert "trained" not in said and "fetch" not in said
+
+
+def test_rows_rest_on_the_split_pattern_too(monkeypatch):
+    names = []
+    for pattern in (C.SPLIT_PATTERN, "x"):
+        monkeypatch.setattr(C, "SPLIT_PATTERN", pattern)
+        names.append(prepare.row_name("shard_00000.parquet", {"sha256": "0"}, "1"))
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("place", ["rows", "shards", "tokenizer", "."])
+def test_what_a_killed_run_left_is_swept_away(folder, original, place):
+    (folder / place / ".file.4194304.tmp").write_bytes(b"half")
+    prepare.prepare(folder, num_shards=2, workers=2)
+    assert listing(folder) == listing(original)
 
 
 # ---- Interruption -------------------------------------------------------------------------------
