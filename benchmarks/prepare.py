@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import rustbpe
 import tiktoken
 import torch
-from test_packing import pack_by_lengths
+from literal import pack_by_lengths
 
 import constants as C
 import prepare
