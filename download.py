@@ -236,8 +236,8 @@ def check_status(answer: requests.Response) -> None:
         raise Refused(text)
     busy, after = Busy(text), answer.headers.get("Retry-After", "")
     try:  # a number, or a date: set against the server's own clock, for ours may be wrong
-        moments = [parsedate_to_datetime(text) for text in (after, answer.headers.get("Date", ""))]
-        busy.seconds = (moments[0] - moments[1]).total_seconds()
+        until, now = map(parsedate_to_datetime, (after, answer.headers.get("Date", "")))
+        busy.seconds = (until - now).total_seconds()
     except (ValueError, TypeError):
         busy.seconds = float(after) if re.fullmatch(r"\d{1,9}", after) else 0.0
     if busy.seconds > MAX_RETRY_AFTER:
@@ -291,7 +291,7 @@ def stat_shard(session: requests.Session, revision: str, name: str) -> tuple[str
         if re.fullmatch("[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", f"{commit} {size} {sha256}"):
             return url, commit, {"size": int(size), "sha256": sha256}
         place = urljoin(place, answer.headers.get("Location", "?"))
-        if not answer.is_redirect or urlsplit(place).netloc != urlsplit(endpoint).netloc:
+        if not answer.is_redirect or urlsplit(place)[:2] != urlsplit(endpoint)[:2]:
             host = urlsplit(endpoint).hostname
             raise ValueError(f"{host} did not say size, SHA-256 and commit: not the hub?")
     raise requests.TooManyRedirects  # within the hub, as for a data set with a new name
@@ -389,6 +389,8 @@ def ensure_shards(
         shards |= fetch_shards(session, folder, missing, revision, workers)
     for part in folder.glob(".*.part"):  # of shards that are not asked for any more
         part.unlink()
+    size = metric(sum(about["size"] for about in shards.values()), "B")
+    print(f"shards: {len(names)} are there and verified, {size}", flush=True)
     return revision, {name: shards[name] for name in names}
 
 

@@ -34,14 +34,16 @@ import prepare
 
 REPEATS = 3
 # In a process of its own: what a preparation takes at most, and how soon a run has its first batch.
-PREPARE_AND_WEIGH = """
-import resource, sys, time
+PREPARE_AND_WEIGH = r"""
+import re, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import prepare
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process; what getrusage says holds that of the one that started it
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
 prepare.prepare(Path(sys.argv[2]), None, 8, source=sys.argv[3])
-print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(before, peak())
 """
 FIRST_BATCH = """
 import sys, time
@@ -94,10 +96,12 @@ def time_tokenizer(shards: list[Path], texts: list[list[str]], folder: Path) -> 
         prepare.ensure_tokenizer(folder, about)
 
     seconds = [float("inf"), float("inf")]
-    for _ in range(2):  # by turns, so that another load of the machine meets both
+    for _ in range(REPEATS):  # by turns, so that another load of the machine meets both
         seconds = [min(s, timed(f)) for s, f in zip(seconds, (alone, ours), strict=True)]
-    report("rustbpe alone, all cores (best of 2)", chars / seconds[0] / 1e6, "M characters/s")
-    report("tokenizer training (best of 2)", chars / seconds[1] / 1e6, "M characters/s")
+    report(
+        f"rustbpe alone, all cores (best of {REPEATS})", chars / seconds[0] / 1e6, "M characters/s"
+    )
+    report(f"tokenizer training (best of {REPEATS})", chars / seconds[1] / 1e6, "M characters/s")
     report("  more than rustbpe alone", 100 * (seconds[1] / seconds[0] - 1), "%")
     return prepare.Tokenizer.load(folder)
 

@@ -132,6 +132,19 @@ def test_the_numbers_of_the_protocol_in_the_readme_are_the_rules(readme, full):
     assert str(full["EVAL_TOKENS"]) in plain and str(full["VOCAB_SIZE"]) in plain
 
 
+def test_the_default_number_of_shards_in_the_readme_is_the_rule_and_is_enough(readme, full):
+    n = full["DEFAULT_NUM_SHARDS"]
+    assert numbers(readme, r"\b(\d+) training shards\. So many") == {n}
+    assert numbers(readme, r"once: (\d+) shards of about 100 MB") == {n + 1}
+    packed = 250e6 / 4.5 * 0.65  # tokens of a shard, as both texts say
+    assert n - 1 < full["TIME_BUDGET"] * 2.1e6 / packed <= n
+
+
+@pytest.mark.parametrize("option", ["--num-shards", "--download-workers", "--source", "--check"])
+def test_every_option_of_prepare_is_in_the_readme(readme, option):
+    assert f"prepare.py {option}" in readme
+
+
 def test_program_md_reads_the_keys_that_a_run_prints(program):
     read = set(re.findall(r"\^(\w+):", program))
     assert read and read <= set(KEYS)
