@@ -108,6 +108,18 @@ def test_another_error_stops_the_others_at_once():
     assert stopped.is_set()
 
 
+def test_a_long_wait_ends_when_another_job_fails():
+    progress, start = quiet(), time.monotonic()
+
+    def fail():
+        time.sleep(0.05)
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        run_jobs({"a": lambda: progress.pause(30), "b": fail}, 2, progress)
+    assert time.monotonic() - start < 0.9  # one second is what it would wait for a job that hangs
+
+
 def test_lost_connection_of_one_leaves_the_others_at_work():
     done = []
 
