@@ -193,7 +193,7 @@ def test_download_goes_on_in_a_later_run(large_hub, tmp_path, monkeypatch):
     assert listing(tmp_path) == [NAMES[0]]
 
 
-@pytest.mark.parametrize("kind", ["no ranges", "html", "500"])
+@pytest.mark.parametrize("kind", ["no ranges", "wrong range", "html", "500"])
 def test_server_that_forgot_ranges_spoils_nothing(large_hub, tmp_path, kind):
     large_hub.fail("truncated")
     large_hub.fail(kind, server="cdn")
