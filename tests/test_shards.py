@@ -401,6 +401,7 @@ def test_commit_that_is_gone_from_the_hub_is_said_with_what_to_do(hub, cache):
 def test_data_set_with_a_new_name_is_followed_within_the_hub(hub, tmp_path):
     hub.fail("moved", times=1)
     assert get(NAMES[0], tmp_path) == facts(hub.files[NAMES[0]])
+    assert "/moved/" in hub.requests[1].path
 
 
 def test_names_and_commits_from_a_server_are_not_used_as_paths(hub, tmp_path):
