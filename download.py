@@ -86,10 +86,10 @@ class Progress:
             raise Stopped
 
     def line(self) -> str:
-        """Return "fetching: 510 MB of 1.80 GB | 45.10 MB/s | 29 s left"."""
+        """Return "fetching: 510 M of 1.80 GB | 45.10 MB/s | 29 s left"."""
         seconds = time.monotonic() - self.started_at
         rate = max(self.done - self.before, 0) / max(seconds, 1e-3)
-        done, total = metric(self.done, self.unit), metric(self.total, self.unit)
+        done, total = metric(self.done, "").strip(), metric(self.total, self.unit)
         parts = [f"{self.what}: {done} of {total}"]
         if rate:
             left = max(self.total - self.done, 0) / rate

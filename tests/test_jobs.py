@@ -35,10 +35,10 @@ def test_line_has_bytes_rate_and_time_left(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(download.time, "monotonic", lambda: now[0])
     progress = Progress("fetching", "B", 1.8e9, done=2e8)
-    assert progress.line() == "fetching: 200 MB of 1.80 GB"
+    assert progress.line() == "fetching: 200 M of 1.80 GB"
     now[0] += 10
     progress.add(4e8)
-    assert progress.line() == "fetching: 600 MB of 1.80 GB | 40.00 MB/s | 30 s left"
+    assert progress.line() == "fetching: 600 M of 1.80 GB | 40.00 MB/s | 30 s left"
     progress.total = 18e9
     assert progress.line().endswith("| 7 min left")
 
@@ -53,8 +53,8 @@ def test_log_gets_whole_lines_seconds_apart(monkeypatch, capsys):
         progress.show()
     out = capsys.readouterr().out
     assert out.splitlines() == [
-        "doing: 40 things of 100 things | 4 things/s | 15 s left",
-        "doing: 80 things of 100 things | 4 things/s | 5 s left",
+        "doing: 40 of 100 things | 4 things/s | 15 s left",
+        "doing: 80 of 100 things | 4 things/s | 5 s left",
     ]
     assert "\r" not in out and "\x1b" not in out
 
@@ -70,7 +70,7 @@ def test_terminal_gets_one_line_that_changes(monkeypatch, capsys):
 
     run_jobs({k: job for k in "abc"}, 1, progress)
     out = capsys.readouterr().out
-    assert out.count("\n") == 3 and out.count("\r") > 3 and "1 things of 3 things" in out
+    assert out.count("\n") == 3 and out.count("\r") > 3 and "1 of 3 things" in out
     assert out.endswith("\r\x1b[K")  # and it is gone in the end
 
 
