@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 
 import constants as C
+import download
 from download import (
     DOWNLOADS,
     PREPARE,
@@ -425,8 +426,8 @@ def prepare(
     """Bring `folder` to the state that the rules and `num_shards` training shards ask for.
 
     source: a folder of the user's own shards, "hub", or None for where they came from before;
-    num_shards: -1 for all, None for the default, which is all of such a folder. OSError and
-    ValueError say what could not be done; what has been done is kept.
+    num_shards: -1 for all, None for as many as before, or at first for the default, which is all
+    of such a folder. OSError and ValueError say what could not be done; what is done is kept.
     """
     print(f"preparing {folder}", flush=True)
     with lock(folder):
@@ -442,7 +443,9 @@ def prepare(
             names = list_source(place, None if num_shards == -1 else num_shards)
             revision, shards = source, describe_all(place, names)
         else:
-            num_shards = C.DEFAULT_NUM_SHARDS if num_shards is None else num_shards
+            if num_shards is None:  # as many as before
+                num_shards = len(manifest.get("shards", ())) - 1
+                num_shards = num_shards if num_shards > 0 else C.DEFAULT_NUM_SHARDS
             num_shards = C.VAL_SHARD if num_shards == -1 else num_shards
             names = [*map(C.SHARD_NAME.format, range(num_shards)), VAL_NAME]
             if C.SMOKE:
@@ -514,7 +517,8 @@ def main(argv: list[str] | None = None) -> None:
     last, folder = C.VAL_SHARD, data_dir()
     parser = argparse.ArgumentParser(description="Download, tokenize and pack the data, once.")
     add = parser.add_argument
-    text = f"training shards, -1 for all (default {C.DEFAULT_NUM_SHARDS}; of --source, all)"
+    text = "training shards, -1 for all (default: as many as before, at first "
+    text += f"{C.DEFAULT_NUM_SHARDS}, or all of --source)"
     add("--num-shards", type=int, help=text)
     text = "shards to fetch side by side (default %(default)s)"
     add("--download-workers", type=int, default=DOWNLOADS, help=text)
@@ -760,7 +764,8 @@ class Run:
         self.tokenizer = Tokenizer.load(folder / "tokenizer")
         if manifest.get("tokenizer") != self.tokenizer.sha256:
             raise ValueError(f"the rows in {folder} are of another tokenizer; run {PREPARE}")
-        hashes = [describe(Path(C.__file__)), describe(Path(__file__)), self.tokenizer.sha256]
+        fixed = (C.__file__, __file__, download.__file__)
+        hashes = [*(describe(Path(file)) for file in fixed), self.tokenizer.sha256]
         paths: dict[str, list[Path]] = {"train": [], "val": []}
         for name, entry in manifest["rows"].items():
             path = folder / "rows" / name

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,13 +96,16 @@ def test_a_run_without_a_gpu_says_so(summary):
     assert values["mfu_percent"] == "nan"
 
 
-def test_the_rules_are_named_by_a_hash_of_what_is_fixed(summary, prepared, monkeypatch, tmp_path):
+@pytest.mark.parametrize("module", [C, prepare, prepare.download], ids=lambda m: m.__name__)
+def test_the_rules_are_named_by_a_hash_of_what_is_fixed(
+    summary, prepared, monkeypatch, tmp_path, module
+):
     rules = parse(summary)["rules"]
     assert re.fullmatch("smoke-[0-9a-f]{8}", rules)
     assert prepare.Run(prepared, torch.device("cpu")).rules == rules
-    changed = tmp_path / "constants.py"
-    changed.write_text(open(C.__file__).read().replace("TIME_BUDGET = 20", "TIME_BUDGET = 21"))
-    monkeypatch.setattr(C, "__file__", str(changed))
+    changed = tmp_path / "changed.py"
+    changed.write_text(Path(module.__file__).read_text("utf-8") + "# another rule\n")
+    monkeypatch.setattr(module, "__file__", str(changed))
     assert prepare.Run(prepared, torch.device("cpu")).rules != rules
 
 

@@ -385,6 +385,14 @@ def test_login_that_is_needed_is_said_at_once_with_what_to_do(hub, cache):
     assert len(hub.requests) == 1
 
 
+def test_a_plain_run_after_a_number_of_shards_keeps_to_it_and_fetches_no_more(hub, cache):
+    prepare.main(["--num-shards", "2"])
+    hub.requests.clear()
+    prepare.main([])
+    assert hub.requests == []
+    assert len(json.loads((cache / "manifest.json").read_text())["shards"]) == 3
+
+
 def test_commit_that_is_gone_from_the_hub_is_said_with_what_to_do(hub, cache):
     prepare.main(["--num-shards", "1"])
     old, hub.commit = hub.commit, "b" * 40  # the history was rewritten
