@@ -13,6 +13,7 @@ The run-time half is what measures train.py: class `Run` with loader, clock, eva
 """
 
 import argparse
+import atexit
 import base64
 import errno
 import hashlib
@@ -64,6 +65,7 @@ except ImportError:  # Windows: no lock there
 VAL_NAME = C.SHARD_NAME.format(C.VAL_SHARD)
 Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
 Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
+RANDOM = "keeps state between calls or is random (dropout: call model.eval())"
 
 
 # ---- Files --------------------------------------------------------------------------------------
@@ -626,12 +628,13 @@ class Rows:
     def __init__(self, paths: list[Path]):
         maps = (np.memmap(path, "<u2", "r") for path in paths if path.stat().st_size)
         self.files = [np.asarray(ids).reshape(-1, C.MAX_SEQ_LEN + 1) for ids in maps]
-        self.ends = [*itertools.accumulate(map(len, self.files))]
+        self.ends, self.reads = [*itertools.accumulate(map(len, self.files))], 0
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
+        self.reads += 1
         k = bisect_right(self.ends, index)
         return self.files[k][index - self.ends[k]]  # negative: counted from the file's end
 
@@ -686,31 +689,32 @@ def refuse_unless_finite(total: float | torch.Tensor) -> None:
         raise RuntimeError("evaluation refused: the model gave logits that are not finite")
 
 
-def check_model(model: Model, idx: torch.Tensor) -> None:
+def refuse_if_moved(a: torch.Tensor, b: torch.Tensor, what: str = RANDOM) -> None:
+    """Refuse, by RuntimeError, logits `b` that are not `a` again up to rounding."""
+    moved = [float((p.float() - q.float()).abs().max()) for p, q in zip(a, b, strict=True)]
+    if max(moved, default=0.0) > C.LOGIT_TOLERANCE:
+        raise RuntimeError(f"evaluation refused: the model {what}; moved {max(moved):.3g}")
+
+
+def check_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
     """Refuse, by RuntimeError, a model that keeps state, sees the future or mixes rows.
 
     After each of several cuts the ids of every second row are replaced: logits before the cut
-    and in the other rows must stay; the last position before it shows a shift.
+    and in the other rows must stay; the last position before it shows a shift. Returns logits.
     """
-
-    def refuse_if_moved(what: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        moved = [float((p.float() - q.float()).abs().max()) for p, q in zip(a, b, strict=True)]
-        if max(moved, default=0.0) > C.LOGIT_TOLERANCE:
-            raise RuntimeError(f"evaluation refused: the model {what}; moved {max(moved):.3g}")
-
     T, generator = idx.shape[1], torch.Generator(idx.device).manual_seed(0)
     base = call_model(model, idx).clone()  # a captured graph would write over it
     refuse_unless_finite(base.sum(dtype=torch.float32))
-    state = "keeps state between calls or is random (dropout: call model.eval())"
-    refuse_if_moved(state, base, call_model(model, idx))
+    refuse_if_moved(base, call_model(model, idx))
     for cut in (1, T // 3, T // 2, T - 1):
         changed = idx.clone()
         part = changed[::2, cut:]
         shift = torch.randint(1, C.VOCAB_SIZE, part.shape, generator=generator, device=idx.device)
         part.copy_((part + shift) % C.VOCAB_SIZE)  # never the same id
         logits = call_model(model, changed)
-        refuse_if_moved(f"sees the future from {cut} on", base[::2, :cut], logits[::2, :cut])
-        refuse_if_moved("mixes rows", base[1::2], logits[1::2])
+        refuse_if_moved(base[::2, :cut], logits[::2, :cut], f"sees the future from {cut} on")
+        refuse_if_moved(base[1::2], logits[1::2], "mixes rows")
+    return base[:8].clone()  # not a view: the whole is gigabytes
 
 
 @torch.no_grad()
@@ -722,7 +726,7 @@ def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_si
     """
     # Nats, bytes, logits: read once at the end, so that the device never waits for the host.
     sums = torch.zeros(3, dtype=torch.float64, device=rows.device)
-    check_model(model, rows[:batch_size, :-1].long().contiguous())
+    base = check_model(model, first := rows[:batch_size, :-1].long().contiguous())
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size].long()
         n = len(batch)
@@ -735,6 +739,7 @@ def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_si
             loss = F.cross_entropy(part, y, reduction="none").double() * (sizes[y] > 0)
             sums[:2] += torch.stack([loss.sum(), sizes[y].sum()])
     refuse_unless_finite(sums[2])
+    refuse_if_moved(base, call_model(model, first)[: len(base)])  # shows a slow drift
     return bits_per_byte(float(sums[0]), int(sums[1]))
 
 
@@ -776,11 +781,13 @@ class Run:
                 if describe(path)["sha256"] != entry["sha256"]:
                     raise ValueError(f"{path} is damaged: its bytes changed; run {PREPARE}")
                 hashes.append(entry["sha256"])
-        self.rules = f"{'smoke' if C.SMOKE else 'full'}-{content_key(*hashes)[:8]}"
+        values = {k: vars(C)[k] for k in dir(C) if k.isupper() and k not in ("SEED", "STARTED_AT")}
+        self.rules = f"{'smoke' if C.SMOKE else 'full'}-{content_key(*hashes, values)[:8]}"
         self.train_rows, self.val_rows = Rows(paths["train"]), Rows(paths["val"])
         self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
         self.clock, self.seed, self.cuda = Clock(C.TIME_BUDGET), C.SEED, device.type == "cuda"
         self.tokens, self.num_steps, self.val_bpb = 0, 0, math.nan
+        self.evaluated = self.printed = False
         self.finished: deque[Step] = deque()  # steps that the device is through with, for the log
         self.random_ids = torch.Generator(device).manual_seed(C.SEED)
         torch.manual_seed(C.SEED)
@@ -802,6 +809,8 @@ class Run:
         """
         if self.clock.started_at is not None:
             raise RuntimeError("the clock has been started; one run trains once")
+        if torch.initial_seed() != self.seed:
+            raise RuntimeError("train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)")
         batches = load_batches(self.train_rows, batch_size, self.device)
         if self.cuda:  # warm-up's work and memory are not the run's
             torch.cuda.synchronize(self.device)
@@ -810,6 +819,7 @@ class Run:
             raise RuntimeError(f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less")
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
         self.compile_seconds = self.startup_seconds - self.import_seconds - self.open_seconds
+        self.batch_size = batch_size
         self.clock.start()
         return self._steps(batches, batch_size * C.MAX_SEQ_LEN, grad_accum_steps)
 
@@ -853,18 +863,24 @@ class Run:
 
     def evaluate(self, model: Model, batch_size: int) -> float:
         """Measure `model` on the validation rows, see `evaluate_bpb`; training must be over."""
-        if self.clock.running or not self.num_steps or math.isfinite(self.val_bpb):
+        if self.clock.running or not self.num_steps or self.evaluated:
             raise RuntimeError("evaluate after training, once, and do not break out of run.steps")
+        self.evaluated = True  # also if the model is refused: it has seen validation text
         start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
-        sizes = torch.from_numpy(self.tokenizer.token_bytes).to(self.device)
+        sizes = torch.from_numpy(self.tokenizer.token_bytes).to(self.device)  # waits for the GPU
+        late = self.clock.now() - self.clock.started_at - self.clock.seconds
+        extra = self.train_rows.reads + self.val_rows.reads - self.tokens // C.MAX_SEQ_LEN
+        if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > self.batch_size:  # read ahead
+            what = f"{late:.1f} s and {extra - self.batch_size} rows were used outside the clock"
+            raise RuntimeError(f"evaluation refused: {what}; the run is void")
         self.val_bpb = evaluate_bpb(model, torch.from_numpy(ids).to(self.device), sizes, batch_size)
         self.eval_seconds = time.perf_counter() - start
         return self.val_bpb
 
     def print_summary(self, num_params: int, depth: int, flops_per_token: float, attention: str):
-        """Print the result, last of all; RuntimeError if there is none."""
-        if not math.isfinite(self.val_bpb):
-            raise RuntimeError("there is no result to print; evaluate first")
+        """Print the result, once and last of all; RuntimeError if there is none."""
+        if not math.isfinite(self.val_bpb) or self.printed:
+            raise RuntimeError("there is no result to print; evaluate first, print once")
         self.num_params, self.depth, self.attention = num_params / 1e6, depth, attention
         self.tok_per_sec = self.tokens / self.clock.seconds
         self.wait_percent = 100 * self.waited / self.clock.seconds
@@ -875,6 +891,7 @@ class Run:
         self.epochs, self.tokens_M = self.tokens / self.epoch_tokens, self.tokens / 1e6
         self.total_seconds = time.perf_counter() - C.STARTED_AT
         print(C.SUMMARY.format(run=self), flush=True)
+        self.printed = True
 
 
 def git_commit() -> str:
@@ -889,7 +906,15 @@ def open_run(device: torch.device) -> Run:
     if not (data_dir() / "manifest.json").exists():
         print(f"nothing is prepared in {data_dir()}: preparing first", flush=True)
         main([])
-    return Run(data_dir(), device)
+    atexit.register(demand_result, run := Run(data_dir(), device))
+    return run
+
+
+def demand_result(run: Run) -> None:
+    """End the process with status 1, whatever it was to end with, if `run` printed no result."""
+    if not run.printed:
+        print("prepare.py: the run ended without a result", flush=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,17 @@ def test_refuses_a_model_that_learns_slowly_from_what_it_is_shown(rows):
     refused(model, rows, "keeps state")
 
 
+def test_refuses_a_model_that_drifts_too_slowly_to_be_seen_before_the_end(rows):
+    calls = []
+
+    def model(idx):  # moves by less than the tolerance in all calls of the first check together
+        calls.append(idx)
+        return causal(idx) + 0.15 * C.LOGIT_TOLERANCE * len(calls)
+
+    prepare.check_model(model, rows[:1, :-1])
+    refused(model, rows, "keeps state", batch_size=1)
+
+
 def test_refuses_dropout_left_on(rows):
     def model(idx):
         return torch.nn.functional.dropout(causal(idx), 0.1, training=True)

@@ -1,5 +1,6 @@
 """What a run prints: step lines, and the summary that tools and agents read."""
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -100,13 +101,26 @@ def test_a_run_without_a_gpu_says_so(summary):
 def test_the_rules_are_named_by_a_hash_of_what_is_fixed(
     summary, prepared, monkeypatch, tmp_path, module
 ):
-    rules = parse(summary)["rules"]
-    assert re.fullmatch("smoke-[0-9a-f]{8}", rules)
+    assert re.fullmatch("smoke-[0-9a-f]{8}", parse(summary)["rules"])
+    rules = prepare.Run(prepared, torch.device("cpu")).rules
     assert prepare.Run(prepared, torch.device("cpu")).rules == rules
     changed = tmp_path / "changed.py"
     changed.write_text(Path(module.__file__).read_text("utf-8") + "# another rule\n")
     monkeypatch.setattr(module, "__file__", str(changed))
     assert prepare.Run(prepared, torch.device("cpu")).rules != rules
+
+
+def test_a_constant_that_is_changed_in_memory_shows_in_the_rules_and_the_seed_does_not(
+    prepared, monkeypatch
+):
+    def rules() -> str:
+        return prepare.Run(prepared, torch.device("cpu")).rules
+
+    before = rules()
+    monkeypatch.setattr(C, "SEED", C.SEED + 1)
+    assert rules() == before
+    monkeypatch.setattr(C, "TIME_BUDGET", C.TIME_BUDGET + 1)
+    assert rules() != before
 
 
 def test_the_commit_is_a_short_hash_or_none(summary):
@@ -142,9 +156,15 @@ def test_the_log_has_whole_lines_and_the_first_step(prepared, capsys):
     assert lines[0].startswith("step 00000 ") and all(map(STEP_LINE.fullmatch, lines))
 
 
-def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(prepared):
-    run = prepare.Run(prepared, torch.device("cpu"))
-    run.num_steps = 1
-    run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
-    with pytest.raises(RuntimeError, match="evaluate after training, once"):
-        run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
+def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(C, "TIME_BUDGET", 1.0)
+    for model in (lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), lambda idx: "refused"):
+        run = prepare.Run(prepared, torch.device("cpu"))
+        for step in run.steps(2, 1):
+            step.loss = float(len(list(step.batches)))
+        with contextlib.suppress(RuntimeError):  # a refused model has seen the text as well
+            run.evaluate(model, 32)
+        with pytest.raises(RuntimeError, match="evaluate after training, once"):
+            run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
