@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ RUNNER = """
 import json, os, runpy, sys
 import numpy, pyarrow.parquet, requests, rustbpe, tiktoken, torch
 import torch._inductor.async_compile, torch.nn.attention.flex_attention
+torch.compile(len)  # imports the rest of what train.py imports
 
 def reap():
     pid, status = os.wait()
@@ -38,8 +40,8 @@ def reap():
 
 running, done = {}, {}
 for folder in sys.argv[1:]:
-    if len(running) == 2 or len(done) + len(running) == 1:  # the first run prepares: wait for it
-        reap() if running else None
+    if len(running) == (2 if done else 1):  # the first run prepares what all the others use
+        reap()
     if (pid := os.fork()) == 0:
         break
     running[pid] = folder
@@ -316,6 +318,26 @@ CATCH = """try:
 def test_the_error_caught_and_exit_status_0(result):
     """Gain: a script that asks for the exit status alone takes a refused run for a good one."""
     stopped(result, "evaluation refused: the model sees the future")
+
+
+TRAINS = "step.loss = train_step("
+
+
+@cheat(
+    "train.py", TRAINS, f"import os, signal; os.kill(os.getpid(), signal.SIGINT)\n        {TRAINS}"
+)
+def test_an_interrupted_run(result):
+    """Gain: none, but Ctrl-C must leave no result."""
+    stopped(result, "KeyboardInterrupt")
+
+
+@cheat(
+    "train.py", TRAINS, f"import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n        {TRAINS}"
+)
+def test_a_run_that_is_ended_by_a_time_limit(result):
+    """Gain: none, but SIGTERM must leave no result."""
+    status, log = result
+    assert status == -signal.SIGTERM and "val_bpb" not in log, log
 
 
 @cheat("train.py", STEPS, f"return\n    {STEPS}")
