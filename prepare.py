@@ -866,13 +866,13 @@ class Run:
         if self.clock.running or not self.num_steps or self.evaluated:
             raise RuntimeError("evaluate after training, once, and do not break out of run.steps")
         self.evaluated = True  # also if the model is refused: it has seen validation text
-        start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
         sizes = torch.from_numpy(self.tokenizer.token_bytes).to(self.device)  # waits for the GPU
         late = self.clock.now() - self.clock.started_at - self.clock.seconds
         extra = self.train_rows.reads + self.val_rows.reads - self.tokens // C.MAX_SEQ_LEN
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > self.batch_size:  # read ahead
             what = f"{late:.1f} s and {extra - self.batch_size} rows were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
+        start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
         self.val_bpb = evaluate_bpb(model, torch.from_numpy(ids).to(self.device), sizes, batch_size)
         self.eval_seconds = time.perf_counter() - start
         return self.val_bpb
