@@ -92,6 +92,7 @@ def runs(request, cache, tmp_path_factory) -> dict[str, tuple[int, str]]:
     for edit in SMALLER:
         apply(honest, *edit)
     git = ["git", "-C", str(honest), "-c", "user.name=a", "-c", "user.email=a@localhost"]
+    git += ["-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "start"]):
         subprocess.run([*git, *command], check=True)
     selected = [item.name for item in request.session.items if item.name in CHEATS]

@@ -223,6 +223,7 @@ def repository(tmp_path_factory) -> Path:
     (folder / "train.py").write_text(train_py(0.44))
     (folder / "prepare.py").write_text('print("prepared")\n')
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@localhost"]
+    git += ["-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "start"]):
         subprocess.run([*git, *command], check=True)
     return folder
