@@ -907,7 +907,19 @@ def open_run(device: torch.device) -> Run:
         print(f"nothing is prepared in {data_dir()}: preparing first", flush=True)
         main([])
     atexit.register(demand_result, run := Run(data_dir(), device))
+    sys.excepthook = partial(end_at_once, run)
     return run
+
+
+def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
+    """Print an uncaught error and end the process with status 1.
+
+    At once: torch waits up to 300 s for compile workers that it has only just started.
+    """
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    demand_result(run)
+    os._exit(1)
 
 
 def demand_result(run: Run) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,7 @@ def own_exit_status():
     """Let the tests end with a status of their own: no run of theirs has to have a result."""
     yield
     atexit.unregister(prepare.demand_result)
+    sys.excepthook = sys.__excepthook__
 
 
 @pytest.fixture(scope="session", autouse=True)

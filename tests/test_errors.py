@@ -236,3 +236,20 @@ def test_a_manifest_with_half_an_entry_is_a_sentence_not_a_key_error(cache, entr
     (cache / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="manifest.json is missing, damaged or of other rules"):
         prepare.Run(cache, torch.device("cpu"))
+
+
+def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(prepared, tmp_path):
+    # At exit torch waits for its compile workers, for up to 300 s if they are still starting.
+    code = "import prepare, torch; run = prepare.open_run(torch.device('cpu'));"
+    code += "from torch._inductor.async_compile import maybe_warm_pool; maybe_warm_pool();"
+    code += "raise ValueError('a mistake')"
+    shutil.copytree(prepared, tmp_path / "smoke")
+    env = os.environ | {
+        "AUTORESEARCH_CACHE": str(tmp_path),
+        "PYTHONPATH": str(Path(C.__file__).parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: a mistake\n")
+    assert done.stdout.endswith("prepare.py: the run ended without a result\n")
