@@ -49,30 +49,26 @@ class Night:
         self.runs += 1
         return true + self.rng.gauss(0.0, self.sd)
 
-    def gain(self, best: list[float], new: list[float]) -> float:
-        return fmean(best) - fmean(new)
 
-
-Rule = Callable[
-    [Night, list[float], list[float], float], bool
-]  # best's runs, new's, its true value
+# The night, runs of the best commit and of the new one, the new one's true value -> is it kept?
+Rule = Callable[[Night, list[float], list[float], float], bool]
 
 
 def keep_if_lower(night: Night, best: list[float], new: list[float], true: float) -> bool:
-    return night.gain(best, new) > 0
+    return fmean(best) > fmean(new)
 
 
 def with_repeats(clear: float, repeat: float, confirm: float, runs: int = 2) -> Rule:
     """Return a rule of program.md's kind; runs: that a commit within the noise has at the end."""
 
     def rule(night: Night, best: list[float], new: list[float], true: float) -> bool:
-        gain, sd = night.gain(best, new), noise(night.commits)
+        gain, sd = fmean(best) - fmean(new), noise(night.commits)
         if gain > clear * sd or gain < repeat * sd:
             return gain > clear * sd
         for values, value in ((best, night.best_true), (new, true)):
             while len(values) < runs:
                 values.append(night.run(value))
-        return night.gain(best, new) > confirm * noise(night.commits)
+        return fmean(best) - fmean(new) > confirm * noise(night.commits)
 
     return rule
 
@@ -126,10 +122,8 @@ def main() -> None:
     parser.add_argument("--ideas", type=int, default=80, help="in a night (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     args = parser.parse_args()
-    print(
-        f"simulated: noise {args.noise}, {args.nights} nights of {args.ideas} ideas, seed ", end=""
-    )
-    print(f"{args.seed}, means of a night\n")
+    night = f"{args.nights} nights of {args.ideas} ideas, seed {args.seed}"
+    print(f"simulated: noise {args.noise}, {night}, means of a night\n")
     print("| rule | kept | false keeps | missed gains | lost by them | true gain | runs | GPU h |")
     print("|---|---|---|---|---|---|---|---|")
     plain = None
