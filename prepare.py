@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -885,13 +886,26 @@ class Run:
         self.tok_per_sec = self.tokens / self.clock.seconds
         self.wait_percent = 100 * self.waited / self.clock.seconds
         self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
-        peak = next((flops for part, flops in C.PEAK_FLOPS.items() if part in self.gpu), math.nan)
-        self.mfu_percent = 100 * flops_per_token * self.tok_per_sec / peak
+        self.tflops = flops_per_token * self.tok_per_sec / 1e12
+        self.mfu_percent = 100e12 * self.tflops / peak_flops(self.gpu)
         self.peak_vram_mb = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else 0.0
         self.epochs, self.tokens_M = self.tokens / self.epoch_tokens, self.tokens / 1e6
         self.total_seconds = time.perf_counter() - C.STARTED_AT
         print(C.SUMMARY.format(run=self), flush=True)
         self.printed = True
+
+
+def peak_flops(gpu_name: str) -> float:
+    """Return the dense bf16 peak of the GPU that torch calls `gpu_name`, FLOP/s; nan if unknown.
+
+    Behind the card's name only memory and form may follow: a laptop's chip, a slice of a card
+    (MIG, vGPU) or a variant that is not in the table is not the card.
+    """
+    form = r"([ -](SXM\d|PCIe|PCIE|\d+GB?|HBM\d\w*|Generation))*"
+    for card, tflops in C.PEAK_TFLOPS.items():
+        if re.fullmatch(f"NVIDIA (GeForce )?{card}{form}", gpu_name):
+            return tflops * 1e12
+    return math.nan
 
 
 def git_commit() -> str:

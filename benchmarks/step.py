@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import constants
+import prepare
 import train
 
 SHAPES = {
@@ -94,8 +95,7 @@ def main() -> None:
     seconds = statistics.median(times)
     tok_per_sec = train.TOTAL_BATCH_SIZE / seconds
     gpu = torch.cuda.get_device_name()
-    peak = next((f for part, f in constants.PEAK_FLOPS.items() if part in gpu), float("nan"))
-    mfu = tok_per_sec * model.flops_per_token() / peak
+    mfu = tok_per_sec * model.flops_per_token() / prepare.peak_flops(gpu)
     print(
         f"{gpu}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
         f"{tok_per_sec / 1e6:.3f} M tok/s, {100 * mfu:.1f} % MFU, "

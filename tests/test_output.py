@@ -49,7 +49,7 @@ def parse(summary: str) -> dict[str, str]:
 def test_the_summary_has_its_keys_in_order_the_familys_nine_first(summary):
     keys = [line.split(":")[0] for line in summary.splitlines()]
     assert keys == [line.split(":")[0] for line in C.SUMMARY.splitlines()]
-    assert keys[:10] == ["---", *FIRST_NINE]
+    assert keys[:10] == ["---", *FIRST_NINE] and keys[10:12] == ["tok_per_sec", "tflops"]
     ours = {"tok_per_sec", "startup_seconds", "import_seconds", "open_seconds", "compile_seconds"}
     ours |= {"data_wait_percent", "eval_seconds", "epochs", "attention", "gpu", "seed"}
     assert ours | {"commit", "rules"} <= set(keys) and len(set(keys)) == len(keys)
@@ -68,6 +68,7 @@ def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
     assert values["num_steps"] == "8" and values["depth"] == "3"
     assert values["training_seconds"] == "8.0" and values["num_params_M"] == "1.2"
     assert values["tok_per_sec"] == str(tokens // 8)
+    assert values["tflops"] == f"{tokens / 8 * 1e9 / 1e12:.2f}" == "1.54"  # 1e9 FLOPs a token
     assert values["total_tokens_M"] == f"{tokens / 1e6:.1f}"
     manifest = prepare.load_manifest(prepared)["rows"]
     sizes = [about["size"] for about in manifest.values() if about["split"] == "train"]
