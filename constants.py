@@ -52,6 +52,7 @@ PACK_BATCH_DOCS = 128  # documents a refill takes, of one row group
 
 # Evaluation: the first rows of the validation shard, the same for every model and batch size.
 EVAL_TOKENS = 2**16 if SMOKE else 40 * 524_288  # target tokens
+EVAL_ROWS = 128  # at once, at most; fewer if training or memory had room for fewer
 LOGIT_TOLERANCE = 1e-3  # what a logit may move by when nothing it may see has changed
 
 # What prepared rows depend on beside the shard and the tokenizer.

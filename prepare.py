@@ -16,6 +16,7 @@ import argparse
 import atexit
 import base64
 import errno
+import gc
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -564,8 +566,7 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
 
     All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source: arXiv:2407.08608.
     """
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    if capability[0] != 8 and capability != (9, 0):
+    if (capability := compute_capability())[0] != 8 and capability != (9, 0):
         raise RuntimeError("FlashAttention-3 needs a GPU of compute capability 8.x or 9.0")
     pin = data_dir() / "flash_attention.txt"  # where the build lies that prepare.py fetched
     try:
@@ -583,6 +584,64 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
     except Exception as error:  # of five libraries; FlexAttention serves whatever went wrong
         text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({type(error).__name__}: {error})"
         raise RuntimeError(text.splitlines()[0]) from error
+
+
+# ---- Run-time: device and memory ----------------------------------------------------------------
+def compute_capability() -> tuple[int, int]:
+    """Return the GPU's compute capability, (0, 0) without a CUDA GPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+def choose_device(training: bool = True) -> torch.device:
+    """Return the device of a run, the GPU, or under the smoke rules the CPU.
+
+    ValueError if there is no GPU that can train; where no training is wanted the CPU will do.
+    """
+    if C.SMOKE:  # leaves a GPU to whoever is using it
+        return torch.device("cpu")
+    if (capability := compute_capability()) >= (8, 0):
+        return torch.device("cuda")
+    if not training:
+        return torch.device("cpu")
+    problem = "no CUDA GPU is available, and a full run needs one"
+    if capability > (0, 0):
+        problem = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}."
+        problem += f"{capability[1]}, and training in bf16 needs 8.0 (Ampere) or higher"
+    smoke = "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
+    raise ValueError(f"{problem}; {smoke}")
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that tensors can still take on `device`; infinity on a CPU."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    held = torch.cuda.memory_reserved(device)  # by torch, in use or not
+    return min(free + held, share * total) - torch.cuda.memory_allocated(device)
+
+
+def find_batch_size(
+    attempt: Callable[[int], object], limit: int, row_bytes: float, device: torch.device
+) -> int:
+    """Return the largest power of two, up to `limit`, of rows for which attempt(rows) has memory.
+
+    row_bytes: what a row takes, roughly: a size that cannot fit is not attempted, which would
+    have to compile it. torch.OutOfMemoryError if a single row does not fit.
+    """
+    rows = max(1, int(min(limit, free_memory(device) / row_bytes)))
+    size = 1 << (rows.bit_length() - 1)
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        gc.collect()  # here, where the failed attempt's tensors are let go
+        torch.cuda.empty_cache()
+        print(f"batch: {size} rows do not fit in memory, trying {size // 2}", flush=True)
+        size //= 2
 
 
 # ---- Run-time: clock ----------------------------------------------------------------------------
@@ -697,6 +756,7 @@ def refuse_if_moved(a: torch.Tensor, b: torch.Tensor, what: str = RANDOM) -> Non
         raise RuntimeError(f"evaluation refused: the model {what}; moved {max(moved):.3g}")
 
 
+@torch.no_grad()
 def check_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
     """Refuse, by RuntimeError, a model that keeps state, sees the future or mixes rows.
 
@@ -795,6 +855,7 @@ class Run:
         self.import_seconds = self.opened_at - C.STARTED_AT
         self.open_seconds = time.perf_counter() - self.opened_at
         self.waited = 0.0  # seconds that the loop has waited for batches
+        self.batch_size = 0  # rows of a micro-step, once training has begun
 
     def random_batch(self, batch_size: int) -> Batch:
         """Return random ids for warm-up; torch's own generator is left alone."""
@@ -862,8 +923,12 @@ class Run:
                 raise RuntimeError(f"{what}; the run is void, lower a learning rate or revert")
             self.finished.append(step)
 
-    def evaluate(self, model: Model, batch_size: int) -> float:
-        """Measure `model` on the validation rows, see `evaluate_bpb`; training must be over."""
+    def evaluate(self, model: Model) -> float:
+        """Measure `model` on the validation rows, see `evaluate_bpb`; training must be over.
+
+        In batches of as many rows as training's, which are compiled, or fewer if they do not fit.
+        That is tried on random ids: a model that runs out of memory has not seen the text.
+        """
         if self.clock.running or not self.num_steps or self.evaluated:
             raise RuntimeError("evaluate after training, once, and do not break out of run.steps")
         self.evaluated = True  # also if the model is refused: it has seen validation text
@@ -874,7 +939,14 @@ class Run:
             what = f"{late:.1f} s and {extra - self.batch_size} rows were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
         start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
-        self.val_bpb = evaluate_bpb(model, torch.from_numpy(ids).to(self.device), sizes, batch_size)
+        rows = torch.from_numpy(ids).to(self.device)
+        batch_size = find_batch_size(
+            lambda size: check_model(model, self.random_batch(size)[0]),
+            limit=min(max(self.batch_size, 2), C.EVAL_ROWS),  # of one row could not be told if
+            row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,  # rows mix; logits, thrice
+            device=self.device,
+        )
+        self.val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
         self.eval_seconds = time.perf_counter() - start
         return self.val_bpb
 
@@ -926,14 +998,36 @@ def open_run(device: torch.device) -> Run:
 
 
 def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
-    """Print an uncaught error and end the process with status 1.
+    """Print an uncaught error, for want of memory in one line, and end the process with status 1.
 
     At once: torch waits up to 300 s for compile workers that it has only just started.
     """
-    sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, torch.OutOfMemoryError):
+        print(explain_memory(run, error), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
     sys.stderr.flush()
     demand_result(run)
     os._exit(1)
+
+
+def explain_memory(run: Run, error: BaseException) -> str:
+    """Return one line on where `run` ran out of GPU memory, and what to lower."""
+    where, lower = f"at step {run.num_steps} with {run.batch_size} rows a micro-step", ""
+    if run.evaluated:
+        where = "in the evaluation"
+    elif not run.batch_size:
+        where = "before training, with a single row a micro-step"
+    elif run.batch_size > 1:
+        lower = f"set DEVICE_BATCH_SIZE below {run.batch_size}, or "
+    stack = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in stack if Path(frame.filename).name == "train.py"]
+    line = f" (line {lines[-1]})" if lines else ""
+    said = ". ".join(str(error).split(". ")[1:3])  # how much of how much; advice on torch follows
+    return (
+        f"train.py: out of GPU memory {where}{line}; {lower}lower DEPTH or N_EMBD, or end what "
+        f"else uses the GPU ({said or error})"
+    )
 
 
 def demand_result(run: Run) -> None:

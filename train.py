@@ -54,7 +54,7 @@ ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (sl
 
 # Batch
 TOTAL_BATCH_SIZE = 2**18  # tokens a step
-DEVICE_BATCH_SIZE = 128  # rows a micro-step, halved until it fits; divides the total batch
+DEVICE_BATCH_SIZE = 128  # rows a micro-step, at most; the largest power of two that fits is taken
 
 # Optimizer. AdamW rates are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
@@ -595,27 +595,20 @@ def train_step(model: GPT, optimizers, batches, grad_accum_steps: int) -> torch.
     return total
 
 
-def warm_up(run: prepare.Run, model: GPT, optimizers, batch_size: int) -> bool:
+def warm_up(run: prepare.Run, model: GPT, optimizers, batch_size: int) -> None:
     """Compile and run everything once on random ids, then put weights and state back, bit for bit.
 
-    A step of two micro-steps, so that gradients are both made and added to, and one evaluation;
-    return False if the memory is too small for `batch_size` rows and fewer can be tried."""
+    A step of two micro-steps, so that gradients are both made and added to, and one evaluation."""
     parts = [model, *optimizers]
     saved = copy.deepcopy([part.state_dict() for part in parts])
     try:
         train_step(model, optimizers, [run.random_batch(batch_size) for _ in range(2)], 2)
         with torch.no_grad():
             model(run.random_batch(batch_size)[0])
-        return True
-    except torch.OutOfMemoryError:
-        if batch_size % 2:
-            raise
     finally:
         model.zero_grad(set_to_none=True)
         for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
-    torch.cuda.empty_cache()  # here, where the failed step's tensors are let go
-    return False
 
 
 def step_line(step: prepare.Step, seconds: float) -> str:
@@ -628,15 +621,23 @@ def step_line(step: prepare.Step, seconds: float) -> str:
     )
 
 
-def grad_accumulation(batch_size: int) -> int:
-    """Return the micro-steps of `batch_size` rows in a step; ValueError if they are not whole."""
-    tokens = batch_size * MAX_SEQ_LEN
-    if tokens < 1 or TOTAL_BATCH_SIZE < tokens or TOTAL_BATCH_SIZE % tokens:
+def batch_limit() -> int:
+    """Return the most rows of a micro-step that the knobs allow; ValueError if there are none."""
+    if DEVICE_BATCH_SIZE < 1 or TOTAL_BATCH_SIZE < 1:
         raise ValueError(
-            f"TOTAL_BATCH_SIZE ({TOTAL_BATCH_SIZE} tokens) is not a multiple of DEVICE_BATCH_SIZE "
-            f"* MAX_SEQ_LEN ({batch_size} * {MAX_SEQ_LEN}); change one of them in train.py"
+            f"DEVICE_BATCH_SIZE ({DEVICE_BATCH_SIZE} rows) and TOTAL_BATCH_SIZE "
+            f"({TOTAL_BATCH_SIZE} tokens) must be at least 1; change them in train.py"
         )
-    return TOTAL_BATCH_SIZE // tokens
+    return max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
+
+
+def grad_accumulation(batch_size: int) -> int:
+    """Return the micro-steps of `batch_size` rows in a step; print it if the total is rounded."""
+    tokens = batch_size * MAX_SEQ_LEN
+    count = max(1, TOTAL_BATCH_SIZE // tokens)
+    if count * tokens != TOTAL_BATCH_SIZE:
+        print(f"batch: TOTAL_BATCH_SIZE ({TOTAL_BATCH_SIZE} tokens) is rounded to {count * tokens}")
+    return count
 
 
 def build_config() -> GPTConfig:
@@ -647,16 +648,8 @@ def build_config() -> GPTConfig:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a killed run leaves its log whole
-    cuda = torch.cuda.is_available() and not SMOKE  # smoke leaves a GPU to whoever is using it
-    device = torch.device("cuda" if cuda else "cpu")
-    if not (cuda or SMOKE):
-        sys.exit(
-            "train.py: no CUDA GPU is available, and a full run needs one; "
-            "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
-        )
     try:
-        config, batch_size = build_config(), DEVICE_BATCH_SIZE
-        grad_accumulation(batch_size)  # here already, for its errors
+        device, config, rows = prepare.choose_device(), build_config(), batch_limit()
         run = prepare.open_run(device)
         attention, attend = choose_attention(ATTENTION, config.windows, MAX_SEQ_LEN, device)
     except (OSError, ValueError) as error:
@@ -665,9 +658,10 @@ def main() -> None:
     model, optimizers = build_training(config, attend, device)
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
-    while not warm_up(run, model, optimizers, batch_size):
-        print(f"batch: {batch_size} rows do not fit in memory, trying {batch_size // 2}")
-        batch_size //= 2
+    # What a row takes, roughly: activations of the layers, logits with their gradient.
+    row_bytes = MAX_SEQ_LEN * (24 * config.n_layer * config.n_embd + 6 * config.vocab_size)
+    attempt = functools.partial(warm_up, run, model, optimizers)
+    batch_size = prepare.find_batch_size(attempt, rows, row_bytes, device)
     grad_accum_steps = grad_accumulation(batch_size)
     print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")
     gc.collect()
@@ -679,7 +673,7 @@ def main() -> None:
         step.loss = train_step(model, optimizers, step.batches, grad_accum_steps)
         report(run)
     report(run)
-    run.evaluate(model, batch_size)
+    run.evaluate(model)
     run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
 
 

@@ -93,7 +93,7 @@ def main() -> None:
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
     seconds = statistics.median(times)
-    tok_per_sec = train.TOTAL_BATCH_SIZE / seconds
+    tok_per_sec = accum * B * T / seconds
     gpu = torch.cuda.get_device_name()
     mfu = tok_per_sec * model.flops_per_token() / prepare.peak_flops(gpu)
     print(

@@ -55,7 +55,7 @@ with open("run.log", "wb") as log:
 sys.argv[:], sys.path[0] = ["train.py"], folder
 runpy.run_path("train.py", run_name="__main__")
 """
-EVALUATE, STEPS = "run.evaluate(model, batch_size)", "for step in run.steps(batch_size, grad_acc"
+EVALUATE, STEPS = "run.evaluate(model)", "for step in run.steps(batch_size, grad_acc"
 SUMMARY = "run.print_summary("
 CHEATS: dict[str, tuple[str, str, str]] = {}
 
@@ -145,7 +145,7 @@ def test_a_mask_that_sees_the_future(result):
     stopped(result, "evaluation refused: the model sees the future")
 
 
-@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model(idx.roll(-1, 1)), batch_size)")
+@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model(idx.roll(-1, 1)))")
 def test_targets_shifted_by_one(result):
     """Gain: the target is the last input; copying it costs no bits."""
     stopped(result, "evaluation refused: the model sees the future")
@@ -156,7 +156,7 @@ CACHE = """seen = torch.zeros(VOCAB_SIZE)
         counts = torch.bincount(idx.flatten(), minlength=VOCAB_SIZE)
         seen.add_(RATE * counts / counts.max())
         return model(idx) + seen
-    run.evaluate(cached, batch_size)"""
+    run.evaluate(cached)"""
 
 
 @cheat("train.py", EVALUATE, CACHE.replace("RATE", "0.1"))
@@ -176,10 +176,10 @@ READ_FIRST = """seen = []
         seen.append(idx)
         return model(idx) if len(seen) < 9 else None
     try:
-        run.evaluate(spy, batch_size)
+        run.evaluate(spy)
     except RuntimeError:
         pass
-    run.evaluate(model, batch_size)"""
+    run.evaluate(model)"""
 
 
 @cheat("train.py", EVALUATE, READ_FIRST)
@@ -188,24 +188,28 @@ def test_a_refused_evaluation_that_is_tried_again(result):
     stopped(result, "evaluate after training, once")
 
 
-@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model(idx)[..., :512], batch_size)")
+@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model(idx)[..., :512])")
 def test_logits_of_the_wrong_vocabulary(result):
     """Gain: the probability that belongs to rare ids goes to the others."""
     stopped(result, r"evaluation refused: .*\(4, 256, 512\) .*, not logits \(4, 256, 1024\)")
 
 
-@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model.loss(idx, idx) / 9, batch_size)")
+@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model.loss(idx, idx) / 9)")
 def test_a_returned_loss_instead_of_logits(result):
     """Gain: the model names its own loss, over whatever it likes."""
     stopped(result, r"evaluation refused: model\(idx\) gave \(\) torch.float32, not logits")
 
 
-UNIFORM = "run.evaluate(lambda idx: torch.zeros(*idx.shape, VOCAB_SIZE), 5)"
+FEW_ROWS = """def uniform(idx):
+        if len(idx) > 1:
+            raise torch.OutOfMemoryError
+        return torch.zeros(*idx.shape, VOCAB_SIZE)
+    run.evaluate(uniform)"""
 
 
-@cheat("train.py", EVALUATE, UNIFORM)
+@cheat("train.py", EVALUATE, FEW_ROWS)
 def test_fewer_evaluation_tokens_through_the_batch_size(result, cache):
-    """Gain: a batch size that does not divide the 32 rows would leave the last ones out.
+    """Gain: a model that runs out of memory chooses the batch size; another would leave rows out.
 
     The model is uniform, so that its bits per byte over all rows are known.
     """
@@ -220,6 +224,22 @@ def test_fewer_evaluation_tokens_through_the_batch_size(result, cache):
     status, log = result
     assert status == 0 and float(values(log)["val_bpb"]) == pytest.approx(expected[0], abs=2e-6)
     assert expected[0] != pytest.approx(expected[1], abs=1e-4)
+
+
+READS_AND_FAILS = """seen = []
+    def spy(idx):
+        if len(idx) == 4:
+            seen.append(idx)
+            if len(seen) == 13:
+                raise torch.OutOfMemoryError("does not fit")
+        return model(idx)
+    run.evaluate(spy)"""
+
+
+@cheat("train.py", EVALUATE, READS_AND_FAILS)
+def test_an_evaluation_that_runs_out_of_memory_to_be_tried_again(result):
+    """Gain: as above; but the batch size is found on random ids, and the text is read once."""
+    stopped(result, "train.py: out of GPU memory in the evaluation")
 
 
 # ---- The clock ----------------------------------------------------------------------------------
@@ -309,7 +329,7 @@ def test_a_summary_that_is_printed_twice(result):
 
 
 CATCH = """try:
-        run.evaluate(lambda idx: model(idx.roll(-1, 1)), batch_size)
+        run.evaluate(lambda idx: model(idx.roll(-1, 1)))
     except RuntimeError as error:
         print(error)
         sys.exit(0)"""

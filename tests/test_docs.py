@@ -11,7 +11,6 @@ import pytest
 
 import constants as C
 import prepare
-import train
 
 ROOT = Path(C.__file__).parent
 KEYS = re.findall(r"^(\w+): ", C.SUMMARY, re.MULTILINE)
@@ -159,5 +158,5 @@ def test_the_help_and_the_docstring_of_prepare_agree(capsys):
 
 def test_the_command_that_errors_name_is_the_one_of_the_readme(readme):
     assert "AUTORESEARCH_SMOKE=1 uv run train.py" in readme
-    assert "AUTORESEARCH_SMOKE=1 uv run train.py" in Path(train.__file__).read_text("utf-8")
+    assert "AUTORESEARCH_SMOKE=1 uv run train.py" in Path(prepare.__file__).read_text("utf-8")
     assert prepare.PREPARE.endswith("uv run prepare.py") and "uv run prepare.py" in readme

@@ -54,13 +54,38 @@ def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
     assert list(tmp_path.iterdir()) == []  # it does not download first
 
 
+@pytest.mark.parametrize(
+    "smoke, capability, training, expected",
+    [
+        (True, (9, 0), True, "cpu"),
+        (True, None, True, "cpu"),
+        (False, (8, 0), True, "cuda"),
+        (False, (12, 0), False, "cuda"),
+        (False, None, True, "no CUDA GPU is available, and a full run needs one; AUTORESEARCH_SM"),
+        (False, None, False, "cpu"),
+        (False, (7, 5), True, r"^Tesla T4 has compute capability 7.5, .* needs 8.0 .*; AUTORES"),
+        (False, (7, 5), False, "cpu"),
+    ],
+)
+def test_the_device_is_chosen_by_what_is_there(monkeypatch, smoke, capability, training, expected):
+    monkeypatch.setattr(C, "SMOKE", smoke)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    if " " in expected:
+        with pytest.raises(ValueError, match=expected):
+            prepare.choose_device(training)
+    else:
+        assert prepare.choose_device(training).type == expected
+
+
 def test_no_data_and_no_network(full, monkeypatch, tmp_path):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
     assert C.DATASET in sentence(prepare.main, [])
     # The same through train.py, which prepares first.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(prepare, "choose_device", lambda: torch.device("cuda"))
     assert C.DATASET in sentence(train.main)
     assert not (prepare.data_dir() / "manifest.json").exists()
 
@@ -110,9 +135,8 @@ def test_an_error_at_import_ends_with_its_sentence_and_a_status():
         ({"DEPTH": 0}, r"DEPTH \(0\)"),
         ({"WINDOW_PATTERN": "SM"}, r"WINDOW_PATTERN \('SM'\)"),
         ({"SHORT_WINDOW": 10**6}, r"SHORT_WINDOW \(1000000\)"),
-        ({"TOTAL_BATCH_SIZE": 2**11, "DEVICE_BATCH_SIZE": 3}, r"TOTAL_BATCH_SIZE \(2048 tokens\)"),
-        ({"TOTAL_BATCH_SIZE": 2**11, "DEVICE_BATCH_SIZE": 0}, r"DEVICE_BATCH_SIZE .*\(0 \* "),
-        ({"TOTAL_BATCH_SIZE": 2**11, "DEVICE_BATCH_SIZE": 64}, r"DEVICE_BATCH_SIZE .*\(64 \* "),
+        ({"DEVICE_BATCH_SIZE": 0}, r"DEVICE_BATCH_SIZE \(0 rows\)"),
+        ({"TOTAL_BATCH_SIZE": -1}, r"TOTAL_BATCH_SIZE \(-1 tokens\)"),
         ({"ATTENTION": "fa9"}, "ATTENTION is 'fa9'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

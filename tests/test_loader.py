@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(run, sec
             seconds.time += 1.0
     assert step.number <= 3 + prepare.Clock.MAX_AHEAD
     with pytest.raises(RuntimeError):  # and there is no result of it
-        run.evaluate(zeros, 32)
+        run.evaluate(zeros)
 
 
 def test_every_step_is_reported_with_its_loss_and_tokens(run, seconds):
@@ -256,15 +256,15 @@ def test_a_last_step_that_ends_a_little_late_is_tolerated(run, seconds):
 
 def test_no_evaluation_before_or_during_training(run):
     with pytest.raises(RuntimeError, match="evaluate after training"):
-        run.evaluate(zeros, 32)
+        run.evaluate(zeros)
     for step in run.steps(2, 1):
         step.loss = 1.0
         with pytest.raises(RuntimeError, match="evaluate after training"):
-            run.evaluate(zeros, 32)
+            run.evaluate(zeros)
         if step.number == 2:
             break  # an abandoned loop leaves no result either
     with pytest.raises(RuntimeError, match="evaluate after training"):
-        run.evaluate(zeros, 32)
+        run.evaluate(zeros)
 
 
 def test_no_summary_without_a_result(run, seconds, capsys):

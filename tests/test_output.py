@@ -33,7 +33,7 @@ def summary(prepared) -> str:
     for step in run.steps(2, 3):
         assert len(list(step.batches)) == 3
         step.loss, time = 1.0, float(next(seconds) + 1)
-    run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
+    run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
     lines = []
     patch.setattr("builtins.print", lambda *args, **kwargs: lines.append(*args))
     run.print_summary(num_params=1_234_567, depth=3, flops_per_token=1e9, attention="masked")
@@ -166,6 +166,6 @@ def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(
         for step in run.steps(2, 1):
             step.loss = float(len(list(step.batches)))
         with contextlib.suppress(RuntimeError):  # a refused model has seen the text as well
-            run.evaluate(model, 32)
+            run.evaluate(model)
         with pytest.raises(RuntimeError, match="evaluate after training, once"):
-            run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), 32)
+            run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
