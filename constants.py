@@ -64,6 +64,10 @@ STARTUP_LIMIT = 60 if SMOKE else 300  # opening the run to the first step, compi
 # A last step that is slower than all before it may end late; beyond this share the run is void.
 OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 
+# The GPU's own speed is measured before the clock starts and after training, see gpu_health.
+HEALTH_TOLERANCE = 0.03  # share by which the two may differ without a warning
+CONTEXT_BYTES = 2 << 30  # of GPU memory that is not torch's and still no other process: contexts
+
 # Attention kernel, the only thing from the network that is executed. A version is one API for ever.
 FLASH_ATTENTION_REPO = "kernels-community/flash-attn3"
 FLASH_ATTENTION_VERSION = 1
@@ -140,6 +144,7 @@ eval_seconds: {run.eval_seconds:.1f}
 epochs: {run.epochs:.2f}
 attention: {run.attention}
 gpu: {run.gpu}
+gpu_health: {run.gpu_health}
 seed: {run.seed}
 commit: {run.commit}
 rules: {run.rules}"""

@@ -644,6 +644,102 @@ def find_batch_size(
         size //= 2
 
 
+# ---- Run-time: health of the GPU ----------------------------------------------------------------
+@dataclass(frozen=True)
+class Health:
+    """What the GPU did at one moment; nan where there was no memory to measure it."""
+
+    tflops: float  # of a bf16 matrix product, 10^12 a second
+    gb_per_sec: float  # of a copy on the device, read and written
+    company: str  # alone, shared (another process holds the GPU) or unknown
+
+
+def measure_rate(work: Callable[[], object], amount: float, seconds: float = 0.15) -> float:
+    """Return `amount` of one work() over its time on the GPU, in a mean of about `seconds`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed(count: int) -> float:
+        start.record()
+        for _ in range(count):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    timed(2)  # sets libraries up
+    return amount / timed(max(3, int(seconds / timed(2))))
+
+
+def measure_health(device: torch.device) -> Health:
+    """Measure the GPU in about half a second, from memory that is free again afterwards.
+
+    The ids of the matrices come from a generator of their own: torch's is left alone, and numbers
+    that are all zero would cost less power than those of a model.
+    """
+    n, generator = 8192, torch.Generator(device).manual_seed(0)  # three matrices of 128 MiB
+    try:
+        a, b = (
+            torch.randn(n, n, dtype=torch.bfloat16, device=device, generator=generator)
+            for _ in range(2)
+        )
+        c = torch.empty_like(a)
+        tflops = measure_rate(lambda: torch.mm(a, b, out=c), 2 * n**3 / 1e12)
+        gb_per_sec = measure_rate(lambda: c.copy_(a), 2 * a.nbytes / 1e9)
+    except torch.OutOfMemoryError:
+        tflops = gb_per_sec = math.nan
+    free, total = torch.cuda.mem_get_info(device)
+    foreign = total - free - torch.cuda.memory_reserved(device)
+    return Health(tflops, gb_per_sec, judge_company(list_gpu_processes(device), foreign))
+
+
+def list_gpu_processes(device: torch.device) -> list[int]:
+    """Return the process ids that nvidia-smi shows to compute on `device`; none if it fails."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-compute-apps=pid"]
+    try:
+        done = subprocess.run(
+            [*command, "--format=csv,noheader"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) for line in done.stdout.split() if line.isdigit()]
+
+
+def judge_company(pids: list[int], foreign: int) -> str:
+    """Return whether others hold the GPU, by the processes on it and the bytes not held by torch.
+
+    In a container the ids may be of another name space. If this process is not among them, only
+    memory can tell, beyond what contexts and a desktop take.
+    """
+    if os.getpid() in pids:
+        return "shared" if len({*pids}) > 1 else "alone"
+    if foreign > C.CONTEXT_BYTES:
+        return "shared"
+    return "alone" if pids else "unknown"
+
+
+def judge_health(before: Health, after: Health) -> tuple[str, list[str]]:
+    """Return the summary's words on the GPU before and after training, and warnings."""
+    both = {before.company, after.company}
+    company = next(word for word in ("shared", "unknown", "alone") if word in both)
+    rates = [
+        ("matrix product", "TFLOP/s", before.tflops, after.tflops),
+        ("copy", "GB/s", before.gb_per_sec, after.gb_per_sec),
+    ]
+    text = ", ".join(f"{first:.0f}/{last:.0f} {unit}" for _, unit, first, last in rates)
+    warnings = [
+        f"warning: the GPU's {what} went from {first:.0f} to {last:.0f} {unit} over the run "
+        f"({100 * (last / first - 1):+.1f} %): throttled or shared, so do not trust the result; "
+        "see nvidia-smi -q -d PERFORMANCE and run again"
+        for what, unit, first, last in rates
+        if abs(last / first - 1) > C.HEALTH_TOLERANCE
+    ]
+    if company == "shared":
+        what = "another process holds the GPU, so both were slower than they can be"
+        warnings.append(f"warning: {what}; see nvidia-smi, end it and run again")
+    return f"{text}, {company}", warnings
+
+
 # ---- Run-time: clock ----------------------------------------------------------------------------
 class Clock:
     """Counts the time budget, in seconds, by what the device has finished; the host runs ahead."""
@@ -856,6 +952,8 @@ class Run:
         self.open_seconds = time.perf_counter() - self.opened_at
         self.waited = 0.0  # seconds that the loop has waited for batches
         self.batch_size = 0  # rows of a micro-step, once training has begun
+        self.health: list[Health] = []  # of the GPU before training and after it
+        self.peak_bytes = 0  # of GPU memory in training
 
     def random_batch(self, batch_size: int) -> Batch:
         """Return random ids for warm-up; torch's own generator is left alone."""
@@ -874,9 +972,7 @@ class Run:
         if torch.initial_seed() != self.seed:
             raise RuntimeError("train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)")
         batches = load_batches(self.train_rows, batch_size, self.device)
-        if self.cuda:  # warm-up's work and memory are not the run's
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._look_after_gpu()
         if (waited := time.perf_counter() - self.opened_at) > C.STARTUP_LIMIT:
             raise RuntimeError(f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less")
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
@@ -884,6 +980,15 @@ class Run:
         self.batch_size = batch_size
         self.clock.start()
         return self._steps(batches, batch_size * C.MAX_SEQ_LEN, grad_accum_steps)
+
+    def _look_after_gpu(self) -> None:
+        """Measure the GPU between two parts of the run, warm and with nothing else to do."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)  # warm-up's work is not the run's
+            if self.health:  # warm-up's memory neither
+                self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+            self.health.append(measure_health(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _steps(self, batches: Iterator[Batch], tokens: int, count: int) -> Iterator[Step]:
         while self.clock.fits():
@@ -938,6 +1043,7 @@ class Run:
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > self.batch_size:  # read ahead
             what = f"{late:.1f} s and {extra - self.batch_size} rows were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
+        self._look_after_gpu()
         start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
         rows = torch.from_numpy(ids).to(self.device)
         batch_size = find_batch_size(
@@ -960,10 +1066,13 @@ class Run:
         self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
         self.tflops = flops_per_token * self.tok_per_sec / 1e12
         self.mfu_percent = 100e12 * self.tflops / peak_flops(self.gpu)
-        self.peak_vram_mb = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else 0.0
+        if self.cuda:  # of training or evaluation
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        self.peak_vram_mb = self.peak_bytes / 2**20
+        self.gpu_health, warnings = judge_health(*self.health) if self.cuda else (self.gpu, [])
         self.epochs, self.tokens_M = self.tokens / self.epoch_tokens, self.tokens / 1e6
         self.total_seconds = time.perf_counter() - C.STARTED_AT
-        print(C.SUMMARY.format(run=self), flush=True)
+        print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
         self.printed = True
 
 

@@ -144,6 +144,7 @@ def a_trained_run(prepared, monkeypatch, rows: int) -> prepare.Run:
     run = prepare.Run(prepared, CPU)
     for step in run.steps(rows, 1):
         step.loss = float(len(list(step.batches)))
+    run.val_rows.files = [run.val_rows.files[0][:40]]  # enough to tell, and quick
     return run
 
 
@@ -188,7 +189,7 @@ def test_a_model_that_runs_out_of_memory_has_not_seen_validation_text(prepared, 
         return some_model(idx)
 
     run.evaluate(model)
-    text = {tuple(row[:-1].tolist()) for row in run.val_rows}
+    text = {tuple(row[:-1].tolist()) for row in run.val_rows.files[0]}
     failed = [tuple(row.tolist()) for idx in seen for row in idx if len(idx) > 2]
     assert failed and not text & set(failed)
     assert tuple(seen[-1][0].tolist()) in text
