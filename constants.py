@@ -1,10 +1,11 @@
 """The fixed rules of an experiment. Not edited: two numbers compare only under the same rules.
 
 Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here; a change
-of any of them changes the `rules:` hash that a run prints. Two environment variables are read:
+of any of them changes the `rules:` hash that a run prints. Three environment variables are read:
 
     AUTORESEARCH_SMOKE=1   tiny rules that run anywhere in about a minute (no GPU, no network)
     AUTORESEARCH_SEED=N    seed of the run, default 42; never set by train.py
+    AUTORESEARCH_SAVE=0    do not save the trained model
 """
 
 import os
@@ -23,6 +24,7 @@ def _environment_int(name: str, default: int, low: int, high: int) -> int:
 
 SMOKE = _environment_int("AUTORESEARCH_SMOKE", 0, 0, 1) == 1
 SEED = _environment_int("AUTORESEARCH_SEED", 42, 0, 2**31 - 1)
+SAVE = _environment_int("AUTORESEARCH_SAVE", 1, 0, 1) == 1
 
 # Data: ClimbMix (arXiv:2504.13161), shuffled, as parquet shards with one column `text`.
 DATASET = "karpathy/climbmix-400b-shuffle"  # on the Hugging Face hub

@@ -1,6 +1,7 @@
 """One experiment: train a GPT for the time budget on one GPU and print its val_bpb. Edit freely.
 
 Usage: uv run train.py > run.log 2>&1        (AUTORESEARCH_SMOKE=1: a tiny model, on the CPU)
+       uv run train.py --sample "text"       continues the text with the model of the last run
 
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full causal
 windows, gated value embeddings, per-layer scalars on the residual stream and the input embedding,
@@ -14,7 +15,7 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from constants import MAX_SEQ_LEN, SMOKE, TIME_BUDGET, VOCAB_SIZE  # first: it starts a clock
@@ -646,8 +647,15 @@ def build_config() -> GPTConfig:
     return GPTConfig(*shape, WINDOW_PATTERN, SHORT_WINDOW, ROPE_BASE, SOFTCAP)
 
 
-def main() -> None:
+def build_saved(config: dict, device: torch.device) -> GPT:
+    """Return a model of a saved configuration, for --sample."""
+    return build_training(GPTConfig(**config), masked_attention, device)[0]
+
+
+def main(argv: Sequence[str] = ()) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a killed run leaves its log whole
+    if argv:
+        return prepare.sample(argv, build_saved)
     try:
         device, config, rows = prepare.choose_device(), build_config(), batch_limit()
         run = prepare.open_run(device)
@@ -674,6 +682,7 @@ def main() -> None:
         report(run)
     report(run)
     run.evaluate(model)
+    run.save(model, config)
     run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
 
 
@@ -686,4 +695,4 @@ def report(run: prepare.Run) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

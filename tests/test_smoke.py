@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from test_output import STEP_LINE
 import constants as C
 import prepare
 
-TRAIN = Path(C.__file__).parent / "train.py"
+ROOT = Path(C.__file__).parent
 KEYS = re.findall(r"^(\w+): ", C.SUMMARY, re.MULTILINE)
 
 
@@ -29,7 +30,10 @@ def environment(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> subprocess.CompletedProcess:
     folder = tmp_path_factory.mktemp("smoke")
-    command, env = [sys.executable, str(TRAIN)], environment(folder)
+    (folder / "checkout").mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder / "checkout")
+    command, env = [sys.executable, str(folder / "checkout" / "train.py")], environment(folder)
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
     done.folder = folder
     return done
@@ -88,15 +92,32 @@ def test_the_log_is_short_whole_lines_that_a_pager_can_read(job):
     assert shares[0] == 0.0 and shares == sorted(shares) and len(set(shares)) == len(shares)
 
 
-def test_nothing_is_written_outside_the_cache(job):
-    assert [path.name for path in job.folder.iterdir()] == ["cache"]
+def test_nothing_is_written_outside_the_cache_but_the_model(job):
+    assert {path.name for path in job.folder.iterdir()} == {"cache", "checkout"}
+    there = {path.name for path in (job.folder / "checkout").iterdir()}
+    assert there - {"__pycache__"} == {path.name for path in ROOT.glob("*.py")} | {"smoke.npz"}
+    ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
+    assert {"model.npz", "smoke.npz"} <= {*ignored}
+
+
+def test_the_model_continues_a_text(job, values):
+    text, command = "def main(", [sys.executable, str(job.folder / "checkout" / "train.py")]
+    done = subprocess.run(
+        [*command, "--sample", text],
+        env=environment(job.folder),
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.decode() == f"model of commit none, val_bpb {values['val_bpb']}\n"
+    assert done.stdout.startswith(text.encode()) and len(done.stdout) > len(text) + 1
 
 
 def test_a_second_run_starts_at_once(job):
     before = {path: path.stat().st_mtime_ns for path in (job.folder / "cache").rglob("*")}
     started, said = time.monotonic(), []
     with subprocess.Popen(
-        [sys.executable, str(TRAIN)],
+        [sys.executable, str(job.folder / "checkout" / "train.py")],
         env=environment(job.folder),
         cwd=job.folder,
         stdout=subprocess.PIPE,
