@@ -1054,8 +1054,8 @@ class Run:
         rows = torch.from_numpy(ids).to(self.device)
         batch_size = find_batch_size(
             lambda size: check_model(model, self.random_batch(size)[0]),
-            limit=min(max(self.batch_size, 2), C.EVAL_ROWS),  # of one row could not be told if
-            row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,  # rows mix; logits, thrice
+            limit=min(max(self.batch_size, 2), C.EVAL_ROWS),  # two show whether rows are mixed
+            row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,  # logits in float32, about thrice
             device=self.device,
         )
         self.val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
