@@ -66,63 +66,9 @@ STARTUP_LIMIT = 60 if SMOKE else 300  # opening the run to the first step, compi
 # A last step that is slower than all before it may end late; beyond this share the run is void.
 OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 
-# The GPU's own speed is measured before the clock starts and after training, see gpu_health.
-HEALTH_TOLERANCE = 0.03  # share by which the two may differ without a warning
-CONTEXT_BYTES = 2 << 30  # of GPU memory that is not torch's and still no other process: contexts
-
 # Attention kernel, the only thing from the network that is executed. A version is one API for ever.
 FLASH_ATTENTION_REPO = "kernels-community/flash-attn3"
 FLASH_ATTENTION_VERSION = 1
-
-# Dense bf16 tensor-core peaks with float32 accumulation, TFLOP/s, by card; see prepare.peak_flops.
-# Where a data sheet says "with sparsity", half of it. Cards not found there are left out.
-PEAK_TFLOPS = {
-    # Data sheets and, for A40 and RTX A6000, the GA102 white paper, v2
-    "A100": 312.0,
-    "H100 PCIe": 756.0,  # before the bare name, which stands for the SXM module
-    "H100 NVL": 835.0,
-    "H100": 989.5,
-    "H200 NVL": 835.0,
-    "H200": 989.5,
-    "GH200": 989.5,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "A10": 125.0,
-    "A40": 149.7,
-    "L4": 121.0,
-    "L40": 181.05,
-    "L40S": 362.05,
-    "RTX A6000": 154.8,
-    "RTX 6000 Ada": 364.25,
-    # GeForce: 4 * CUDA cores * boost clock, half of what a professional card of the chip does, as
-    # in the appendices of the white papers on GA102 (RTX 3080 59.5, 3090 71), AD102 (RTX 4090
-    # 165.2) and RTX Blackwell (RTX 5090 209.5); cores and clocks from NVIDIA's pages of the cards.
-    "RTX 3060": 25.5,
-    "RTX 3060 Ti": 32.4,
-    "RTX 3070": 40.6,
-    "RTX 3070 Ti": 43.5,
-    "RTX 3080": 59.5,  # of 10 GB; that of 12 GB has the same name and 61.3
-    "RTX 3080 Ti": 68.2,
-    "RTX 3090": 71.2,
-    "RTX 3090 Ti": 80.0,
-    "RTX 4060": 30.2,
-    "RTX 4060 Ti": 44.1,
-    "RTX 4070": 58.3,
-    "RTX 4070 SUPER": 71.0,
-    "RTX 4070 Ti": 80.2,
-    "RTX 4070 Ti SUPER": 88.2,
-    "RTX 4080": 97.5,
-    "RTX 4080 SUPER": 104.4,
-    "RTX 4090": 165.2,
-    "RTX 4090 D": 147.1,
-    "RTX 5050": 26.3,
-    "RTX 5060": 38.4,
-    "RTX 5060 Ti": 47.4,
-    "RTX 5070": 61.7,
-    "RTX 5070 Ti": 87.9,
-    "RTX 5080": 112.6,
-    "RTX 5090": 209.5,
-}
 
 # What a run prints last; the first nine keys are those that every tool of this family reads.
 SUMMARY = """---

@@ -15,24 +15,19 @@ The run-time half is what measures train.py: class `Run` with loader, clock, eva
 import argparse
 import atexit
 import base64
-import dataclasses
 import errno
-import gc
 import hashlib
 import itertools
 import json
 import math
 import os
 import random
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
-import traceback
-import zipfile
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +46,7 @@ import torch.nn.functional as F
 
 import constants as C
 import download
+import gpu
 from download import (
     DOWNLOADS,
     PREPARE,
@@ -70,9 +66,6 @@ except ImportError:  # Windows: no lock there
 VAL_NAME = C.SHARD_NAME.format(C.VAL_SHARD)
 Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
 Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
-MODEL = Path(__file__).parent / ("smoke.npz" if C.SMOKE else "model.npz")  # of the last run
-ABOUT = "about.json"  # the entry of MODEL that is not a parameter
-SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 300, 0.8
 RANDOM = "keeps state between calls or is random (dropout: call model.eval())"
 
 
@@ -571,7 +564,7 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
 
     All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source: arXiv:2407.08608.
     """
-    if (capability := compute_capability())[0] != 8 and capability != (9, 0):
+    if (capability := gpu.compute_capability())[0] != 8 and capability != (9, 0):
         raise RuntimeError("FlashAttention-3 needs a GPU of compute capability 8.x or 9.0")
     pin = data_dir() / "flash_attention.txt"  # where the build lies that prepare.py fetched
     try:
@@ -589,160 +582,6 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
     except Exception as error:  # of five libraries; FlexAttention serves whatever went wrong
         text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({type(error).__name__}: {error})"
         raise RuntimeError(text.splitlines()[0]) from error
-
-
-# ---- Run-time: device and memory ----------------------------------------------------------------
-def compute_capability() -> tuple[int, int]:
-    """Return the GPU's compute capability, (0, 0) without a CUDA GPU."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-
-
-def choose_device(training: bool = True) -> torch.device:
-    """Return the device of a run, the GPU, or under the smoke rules the CPU.
-
-    ValueError if there is no GPU that can train; where no training is wanted the CPU will do.
-    """
-    if C.SMOKE:  # leaves a GPU to whoever is using it
-        return torch.device("cpu")
-    if (capability := compute_capability()) >= (8, 0):
-        return torch.device("cuda")
-    if not training:
-        return torch.device("cpu")
-    problem = "no CUDA GPU is available, and a full run needs one"
-    if capability > (0, 0):
-        problem = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}."
-        problem += f"{capability[1]}, and training in bf16 needs 8.0 (Ampere) or higher"
-    smoke = "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
-    raise ValueError(f"{problem}; {smoke}")
-
-
-def free_memory(device: torch.device) -> float:
-    """Return the bytes that tensors can still take on `device`; infinity on a CPU."""
-    if device.type != "cuda":
-        return math.inf
-    free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
-    held = torch.cuda.memory_reserved(device)  # by torch, in use or not
-    return min(free + held, share * total) - torch.cuda.memory_allocated(device)
-
-
-def find_batch_size(
-    attempt: Callable[[int], object], limit: int, row_bytes: float, device: torch.device
-) -> int:
-    """Return the largest power of two, up to `limit`, of rows for which attempt(rows) has memory.
-
-    row_bytes: what a row takes, roughly: a size that cannot fit is not attempted, which would
-    have to compile it. torch.OutOfMemoryError if a single row does not fit.
-    """
-    rows = max(1, int(min(limit, free_memory(device) / row_bytes)))
-    size = 1 << (rows.bit_length() - 1)
-    while True:
-        try:
-            attempt(size)
-            return size
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        gc.collect()  # here, where the failed attempt's tensors are let go
-        torch.cuda.empty_cache()
-        print(f"batch: {size} rows do not fit in memory, trying {size // 2}", flush=True)
-        size //= 2
-
-
-# ---- Run-time: health of the GPU ----------------------------------------------------------------
-@dataclass(frozen=True)
-class Health:
-    """What the GPU did at one moment; nan where there was no memory to measure it."""
-
-    tflops: float  # of a bf16 matrix product, 10^12 a second
-    gb_per_sec: float  # of a copy on the device, read and written
-    company: str  # alone, shared (another process holds the GPU) or unknown
-
-
-def measure_rate(work: Callable[[], object], amount: float, seconds: float = 0.15) -> float:
-    """Return `amount` of one work() over its time on the GPU, in a mean of about `seconds`."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def timed(count: int) -> float:
-        start.record()
-        for _ in range(count):
-            work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / count
-
-    timed(2)  # sets libraries up
-    return amount / timed(max(3, int(seconds / timed(2))))
-
-
-def measure_health(device: torch.device) -> Health:
-    """Measure the GPU in about half a second, from memory that is free again afterwards.
-
-    The ids of the matrices come from a generator of their own: torch's is left alone, and numbers
-    that are all zero would cost less power than those of a model.
-    """
-    n, generator = 8192, torch.Generator(device).manual_seed(0)  # three matrices of 128 MiB
-    try:
-        a, b = (
-            torch.randn(n, n, dtype=torch.bfloat16, device=device, generator=generator)
-            for _ in range(2)
-        )
-        c = torch.empty_like(a)
-        tflops = measure_rate(lambda: torch.mm(a, b, out=c), 2 * n**3 / 1e12)
-        gb_per_sec = measure_rate(lambda: c.copy_(a), 2 * a.nbytes / 1e9)
-    except torch.OutOfMemoryError:
-        tflops = gb_per_sec = math.nan
-    free, total = torch.cuda.mem_get_info(device)
-    foreign = total - free - torch.cuda.memory_reserved(device)
-    return Health(tflops, gb_per_sec, judge_company(list_gpu_processes(device), foreign))
-
-
-def list_gpu_processes(device: torch.device) -> list[int]:
-    """Return the process ids that nvidia-smi shows to compute on `device`; none if it fails."""
-    uuid = torch.cuda.get_device_properties(device).uuid
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-compute-apps=pid"]
-    try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(line) for line in done.stdout.split() if line.isdigit()]
-
-
-def judge_company(pids: list[int], foreign: int) -> str:
-    """Return whether others hold the GPU, by the processes on it and the bytes not held by torch.
-
-    In a container the ids may be of another name space. If this process is not among them, only
-    memory can tell, beyond what contexts and a desktop take.
-    """
-    if os.getpid() in pids:
-        return "shared" if len({*pids}) > 1 else "alone"
-    if foreign > C.CONTEXT_BYTES:
-        return "shared"
-    return "alone" if pids else "unknown"
-
-
-def judge_health(before: Health, after: Health) -> tuple[str, list[str]]:
-    """Return the summary's words on the GPU before and after training, and warnings."""
-    both = {before.company, after.company}
-    company = next(word for word in ("shared", "unknown", "alone") if word in both)
-    rates = [
-        ("matrix product", "TFLOP/s", before.tflops, after.tflops),
-        ("copy", "GB/s", before.gb_per_sec, after.gb_per_sec),
-    ]
-    text = ", ".join(f"{first:.0f}/{last:.0f} {unit}" for _, unit, first, last in rates)
-    warnings = [
-        f"warning: the GPU's {what} went from {first:.0f} to {last:.0f} {unit} over the run "
-        f"({100 * (last / first - 1):+.1f} %): throttled or shared, so do not trust the result; "
-        "see nvidia-smi -q -d PERFORMANCE and run again"
-        for what, unit, first, last in rates
-        if abs(last / first - 1) > C.HEALTH_TOLERANCE
-    ]
-    if company == "shared":
-        what = "another process holds the GPU, so both were slower than they can be"
-        warnings.append(f"warning: {what}; see nvidia-smi, end it and run again")
-    return f"{text}, {company}", warnings
 
 
 # ---- Run-time: clock ----------------------------------------------------------------------------
@@ -931,7 +770,7 @@ class Run:
         self.tokenizer = Tokenizer.load(folder / "tokenizer")
         if manifest.get("tokenizer") != self.tokenizer.sha256:
             raise ValueError(f"the rows in {folder} are of another tokenizer; run {PREPARE}")
-        fixed = (C.__file__, __file__, download.__file__)
+        fixed = (C.__file__, __file__, download.__file__, gpu.__file__)
         hashes = [*(describe(Path(file)) for file in fixed), self.tokenizer.sha256]
         paths: dict[str, list[Path]] = {"train": [], "val": []}
         for name, entry in manifest["rows"].items():
@@ -949,7 +788,7 @@ class Run:
         self.train_rows, self.val_rows = Rows(paths["train"]), Rows(paths["val"])
         self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
         self.clock, self.seed, self.cuda = Clock(C.TIME_BUDGET), C.SEED, device.type == "cuda"
-        self.tokens, self.num_steps, self.val_bpb = 0, 0, math.nan
+        self.tokens, self.num_steps, self.batch_size, self.val_bpb = 0, 0, 0, math.nan
         self.evaluated = self.printed = False
         self.finished: deque[Step] = deque()  # steps that the device is through with, for the log
         self.random_ids = torch.Generator(device).manual_seed(C.SEED)
@@ -957,9 +796,7 @@ class Run:
         self.import_seconds = self.opened_at - C.STARTED_AT
         self.open_seconds = time.perf_counter() - self.opened_at
         self.waited = 0.0  # seconds that the loop has waited for batches
-        self.batch_size = 0  # rows of a micro-step, once training has begun
-        self.health: list[Health] = []  # of the GPU before training and after it
-        self.peak_bytes = 0  # of GPU memory in training
+        self.watch = gpu.Watch(device)
 
     def random_batch(self, batch_size: int) -> Batch:
         """Return random ids for warm-up; torch's own generator is left alone."""
@@ -978,7 +815,7 @@ class Run:
         if torch.initial_seed() != self.seed:
             raise RuntimeError("train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)")
         batches = load_batches(self.train_rows, batch_size, self.device)
-        self._look_after_gpu()
+        self.watch.look()
         if (waited := time.perf_counter() - self.opened_at) > C.STARTUP_LIMIT:
             raise RuntimeError(f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less")
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
@@ -986,15 +823,6 @@ class Run:
         self.batch_size = batch_size
         self.clock.start()
         return self._steps(batches, batch_size * C.MAX_SEQ_LEN, grad_accum_steps)
-
-    def _look_after_gpu(self) -> None:
-        """Measure the GPU between two parts of the run, warm and with nothing else to do."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)  # warm-up's work is not the run's
-            if self.health:  # warm-up's memory neither
-                self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
-            self.health.append(measure_health(self.device))
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _steps(self, batches: Iterator[Batch], tokens: int, count: int) -> Iterator[Step]:
         while self.clock.fits():
@@ -1049,10 +877,10 @@ class Run:
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > self.batch_size:  # read ahead
             what = f"{late:.1f} s and {extra - self.batch_size} rows were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
-        self._look_after_gpu()
+        self.watch.look()
         start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
         rows = torch.from_numpy(ids).to(self.device)
-        batch_size = find_batch_size(
+        batch_size = gpu.find_batch_size(
             lambda size: check_model(model, self.random_batch(size)[0]),
             limit=min(max(self.batch_size, 2), C.EVAL_ROWS),  # two show whether rows are mixed
             row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,  # logits in float32, about thrice
@@ -1061,26 +889,6 @@ class Run:
         self.val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
         self.eval_seconds = time.perf_counter() - start
         return self.val_bpb
-
-    def save(self, model: torch.nn.Module, config: object) -> None:
-        """Write trained weights and `config`, a dataclass, to MODEL, over those of the run before.
-
-        For `sample`. Whatever goes wrong is said in a line and costs no result.
-        """
-        if not C.SAVE:
-            return
-        try:
-            for path in MODEL.parent.glob(f".{MODEL.name}.*.tmp"):  # of runs killed meanwhile
-                path.unlink()
-            about = {"config": dataclasses.asdict(config), "tokenizer": self.tokenizer.sha256}
-            about |= {"commit": self.commit, "rules": self.rules, "val_bpb": self.val_bpb}
-            weights = model.state_dict().items()
-            # As of the bare model, if it was compiled as a whole.
-            arrays = {k.removeprefix("_orig_mod."): v.cpu().float().numpy() for k, v in weights}
-            with atomic_write(MODEL) as file:
-                np.savez(file, **arrays, **{ABOUT: np.array(json.dumps(about))})
-        except Exception as error:  # also of a train.py whose configuration JSON cannot hold
-            print(f"the model was not saved in {MODEL} ({error}); its result stands", flush=True)
 
     def print_summary(self, num_params: int, depth: int, flops_per_token: float, attention: str):
         """Print the result, once and last of all; RuntimeError if there is none."""
@@ -1091,98 +899,13 @@ class Run:
         self.wait_percent = 100 * self.waited / self.clock.seconds
         self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
         self.tflops = flops_per_token * self.tok_per_sec / 1e12
-        self.mfu_percent = 100e12 * self.tflops / peak_flops(self.gpu)
-        if self.cuda:  # of training or evaluation
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
-        self.peak_vram_mb = self.peak_bytes / 2**20
-        self.gpu_health, warnings = judge_health(*self.health) if self.cuda else (self.gpu, [])
+        self.mfu_percent = 100e12 * self.tflops / gpu.peak_flops(self.gpu)
+        self.peak_vram_mb = self.watch.peak_bytes() / 2**20
+        self.gpu_health, warnings = self.watch.report()
         self.epochs, self.tokens_M = self.tokens / self.epoch_tokens, self.tokens / 1e6
         self.total_seconds = time.perf_counter() - C.STARTED_AT
         print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
         self.printed = True
-
-
-# ---- The last model -----------------------------------------------------------------------------
-def load_model() -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return what is known of the model in MODEL, and its weights; ValueError if it is no good."""
-    again = "run uv run train.py first, without AUTORESEARCH_SAVE=0"
-    if not MODEL.is_file():
-        raise ValueError(f"there is no {MODEL}; {again}")
-    try:
-        with np.load(MODEL, allow_pickle=False) as file:
-            about = json.loads(str(file[ABOUT]))
-            about = {key: about[key] for key in ("config", "tokenizer", "commit", "val_bpb")}
-            names = [name for name in file.files if name != ABOUT]
-            return about, {name: torch.from_numpy(file[name]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{MODEL} is damaged ({error}); {again}") from error
-
-
-@torch.no_grad()
-def continue_text(model: Model, tokenizer: Tokenizer, text: str, device: torch.device):
-    """Yield the bytes of tokens that `model` draws after `text`, until it ends or there are enough.
-
-    Without a cache of keys: every token is a call on all ids so far, which any model understands.
-    Drawn on the CPU from the seed of the rules.
-    """
-    ids, generator = tokenizer.encode(text).tolist(), torch.Generator().manual_seed(C.SEED)
-    for _ in range(SAMPLE_TOKENS):
-        idx = torch.tensor([ids[-C.MAX_SEQ_LEN :]], device=device)
-        logits = call_model(model, idx)[0, -1].float().cpu()
-        chances = (logits / SAMPLE_TEMPERATURE).softmax(0)
-        ids.append(int(chances.multinomial(1, generator=generator)))
-        if ids[-1] >= tokenizer.bos_id:  # the next document
-            return
-        yield tokenizer.encoding.decode_single_token_bytes(ids[-1])
-
-
-def sample(argv: list[str], build: Callable[[dict, torch.device], torch.nn.Module]) -> None:
-    """Continue the text of `--sample TEXT` on standard output, with the model of the last run.
-
-    build: returns a model from the saved configuration, whose weights are then replaced.
-    """
-    parser = argparse.ArgumentParser("train.py", description="Train a model, or use the last one.")
-    parser.add_argument("--sample", metavar="TEXT", required=True, help="continue TEXT")
-    text, device = parser.parse_args(argv).sample, choose_device(training=False)
-    try:
-        about, weights = load_model()
-        tokenizer = Tokenizer.load(data_dir() / "tokenizer")
-        commit = about["commit"]
-        if about["tokenizer"] != tokenizer.sha256:
-            problem = f"{MODEL} was trained with another tokenizer than that in {data_dir()}"
-            raise ValueError(f"{problem}; run uv run train.py again")
-        try:
-            model = build(about["config"], device)
-            model.load_state_dict(weights)
-        except (RuntimeError, TypeError, ValueError) as error:
-            what = str(error).replace("\n", " ")[:200]
-            problem = f"{MODEL} is of another train.py, that of commit {commit} ({what})"
-            raise ValueError(f"{problem}; check that commit out or run uv run train.py") from error
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
-    print(f"model of commit {commit}, val_bpb {about['val_bpb']:.6f}", file=sys.stderr)
-    out = sys.stdout.buffer  # bytes, for a token may be a piece of a character
-    out.write(text.encode(errors="replace"))
-    # One length is drawn after the other: nothing is worth compiling.
-    with torch.compiler.set_stance("force_eager"):
-        for piece in continue_text(model, tokenizer, text, device):
-            out.write(piece)
-            out.flush()
-    out.write(b"\n")
-    out.flush()
-
-
-def peak_flops(gpu_name: str) -> float:
-    """Return the dense bf16 peak of the GPU that torch calls `gpu_name`, FLOP/s; nan if unknown.
-
-    Behind the card's name only memory and form may follow: a laptop's chip, a slice of a card
-    (MIG, vGPU) or a variant that is not in the table is not the card.
-    """
-    form = r"([ -](SXM\d|PCIe|PCIE|\d+GB?|HBM\d\w*|Generation))*"
-    for card, tflops in C.PEAK_TFLOPS.items():
-        if re.fullmatch(f"NVIDIA (GeForce )?{card}{form}", gpu_name):
-            return tflops * 1e12
-    return math.nan
 
 
 def git_commit() -> str:
@@ -1208,31 +931,12 @@ def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
     At once: torch waits up to 300 s for compile workers that it has only just started.
     """
     if issubclass(kind, torch.OutOfMemoryError):
-        print(explain_memory(run, error), file=sys.stderr)
+        print(gpu.explain_memory(run, error), file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
     sys.stderr.flush()
     demand_result(run)
     os._exit(1)
-
-
-def explain_memory(run: Run, error: BaseException) -> str:
-    """Return one line on where `run` ran out of GPU memory, and what to lower."""
-    where, lower = f"at step {run.num_steps} with {run.batch_size} rows a micro-step", ""
-    if run.evaluated:
-        where = "in the evaluation"
-    elif not run.batch_size:
-        where = "before training, with a single row a micro-step"
-    elif run.batch_size > 1:
-        lower = f"set DEVICE_BATCH_SIZE below {run.batch_size}, or "
-    stack = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in stack if Path(frame.filename).name == "train.py"]
-    line = f" (line {lines[-1]})" if lines else ""
-    said = ". ".join(str(error).split(". ")[1:3])  # how much of how much; advice on torch follows
-    return (
-        f"train.py: out of GPU memory {where}{line}; {lower}lower DEPTH or N_EMBD, or end what "
-        f"else uses the GPU ({said or error})"
-    )
 
 
 def demand_result(run: Run) -> None:

@@ -35,7 +35,9 @@ try:
 except ImportError:  # a platform without CUDA
     triton = None
 
+import gpu
 import prepare
+import sample
 
 # What is compiled in one run is there in the next.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.data_dir().parent / "compiled"))
@@ -655,9 +657,9 @@ def build_saved(config: dict, device: torch.device) -> GPT:
 def main(argv: Sequence[str] = ()) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a killed run leaves its log whole
     if argv:
-        return prepare.sample(argv, build_saved)
+        return sample.main(argv, build_saved)
     try:
-        device, config, rows = prepare.choose_device(), build_config(), batch_limit()
+        device, config, rows = gpu.choose_device(), build_config(), batch_limit()
         run = prepare.open_run(device)
         attention, attend = choose_attention(ATTENTION, config.windows, MAX_SEQ_LEN, device)
     except (OSError, ValueError) as error:
@@ -669,7 +671,7 @@ def main(argv: Sequence[str] = ()) -> None:
     # What a row takes, roughly: activations of the layers, logits with their gradient.
     row_bytes = MAX_SEQ_LEN * (24 * config.n_layer * config.n_embd + 6 * config.vocab_size)
     attempt = functools.partial(warm_up, run, model, optimizers)
-    batch_size = prepare.find_batch_size(attempt, rows, row_bytes, device)
+    batch_size = gpu.find_batch_size(attempt, rows, row_bytes, device)
     grad_accum_steps = grad_accumulation(batch_size)
     print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")
     gc.collect()
@@ -682,7 +684,7 @@ def main(argv: Sequence[str] = ()) -> None:
         report(run)
     report(run)
     run.evaluate(model)
-    run.save(model, config)
+    sample.save(run, model, config)
     run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import constants
-import prepare
+import gpu
 import train
 
 SHAPES = {
@@ -94,10 +94,10 @@ def main() -> None:
     times = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
     seconds = statistics.median(times)
     tok_per_sec = accum * B * T / seconds
-    gpu = torch.cuda.get_device_name()
-    mfu = tok_per_sec * model.flops_per_token() / prepare.peak_flops(gpu)
+    card = torch.cuda.get_device_name()
+    mfu = tok_per_sec * model.flops_per_token() / gpu.peak_flops(card)
     print(
-        f"{gpu}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
+        f"{card}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
         f"{tok_per_sec / 1e6:.3f} M tok/s, {100 * mfu:.1f} % MFU, "
         f"{1e3 * seconds:.1f} ms a step (slowest {1e3 * max(times):.1f}, n={args.steps}), "
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, first steps {compile_seconds:.0f} s"

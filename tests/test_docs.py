@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import constants as C
+import gpu
 import prepare
 
 ROOT = Path(C.__file__).parent
@@ -158,5 +159,5 @@ def test_the_help_and_the_docstring_of_prepare_agree(capsys):
 
 def test_the_command_that_errors_name_is_the_one_of_the_readme(readme):
     assert "AUTORESEARCH_SMOKE=1 uv run train.py" in readme
-    assert "AUTORESEARCH_SMOKE=1 uv run train.py" in Path(prepare.__file__).read_text("utf-8")
+    assert "AUTORESEARCH_SMOKE=1 uv run train.py" in Path(gpu.__file__).read_text("utf-8")
     assert prepare.PREPARE.endswith("uv run prepare.py") and "uv run prepare.py" in readme

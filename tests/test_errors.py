@@ -14,6 +14,7 @@ import torch
 
 import constants as C
 import download
+import gpu
 import prepare
 import train
 
@@ -74,9 +75,9 @@ def test_the_device_is_chosen_by_what_is_there(monkeypatch, smoke, capability, t
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     if " " in expected:
         with pytest.raises(ValueError, match=expected):
-            prepare.choose_device(training)
+            gpu.choose_device(training)
     else:
-        assert prepare.choose_device(training).type == expected
+        assert gpu.choose_device(training).type == expected
 
 
 def test_no_data_and_no_network(full, monkeypatch, tmp_path):
@@ -85,7 +86,7 @@ def test_no_data_and_no_network(full, monkeypatch, tmp_path):
     monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
     assert C.DATASET in sentence(prepare.main, [])
     # The same through train.py, which prepares first.
-    monkeypatch.setattr(prepare, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(gpu, "choose_device", lambda: torch.device("cuda"))
     assert C.DATASET in sentence(train.main)
     assert not (prepare.data_dir() / "manifest.json").exists()
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import constants as C
+import gpu
 import prepare
-from prepare import Health, judge_company, judge_health
+from gpu import HEALTH_TOLERANCE, Health, judge_company, judge_health
 
 ME, OTHER, GIB = os.getpid(), os.getpid() + 1, 1 << 30
 GPU = torch.device("cuda")
@@ -90,7 +91,7 @@ def smi(monkeypatch, tmp_path, script: str | None) -> list[int]:
         (tmp_path / "nvidia-smi").chmod(0o755)
     properties = types.SimpleNamespace(uuid="12345678-aaaa-bbbb-cccc-1234567890ab")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return prepare.list_gpu_processes(GPU)
+    return gpu.list_gpu_processes(GPU)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +125,17 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
         step.loss = float(len(list(step.batches)))
     run.val_rows.files = [run.val_rows.files[0][:8]]
     run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
-    assert run.health == []  # nothing is measured on a CPU
-    run.cuda, run.peak_bytes = True, 5 << 20
-    run.health = [Health(100, 1000, "alone"), Health(90, 1000, "shared")]
+    assert run.watch.health == []  # nothing is measured on a CPU
+    looks = [Health(100, 1000, "alone"), Health(90, 1000, "shared")]
+    peaks = iter([9 << 20, 5 << 20, 3 << 20])  # of warm-up, training, evaluation
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(gpu, "measure_health", lambda device: looks[len(run.watch.health)])
+    run.cuda, run.watch.device = True, GPU
+    run.watch.look()
+    run.watch.look()
     run.print_summary(1, 1, 1.0, "flex")
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("---")
@@ -141,21 +148,21 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
 @pytest.mark.gpu
 def test_the_measurement_is_steady_short_and_leaves_nothing_behind():
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    prepare.measure_health(GPU)
+    gpu.measure_health(GPU)
     held = torch.cuda.memory_allocated()  # a workspace of the library's may stay
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    first = prepare.measure_health(GPU)
+    first = gpu.measure_health(GPU)
     end.record()
     end.synchronize()
-    second = prepare.measure_health(GPU)
+    second = gpu.measure_health(GPU)
     assert torch.cuda.memory_allocated() == held
     assert torch.equal(states[0], torch.get_rng_state())
     assert torch.equal(states[1], torch.cuda.get_rng_state())
-    assert second.tflops == pytest.approx(first.tflops, rel=C.HEALTH_TOLERANCE)
-    assert second.gb_per_sec == pytest.approx(first.gb_per_sec, rel=C.HEALTH_TOLERANCE)
+    assert second.tflops == pytest.approx(first.tflops, rel=HEALTH_TOLERANCE)
+    assert second.gb_per_sec == pytest.approx(first.gb_per_sec, rel=HEALTH_TOLERANCE)
     assert start.elapsed_time(end) < 6000  # nvidia-smi included, which may take 5 s
-    peak = prepare.peak_flops(torch.cuda.get_device_name()) / 1e12
+    peak = gpu.peak_flops(torch.cuda.get_device_name()) / 1e12
     assert math.isnan(peak) or 0.3 * peak < first.tflops < 1.05 * peak
 
 
@@ -166,7 +173,7 @@ def test_no_memory_for_the_measurement_is_no_error():
     limit = torch.cuda.memory_reserved() + 2**28  # two of the three matrices
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
-        health = prepare.measure_health(GPU)
+        health = gpu.measure_health(GPU)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert math.isnan(health.tflops) and math.isnan(health.gb_per_sec)
@@ -176,11 +183,11 @@ def test_no_memory_for_the_measurement_is_no_error():
 def test_another_process_on_the_gpu_is_seen():
     code = "import sys, torch; x = torch.empty(3 << 30, dtype=torch.uint8, device='cuda').zero_();"
     code += "torch.cuda.synchronize(); print('up', flush=True); sys.stdin.read()"
-    alone = prepare.measure_health(GPU).company
+    alone = gpu.measure_health(GPU).company
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"up\n"
-        shared = prepare.measure_health(GPU).company
+        shared = gpu.measure_health(GPU).company
         process.stdin.close()
     assert (alone, shared) in (("alone", "shared"), ("unknown", "shared"))

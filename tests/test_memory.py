@@ -12,6 +12,7 @@ import torch
 from test_optimizer import tiny_batch, tiny_model
 
 import constants as C
+import gpu
 import prepare
 import train
 
@@ -44,22 +45,22 @@ class Memory:
 )
 def test_the_largest_power_of_two_that_fits_is_found_by_halving(fits, limit, tried, capsys):
     memory = Memory(fits)
-    assert prepare.find_batch_size(memory, limit, 1.0, CPU) == tried[-1]
+    assert gpu.find_batch_size(memory, limit, 1.0, CPU) == tried[-1]
     assert memory.tried == tried
     assert capsys.readouterr().out.count(" rows do not fit in memory, trying ") == len(tried) - 1
 
 
 @pytest.mark.parametrize("free, first", [(1e9, 128), (127.9, 64), (64.0, 64), (3.0, 2), (0.1, 1)])
 def test_what_cannot_fit_is_not_tried(monkeypatch, free, first):
-    monkeypatch.setattr(prepare, "free_memory", lambda device: free)
+    monkeypatch.setattr(gpu, "free_memory", lambda device: free)
     memory = Memory(1000)
-    assert prepare.find_batch_size(memory, 128, 1.0, GPU) == first
+    assert gpu.find_batch_size(memory, 128, 1.0, GPU) == first
     assert memory.tried == [first]
 
 
 def test_a_single_row_that_does_not_fit_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
-        prepare.find_batch_size(Memory(0), 4, 1.0, CPU)
+        gpu.find_batch_size(Memory(0), 4, 1.0, CPU)
 
 
 def test_everything_of_a_failed_attempt_is_let_go_before_the_next():
@@ -74,7 +75,7 @@ def test_everything_of_a_failed_attempt_is_let_go_before_the_next():
         if size > 1:
             raise torch.OutOfMemoryError
 
-    assert prepare.find_batch_size(attempt, 8, 1.0, CPU) == 1
+    assert gpu.find_batch_size(attempt, 8, 1.0, CPU) == 1
 
 
 def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_share(monkeypatch):
@@ -85,8 +86,8 @@ def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_sh
         monkeypatch.setattr(
             torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
         )
-        assert prepare.free_memory(GPU) == free
-    assert prepare.free_memory(CPU) == math.inf
+        assert gpu.free_memory(GPU) == free
+    assert gpu.free_memory(CPU) == math.inf
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ CUDA_SAYS = (
 def test_out_of_memory_is_one_line_that_says_what_to_lower(prepared, state, what):
     run = prepare.Run(prepared, CPU)
     vars(run).update(state)
-    line = prepare.explain_memory(run, torch.OutOfMemoryError(CUDA_SAYS))
+    line = gpu.explain_memory(run, torch.OutOfMemoryError(CUDA_SAYS))
     assert line.startswith(f"train.py: out of GPU memory {what}") and "\n" not in line
     assert "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB" in line
     assert "PYTORCH_ALLOC_CONF" not in line
@@ -269,7 +270,7 @@ def test_a_batch_is_found_in_the_memory_that_a_process_may_use():
             torch.empty(size << 28, dtype=torch.uint8, device=GPU).zero_()
 
         row_bytes = 2**28 / 2.1  # an estimate that is too low, as the memory of 16 rows of 4 GiB
-        assert prepare.find_batch_size(attempt, 128, row_bytes, GPU) in (8, 16)
+        assert gpu.find_batch_size(attempt, 128, row_bytes, GPU) in (8, 16)
         assert tried[0] <= 32 and len(tried) > 1
         assert torch.cuda.memory_allocated() == before
     finally:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import constants as C
+import gpu
 import prepare
 import train
 
@@ -98,7 +99,7 @@ def test_a_run_without_a_gpu_says_so(summary):
     assert values["mfu_percent"] == "nan"
 
 
-@pytest.mark.parametrize("module", [C, prepare, prepare.download], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [C, prepare, prepare.download, gpu], ids=lambda m: m.__name__)
 def test_the_rules_are_named_by_a_hash_of_what_is_fixed(
     summary, prepared, monkeypatch, tmp_path, module
 ):

@@ -9,6 +9,7 @@ import pytest
 import constants as C
 
 ROOT = Path(C.__file__).parent
+SCRIPTS = ["constants.py", "download.py", "gpu.py", "prepare.py", "sample.py", "train.py"]
 
 
 def toml(name: str) -> dict:
@@ -45,20 +46,22 @@ def test_torch_is_pinned_to_the_version_that_was_measured():
     assert {p["version"] for p in torch} == {"2.11.0"}
 
 
-@pytest.mark.parametrize("name", ["constants.py", "download.py", "prepare.py", "train.py"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_nothing_is_unpickled_and_no_text_is_executed(name):
     tree = ast.parse((ROOT / name).read_text("utf-8"))
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert not {i.partition(".")[0] for i in imported} & {"pickle", "shelve", "dill", "joblib"}
-    called = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    called = [ast.unparse(n.func) for n in calls if "allow_pickle=False" not in ast.unparse(n)]
     unsafe = {"torch.load", "np.load", "eval", "exec", "compile", "pickle.load", "__import__"}
     assert not unsafe & set(called)
 
 
 @pytest.mark.parametrize(
     "name, limit",
-    [("constants.py", 105), ("download.py", 450), ("prepare.py", 950), ("train.py", 700)],
+    [("constants.py", 105), ("download.py", 450), ("prepare.py", 950), ("train.py", 700)]
+    + [("gpu.py", 350), ("sample.py", 150)],
 )
 def test_the_fixed_files_stay_short_enough_to_read(name, limit):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= limit

@@ -11,6 +11,7 @@ import torch
 
 import constants as C
 import prepare
+import sample
 import train
 
 CPU = torch.device("cpu")
@@ -19,8 +20,8 @@ CONFIG = train.GPTConfig(C.MAX_SEQ_LEN, C.VOCAB_SIZE, 2, 32, 16, "SL", 32, 10_00
 
 @pytest.fixture(autouse=True)
 def file(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(prepare, "MODEL", tmp_path / "checkout" / "model.npz")
-    return prepare.MODEL
+    monkeypatch.setattr(sample, "MODEL", tmp_path / "checkout" / "model.npz")
+    return sample.MODEL
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def sentence(argv: list[str]) -> str:
 
 # ---- Saved --------------------------------------------------------------------------------------
 def test_what_is_saved_is_the_model_in_a_format_without_pickle(run, model, file):
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     with zipfile.ZipFile(file) as archive:  # numpy's format, by hand
         assert archive.testzip() is None
         bodies = {name: archive.read(name) for name in archive.namelist()}
@@ -66,12 +67,12 @@ def test_what_is_saved_is_the_model_in_a_format_without_pickle(run, model, file)
 
 
 def test_the_next_run_writes_over_it_and_sweeps_up_what_a_killed_one_left(run, model, file):
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     before, left = file.read_bytes(), file.with_name(".model.npz.123.tmp")
     left.write_bytes(b"half")
     with torch.no_grad():
         model.wte.weight += 1.0
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     assert file.read_bytes() != before and list(file.parent.iterdir()) == [file]
 
 
@@ -79,14 +80,14 @@ def test_weights_in_half_precision_are_saved_as_floats_and_a_compiled_model_by_i
     run, model, file
 ):
     names = set(model.state_dict())
-    run.save(torch.compile(model.bfloat16()), CONFIG)
+    sample.save(run, torch.compile(model.bfloat16()), CONFIG)
     arrays = {k: v for k, v in np.load(file).items() if k != "about.json"}
     assert set(arrays) == names and {a.dtype for a in arrays.values()} == {np.dtype("float32")}
 
 
 def test_saving_can_be_turned_off_and_that_is_no_rule(run, model, file, monkeypatch):
     monkeypatch.setattr(C, "SAVE", False)
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     assert not file.parent.exists()
     assert prepare.Run(prepare.data_dir(), CPU).rules == run.rules
 
@@ -97,13 +98,13 @@ def test_a_model_that_cannot_be_saved_costs_a_line_and_no_result(
 ):
     if config is CONFIG:
         (tmp_path / "checkout").write_text("a file where the folder should be")
-    run.save(model, config)
+    sample.save(run, model, config)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"the model was not saved in {file} (") and "result stands" in line
 
 
 def test_a_full_disk_leaves_the_model_of_the_run_before(run, model, file, monkeypatch, capsys):
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     before = file.read_bytes()
 
     def full(out, **arrays):
@@ -111,22 +112,24 @@ def test_a_full_disk_leaves_the_model_of_the_run_before(run, model, file, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     assert "No space left on device" in capsys.readouterr().out
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
 
 
 def test_train_py_saves_before_the_summary_which_is_printed_last():
     text = Path(train.__file__).read_text("utf-8")
-    assert text.index("run.evaluate(") < text.index("run.save(") < text.index("run.print_summary(")
+    assert (
+        text.index("run.evaluate(") < text.index("sample.save(") < text.index("run.print_summary(")
+    )
 
 
 # ---- Used ---------------------------------------------------------------------------------------
 def test_a_text_is_continued_by_the_saved_weights_the_same_each_time(
     run, model, file, monkeypatch, capfdbinary
 ):
-    monkeypatch.setattr(prepare, "SAMPLE_TOKENS", 12)
-    run.save(model, CONFIG)
+    monkeypatch.setattr(sample, "SAMPLE_TOKENS", 12)
+    sample.save(run, model, CONFIG)
     outs = []
     for _ in range(2):
         train.main(["--sample", "def main():\n    "])
@@ -159,16 +162,16 @@ def one_id(wanted: int):
 
 
 def test_a_text_ends_with_its_document_or_when_there_is_enough(tiny_tokenizer, monkeypatch):
-    end = prepare.continue_text(one_id(tiny_tokenizer.bos_id), tiny_tokenizer, "a", CPU)
+    end = sample.continue_text(one_id(tiny_tokenizer.bos_id), tiny_tokenizer, "a", CPU)
     assert list(end) == []
-    monkeypatch.setattr(prepare, "SAMPLE_TOKENS", 5)
-    letters = list(prepare.continue_text(one_id(65), tiny_tokenizer, "", CPU))
+    monkeypatch.setattr(sample, "SAMPLE_TOKENS", 5)
+    letters = list(sample.continue_text(one_id(65), tiny_tokenizer, "", CPU))
     assert letters == [tiny_tokenizer.encoding.decode_single_token_bytes(65)] * 5
 
 
 def test_a_text_longer_than_a_row_is_continued_from_its_end(tiny_tokenizer):
     text = "x y z " * C.MAX_SEQ_LEN
-    assert len(next(prepare.continue_text(one_id(65), tiny_tokenizer, text, CPU))) == 1
+    assert len(next(sample.continue_text(one_id(65), tiny_tokenizer, text, CPU))) == 1
 
 
 def test_no_model_is_one_sentence(run, file):
@@ -178,7 +181,7 @@ def test_no_model_is_one_sentence(run, file):
 
 @pytest.mark.parametrize("damage", ["cut", "text", "no json", "half"])
 def test_a_damaged_model_is_one_sentence(run, model, file, damage):
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
     elif damage == "text":
@@ -208,7 +211,7 @@ def test_nothing_is_unpickled_from_it(run, file, tmp_path):
 )
 def test_a_model_of_another_train_py_is_one_sentence_with_its_commit(run, model, file, change):
     run.commit = "abc1234"
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     with np.load(file) as saved:
         arrays = dict(saved)
     about = json.loads(str(arrays.pop("about.json")))
@@ -220,7 +223,7 @@ def test_a_model_of_another_train_py_is_one_sentence_with_its_commit(run, model,
 
 def test_a_model_of_another_tokenizer_is_one_sentence(run, model, file):
     run.tokenizer.sha256 = "of other rules"
-    run.save(model, CONFIG)
+    sample.save(run, model, CONFIG)
     assert "was trained with another tokenizer" in sentence(["--sample", "a"])
 
 
@@ -238,7 +241,7 @@ def test_a_text_is_continued_on_a_gpu_as_on_a_cpu(run):
     on_gpu = train.build_saved(config, device)
     on_gpu.load_state_dict(model.state_dict())
     with torch.compiler.set_stance("force_eager"):
-        out = b"".join(prepare.continue_text(on_gpu, run.tokenizer, "def", device))
+        out = b"".join(sample.continue_text(on_gpu, run.tokenizer, "def", device))
     assert len(out) > 0
     idx = torch.tensor([run.tokenizer.encode("def main").tolist()])
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
