@@ -45,7 +45,6 @@ import torch
 import torch.nn.functional as F
 
 import constants as C
-import download
 import gpu
 from download import (
     DOWNLOADS,
@@ -770,8 +769,9 @@ class Run:
         self.tokenizer = Tokenizer.load(folder / "tokenizer")
         if manifest.get("tokenizer") != self.tokenizer.sha256:
             raise ValueError(f"the rows in {folder} are of another tokenizer; run {PREPARE}")
-        fixed = (C.__file__, __file__, download.__file__, gpu.__file__)
-        hashes = [*(describe(Path(file)) for file in fixed), self.tokenizer.sha256]
+        fixed = ("constants.py", "prepare.py", "download.py", "gpu.py", "attention.py")
+        hashes = [*(describe(Path(__file__).with_name(name)) for name in fixed)]
+        hashes.append(self.tokenizer.sha256)
         paths: dict[str, list[Path]] = {"train": [], "val": []}
         for name, entry in manifest["rows"].items():
             path = folder / "rows" / name

@@ -4,8 +4,9 @@ Usage: uv run train.py > run.log 2>&1        (AUTORESEARCH_SMOKE=1: a tiny model
        uv run train.py --sample "text"       continues the text with the model of the last run
 
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full causal
-windows, gated value embeddings, per-layer scalars on the residual stream and the input embedding,
-soft-capped logits, untied head, no biases. Muon for the block matrices, AdamW for the rest.
+windows, keys offset by a token, gates on attention and value embeddings, hashed bigram embeddings,
+per-layer scalars on the residual stream and both embeddings, soft-capped logits, untied head, no
+biases. Muon for the block matrices, AdamW for the rest.
 prepare.py owns data, clock, seed, evaluation and summary; see class `Run`.
 """
 
@@ -26,7 +27,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 try:
     import triton
@@ -38,6 +38,7 @@ except ImportError:  # a platform without CUDA
 import gpu
 import prepare
 import sample
+from attention import Attention, choose_attention, masked_attention
 
 # What is compiled in one run is there in the next.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.data_dir().parent / "compiled"))
@@ -51,24 +52,28 @@ WINDOW_PATTERN = "SSSSL"  # S short, L full; repeated over the layers, the last 
 SHORT_WINDOW = MAX_SEQ_LEN // 8  # tokens that a short window sees, itself included
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are SOFTCAP * tanh(logits / SOFTCAP)
+ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q k
+BIGRAM_ROWS = 2**18  # of the hashed table
 INIT_SCALE = 0.68  # of the block matrices, times 1 / sqrt(fan in)
-X0_LAMBDA_INIT = 0.05  # weight of the input embedding in every layer's input
+# What a layer reads, from the first to the last: stream, input embedding, bigram embedding.
+LAMBDA_INIT = {"resid_lambda": (1.15, 1.05), "x0_lambda": (0.2, 0.05), "bigram_lambda": (0.1, 0.1)}
 ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (slow, any device)
 
 # Batch
-TOTAL_BATCH_SIZE = 2**18  # tokens a step
-DEVICE_BATCH_SIZE = 128  # rows a micro-step, at most; the largest power of two that fits is taken
+TOTAL_BATCH_SIZE = 2**17  # tokens a step
+DEVICE_BATCH_SIZE = 64  # rows a micro-step, at most; the largest power of two that fits is taken
 
 # Optimizer. AdamW rates are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
-UNEMBEDDING_LR = 0.005  # lm_head
-SCALAR_LR = 0.5  # x0_lambda; a hundredth of it for resid_lambda
+BIGRAM_LR, BIGRAM_WEIGHT_DECAY = 0.5, 0.003
+UNEMBEDDING_LR = 0.008  # lm_head
+RESID_LAMBDA_LR, X0_LAMBDA_LR, BIGRAM_LAMBDA_LR = 0.005, 0.02, 0.02
 ADAM_BETAS = (0.8, 0.95)
-X0_BETAS = (0.96, 0.95)
+LAMBDA_BETAS = (0.96, 0.95)
 WTE_WEIGHT_DECAY, VALUE_EMBED_WEIGHT_DECAY, LM_HEAD_WEIGHT_DECAY = 0.001, 0.003, 0.01
 MATRIX_LR = 0.04  # Muon: spectral norm of an update of a square matrix
-MATRIX_WEIGHT_DECAY = 0.2  # cautious, times the rate; falls to 0 over the run
-MUON_MOMENTUM = (0.85, 0.95)  # from, to
+MATRIX_WEIGHT_DECAY = 0.1  # cautious, times the rate; falls to 0 over the run
+MUON_MOMENTUM = (0.85, 0.92)  # from, to
 MUON_BETA2 = 0.95  # of the second moment in the variance reduction
 
 # Schedule, in shares of the time budget
@@ -80,73 +85,8 @@ MOMENTUM_WARMUP_RATIO = 0.15
 LOG_EVERY = 10  # steps between two lines in the log
 
 if SMOKE:  # the same code with a tiny model, so that an edit can be tried on a CPU in a minute
-    DEPTH, N_EMBD, HEAD_DIM = 4, 128, 32
+    DEPTH, N_EMBD, HEAD_DIM, BIGRAM_ROWS = 4, 128, 32, 2**10
     TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4
-
-
-# ---- Attention ----------------------------------------------------------------------------------
-# q, k and v (B, T, H, D), window in tokens, itself included -> (B, T, H, D)
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-
-def masked_attention(q, k, v, window: int) -> torch.Tensor:
-    """Attend by the definition: softmax over a (T, T) mask. For CPUs, and the oracle in tests."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-    at = torch.arange(q.size(2), device=q.device)
-    distance = at[:, None] - at[None, :]  # of a key behind its query
-    scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5  # (B, H, T, T)
-    scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
-    return (scores.softmax(dim=3) @ v).transpose(1, 2)
-
-
-def build_flex_attention(windows: Iterable[int], T: int, device: torch.device) -> Attention:
-    """Return FlexAttention, compiled on a GPU, with one block mask for each window."""
-    flex = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
-
-    def block_mask(window: int):
-        def visible(b, h, query, key):
-            return (query >= key) & (query - key < window)
-
-        return create_block_mask(visible, None, None, T, T, device=device)
-
-    masks = {window: block_mask(window) for window in set(windows)}
-
-    def attend(q, k, v, window):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        return flex(q, k, v, block_mask=masks[window]).transpose(1, 2)
-
-    return attend
-
-
-def build_flash_attention() -> Attention:
-    """Return FlashAttention-3; RuntimeError if it cannot be had here."""
-    flash_attn_func = prepare.load_flash_attention()
-
-    def attend(q, k, v, window):
-        y = flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
-        return y[0] if isinstance(y, tuple) else y  # some builds return the log-sum-exp as well
-
-    return attend
-
-
-def choose_attention(name: str, windows: Iterable[int], T: int, device: torch.device):
-    """Return name and function of the attention in use; print it, and why if it is a fallback."""
-    if name not in ("auto", "fa3", "flex", "masked"):
-        raise ValueError(f"ATTENTION is {name!r}; it must be auto, fa3, flex or masked")
-    why = "as set by ATTENTION"
-    if device.type != "cuda" and name == "auto":
-        name, why = "masked", "no GPU"
-    if name in ("auto", "fa3"):
-        try:
-            attend = build_flash_attention()
-            print("attention: fa3")
-            return "fa3", attend
-        except RuntimeError as error:
-            if name == "fa3":
-                raise
-            name, why = "flex", f"fallback: {error}"
-    print(f"attention: {name} ({why})")
-    return name, masked_attention if name == "masked" else build_flex_attention(windows, T, device)
 
 
 # ---- Compiled and hand-written kernels ----------------------------------------------------------
@@ -229,7 +169,7 @@ class ReluSquareMLP(torch.autograd.Function):
 
 
 # ---- Model --------------------------------------------------------------------------------------
-VALUE_GATE_CHANNELS = 32  # of the layer's input, that a value embedding's gate looks at
+GATE_CHANNELS = 32  # of the layer's input, that a gate looks at
 
 
 @dataclass(frozen=True)
@@ -245,14 +185,16 @@ class GPTConfig:
     short_window: int
     rope_base: float
     softcap: float
+    attention_gain: float
+    bigram_rows: int
 
     def __post_init__(self):
         if self.n_layer < 1:
             raise ValueError(f"DEPTH ({self.n_layer}) must be at least 1")
         if self.head_dim < 2 or self.head_dim % 2 or self.n_embd % self.head_dim:
             raise ValueError(f"HEAD_DIM ({self.head_dim}) is odd or does not divide {self.n_embd}")
-        if self.n_embd < VALUE_GATE_CHANNELS:
-            raise ValueError(f"N_EMBD ({self.n_embd}) is below {VALUE_GATE_CHANNELS}")
+        if self.n_embd < GATE_CHANNELS:
+            raise ValueError(f"N_EMBD ({self.n_embd}) is below {GATE_CHANNELS}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"WINDOW_PATTERN ({self.window_pattern!r}) is not made of S and L")
         if not 1 <= self.short_window <= self.sequence_len:
@@ -305,27 +247,36 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention with value embeddings in every second layer. Source: arXiv:2410.17897."""
+    """Gated attention (arXiv:2505.06708), in every second layer with value embeddings (2410.17897).
+
+    Half of each key, that of the slow rotary angles, is taken from the token before: what followed
+    a like token earlier on is then found in one look. Source: modded-nanogpt record 49.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.head_dim, C = config.head_dim, config.n_embd
         self.c_q, self.c_k, self.c_v, self.c_proj = (Linear(C, C) for _ in range(4))
+        self.gate = Linear(GATE_CHANNELS, C // self.head_dim)
         self.value_embed = None
         if layer % 2 == (config.n_layer - 1) % 2:  # with the last
             self.value_embed = nn.Embedding(config.vocab_size, C)
-            self.value_gate = Linear(VALUE_GATE_CHANNELS, C // self.head_dim)
+            self.value_gate = Linear(GATE_CHANNELS, C // self.head_dim)
 
     def project(self, x, idx, cos, sin):
-        """Return q, k and v (B, T, H, D) of x (B, T, C)."""
+        """Return q, k and v (B, T, H, D) and the output's gate (B, T, H) of x (B, T, C)."""
         # One product, of three matrices that Muon sees apart.
         weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
         heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.chunk(3, dim=2)
+        slow = torch.arange(self.head_dim, device=x.device) % (self.head_dim // 2)
+        slow = slow >= self.head_dim // 4
+        k = torch.where(slow, F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)), k)
         if self.value_embed is not None:
-            gate = 2 * torch.sigmoid(self.value_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H)
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, H)
             v = v + gate[..., None] * self.value_embed(idx).to(x.dtype).view_as(v)
-        return RotaryNorm.apply(q, cos, sin), RotaryNorm.apply(k, cos, sin), v
+        q, k = RotaryNorm.apply(q, cos, sin), RotaryNorm.apply(k, cos, sin)
+        return q, k, v, 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))
 
 
 class MLP(nn.Module):
@@ -351,22 +302,24 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, attend: Attention):
         super().__init__()
         self.attend, self.window = attend, config.windows[layer]
+        self.scale = config.attention_gain * config.head_dim**-0.5
         self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
-        self.resid_lambda, self.x0_lambda = (nn.Parameter(torch.empty(())) for _ in range(2))
+        parts = (nn.Parameter(torch.empty(())) for _ in range(3))
+        self.resid_lambda, self.x0_lambda, self.bigram_lambda = parts
 
     @compiled
-    def before(self, x, x0, idx, cos, sin):
-        x = self.resid_lambda * x + self.x0_lambda * x0
+    def before(self, x, x0, bigram, idx, cos, sin):
+        x = self.resid_lambda * x + self.x0_lambda * x0 + self.bigram_lambda * bigram
         return x, *self.attn.project(norm(x), idx, cos, sin)
 
     @compiled
-    def after(self, x, y):
-        x = x + self.attn.c_proj(y.flatten(2))
+    def after(self, x, y, gate):
+        x = x + self.attn.c_proj((y * gate[..., None]).flatten(2))
         return x + self.mlp(norm(x))
 
-    def forward(self, x, x0, idx, cos, sin):
-        x, q, k, v = self.before(x, x0, idx, cos, sin)
-        return self.after(x, self.attend(q, k, v, self.window))
+    def forward(self, x, *inputs):
+        x, q, k, v, gate = self.before(x, *inputs)
+        return self.after(x, self.attend(q, k, v, self.window, self.scale), gate)
 
 
 class GPT(nn.Module):
@@ -376,6 +329,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.bigram = nn.Embedding(config.bigram_rows, config.n_embd)
         self.h = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         frequency = config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -385,32 +339,43 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin[:, None], persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, scale: float, x0_lambda: float) -> None:
-        """Draw the weights from torch's generator; a block starts as the identity, a gate as 1."""
+    def init_weights(self, scale: float, lambdas: dict[str, tuple[float, float]]) -> None:
+        """Draw the weights from torch's generator; blocks and bigrams add nothing, gates are 1."""
         bound = scale * (3 / self.config.n_embd) ** 0.5  # a uniform on +-b has std b / sqrt(3)
         for name, p in self.named_parameters():
             if name == "wte.weight":
                 nn.init.normal_(p, std=1.0)
             elif name == "lm_head.weight":
                 nn.init.normal_(p, std=0.001)
-            elif name.endswith(("c_proj.weight", "value_gate.weight")):
+            elif name.endswith(("c_proj.weight", "gate.weight", "bigram.weight")):
                 nn.init.zeros_(p)
             elif name.endswith("lambda"):
-                nn.init.constant_(p, 1.0 if "resid" in name else x0_lambda)
+                _, layer, part = name.split(".")
+                first, last = lambdas[part]
+                share = int(layer) / max(1, self.config.n_layer - 1)
+                nn.init.constant_(p, first + (last - first) * share)
             else:  # c_q, c_k, c_v, c_fc, value_embed
                 nn.init.uniform_(p, -bound, bound)
 
     @compiled
     def embed(self, idx):
-        return norm(self.wte(idx).to(self.dtype))
+        """Return token and bigram embeddings, each (B, T, C).
+
+        Bigrams share the rows of a table by a hash; a sign of their own makes what others do to
+        a row noise that cancels. Source: modded-nanogpt records 62 and 83.
+        """
+        code = (idx * 36313 + F.pad(idx[:, :-1], (1, 0)) * 27191) * 1640531513  # below 2^63
+        sign = (code >> 16 & 1) * 2 - 1
+        bigram = self.bigram((code >> 20) % self.config.bigram_rows) * sign[..., None]
+        return norm(self.wte(idx).to(self.dtype)), bigram.to(self.dtype)
 
     def trunk(self, idx: torch.Tensor) -> torch.Tensor:
         """Return what the head reads, (B, T, C)."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x0 = self.embed(idx)
+        x0, bigram = self.embed(idx)
         x = x0.view_as(x0)  # another object, or the first layer would be compiled on its own
         for block in self.h:
-            x = block(x, x0, idx, cos, sin)
+            x = block(x, x0, bigram, idx, cos, sin)
         return x
 
     def logits(self, x):
@@ -531,9 +496,11 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, Muon]:
     groups = [
         group("wte", EMBEDDING_LR * rate, WTE_WEIGHT_DECAY),
         group("value_embed", EMBEDDING_LR * rate, VALUE_EMBED_WEIGHT_DECAY),
+        group("bigram.", BIGRAM_LR * rate, BIGRAM_WEIGHT_DECAY),
         group("lm_head", UNEMBEDDING_LR * rate, LM_HEAD_WEIGHT_DECAY),
-        group("resid_lambda", SCALAR_LR * 0.01),
-        group("x0_lambda", SCALAR_LR, betas=X0_BETAS),
+        group("resid_lambda", RESID_LAMBDA_LR),
+        group("x0_lambda", X0_LAMBDA_LR, betas=LAMBDA_BETAS),
+        group("bigram_lambda", BIGRAM_LAMBDA_LR, betas=LAMBDA_BETAS),
     ]
     adamw = torch.optim.AdamW(groups, eps=1e-10, fused=True)
     matrices: dict[torch.Size, list[nn.Parameter]] = {}
@@ -579,7 +546,7 @@ def build_training(config: GPTConfig, attend: Attention, device: torch.device):
     torch.set_float32_matmul_precision("high")
     with device:
         model = GPT(config, attend, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.init_weights(INIT_SCALE, X0_LAMBDA_INIT)
+    model.init_weights(INIT_SCALE, LAMBDA_INIT)
     return model, build_optimizers(model)
 
 
@@ -646,7 +613,8 @@ def grad_accumulation(batch_size: int) -> int:
 def build_config() -> GPTConfig:
     """Return the model's configuration from the knobs; ValueError if they do not fit together."""
     shape = (MAX_SEQ_LEN, VOCAB_SIZE, DEPTH, N_EMBD, HEAD_DIM)
-    return GPTConfig(*shape, WINDOW_PATTERN, SHORT_WINDOW, ROPE_BASE, SOFTCAP)
+    attention = (WINDOW_PATTERN, SHORT_WINDOW, ROPE_BASE, SOFTCAP, ATTENTION_GAIN)
+    return GPTConfig(*shape, *attention, BIGRAM_ROWS)
 
 
 def build_saved(config: dict, device: torch.device) -> GPT:

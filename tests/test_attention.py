@@ -6,8 +6,8 @@ import types
 import pytest
 import torch
 
+import attention
 import prepare
-import train
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def qkv(B: int, T: int, H: int, D: int, dtype=torch.float32, device=CPU):
     return [t.to(device, dtype).requires_grad_() for t in drawn]
 
 
-def by_hand(q, k, v, window: int) -> list:
+def by_hand(q, k, v, window: int, scale: float) -> list:
     """Attention in Python's floats, one number after the other."""
     B, T, H, D = q.shape
     q, k, v = q.tolist(), k.tolist(), v.tolist()
@@ -29,35 +29,36 @@ def by_hand(q, k, v, window: int) -> list:
                 seen = range(max(0, t - window + 1), t + 1)
                 query = q[b][t][h]
                 scores = [sum(x * y for x, y in zip(query, k[b][s][h])) for s in seen]  # noqa: B905 (speed)
-                weights = [math.exp(score / math.sqrt(D)) for score in scores]
+                weights = [math.exp(score * scale) for score in scores]
                 for s, weight in zip(seen, weights, strict=True):
                     for d in range(D):
                         out[b][t][h][d] += weight / sum(weights) * v[b][s][h][d]
     return out
 
 
+@pytest.mark.parametrize("scale", [6**-0.5, 1.7])
 @pytest.mark.parametrize("window", [1, 3, 7, 50])
-def test_masked_attention_is_the_definition(window):
+def test_masked_attention_is_the_definition(window, scale):
     q, k, v = qkv(2, 7, 4, 6)
-    expected = torch.tensor(by_hand(q, k, v, window))
-    assert torch.allclose(train.masked_attention(q, k, v, window), expected, atol=1e-5)
+    expected = torch.tensor(by_hand(q, k, v, window, scale))
+    assert torch.allclose(attention.masked_attention(q, k, v, window, scale), expected, atol=1e-5)
 
 
 def test_a_window_of_one_token_returns_its_value():
     q, k, v = qkv(1, 5, 2, 4)
-    assert torch.allclose(train.masked_attention(q, k, v, 1), v, atol=1e-6)
+    assert torch.allclose(attention.masked_attention(q, k, v, 1, 0.5), v, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")  # that FlexAttention is not compiled here
 def test_flex_attention_agrees_with_the_definition():
     T = 160  # more than one block of 128
     windows = [1, 40, 128, T]
-    attend = train.build_flex_attention(windows, T, CPU)
+    attend = attention.build_flex_attention(windows, T, CPU)
     q, k, v = (t.detach() for t in qkv(1, T, 4, 16))  # on a CPU, forward only
     for window in windows:
-        y = attend(q, k, v, window)
+        y = attend(q, k, v, window, 0.3)
         assert y.shape == (1, T, 4, 16)
-        assert torch.allclose(y, train.masked_attention(q, k, v, window), atol=1e-5)
+        assert torch.allclose(y, attention.masked_attention(q, k, v, window, 0.3), atol=1e-5)
 
 
 # ---- Choice -------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_flex_attention_agrees_with_the_definition():
 def flex(monkeypatch):
     """Stands in for FlexAttention, whose block masks would be built on a GPU."""
     built = object()
-    monkeypatch.setattr(train, "build_flex_attention", lambda windows, T, device: built)
+    monkeypatch.setattr(attention, "build_flex_attention", lambda windows, T, device: built)
     return built
 
 
@@ -77,7 +78,7 @@ def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(monkeypat
         raise RuntimeError("the hub could not be reached")
 
     monkeypatch.setattr(prepare, "load_flash_attention", load)
-    assert train.choose_attention("auto", [8], 8, GPU) == ("flex", flex)
+    assert attention.choose_attention("auto", [8], 8, GPU) == ("flex", flex)
     line = capsys.readouterr().out.splitlines()[-1]
     assert "flex" in line and "fallback" in line and "the hub could not be reached" in line
 
@@ -88,38 +89,38 @@ def test_flash_attention_asked_for_by_name_never_falls_back(monkeypatch):
 
     monkeypatch.setattr(prepare, "load_flash_attention", load)
     with pytest.raises(RuntimeError, match="no build for this GPU"):
-        train.choose_attention("fa3", [8], 8, GPU)
+        attention.choose_attention("fa3", [8], 8, GPU)
 
 
 def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(monkeypatch, capsys):
     calls = []
 
-    def flash_attn_func(q, k, v, causal, window_size):
-        calls.append((causal, window_size))
+    def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
+        calls.append((softmax_scale, causal, window_size))
         return q
 
     monkeypatch.setattr(prepare, "load_flash_attention", lambda: flash_attn_func)
-    name, attend = train.choose_attention("auto", [8], 8, GPU)
+    name, attend = attention.choose_attention("auto", [8], 8, GPU)
     q, k, v = qkv(1, 8, 2, 4)
-    assert name == "fa3" and attend(q, k, v, 5) is q
-    assert calls == [(True, (4, 0))]  # itself and four before it
+    assert name == "fa3" and attend(q, k, v, 5, 0.7) is q
+    assert calls == [(0.7, True, (4, 0))]  # itself and four before it
     assert "fa3" in capsys.readouterr().out
 
 
 def test_a_cpu_uses_the_plain_softmax(capsys):
-    assert train.choose_attention("auto", [8], 8, CPU) == ("masked", train.masked_attention)
+    assert attention.choose_attention("auto", [8], 8, CPU) == ("masked", attention.masked_attention)
     assert "attention: masked (no GPU)" in capsys.readouterr().out
 
 
 def test_flex_can_be_asked_for(flex):
-    assert train.choose_attention("flex", [8], 8, GPU) == ("flex", flex)
+    assert attention.choose_attention("flex", [8], 8, GPU) == ("flex", flex)
 
 
 def test_an_unknown_attention_is_refused():
     with pytest.raises(
         ValueError, match="ATTENTION is 'fa9'; it must be auto, fa3, flex or masked"
     ):
-        train.choose_attention("fa9", [8], 8, CPU)
+        attention.choose_attention("fa9", [8], 8, CPU)
 
 
 def test_without_a_gpu_flash_attention_says_so(monkeypatch):
@@ -131,7 +132,7 @@ def test_without_a_gpu_flash_attention_says_so(monkeypatch):
 # ---- On a GPU -----------------------------------------------------------------------------------
 def flash_attention():
     try:
-        return train.build_flash_attention()
+        return attention.build_flash_attention()
     except RuntimeError as error:  # no network, or a GPU it has no build for: flex serves there
         pytest.skip(str(error))
 
@@ -144,7 +145,7 @@ def test_kernels_agree_with_the_definition_forward_and_backward(name, heads, D):
     windows = [1, 64, 100, T]
     if name == "flex":
         torch._dynamo.reset()  # or the windows of all sizes count as one function's recompilations
-        attend = train.build_flex_attention(windows, T, device)
+        attend = attention.build_flex_attention(windows, T, device)
     else:
         attend = flash_attention()
     for window in windows:
@@ -152,7 +153,9 @@ def test_kernels_agree_with_the_definition_forward_and_backward(name, heads, D):
         half = [t.detach().clone().requires_grad_() for t in exact]
         exact = [t.detach().float().requires_grad_() for t in exact]
         weights = torch.randn(2, T, heads, D, device=device)
-        expected, got = train.masked_attention(*exact, window), attend(*half, window)
+        scale = 1.3 * D**-0.5
+        expected = attention.masked_attention(*exact, window, scale)
+        got = attend(*half, window, scale)
         assert got.dtype == torch.bfloat16 and got.shape == expected.shape
         (expected * weights).sum().backward()
         (got.float() * weights).sum().backward()

@@ -44,14 +44,14 @@ def test_the_fused_mlp_and_its_gradients_are_those_of_plain_torch(
 
 @pytest.mark.gpu
 def test_the_model_with_the_fused_mlp_is_the_model_without_it():
-    config = train.GPTConfig(256, 512, 2, 128, 64, "SL", 64, 10_000, 15.0)
+    config = train.GPTConfig(256, 512, 2, 128, 64, "SL", 64, 10_000, 15.0, 1.3, 1024)
     losses, gradients = [], []
     for fused in (True, False):
         torch.manual_seed(0)
         with torch.device("cuda"):
             model = train.GPT(config, train.masked_attention, torch.bfloat16)
             idx = torch.randint(512, (4, 256))
-        model.init_weights(0.7, 0.1)
+        model.init_weights(0.7, train.LAMBDA_INIT)
         for block in model.h:
             torch.nn.init.normal_(block.mlp.c_proj.weight, std=0.05)  # not zero, as at the start
             block.mlp.fused = block.mlp.fused and fused

@@ -17,19 +17,21 @@ import train
 from train import GPT, GPTConfig, RotaryNorm
 
 V, T = 50, 16  # ids, tokens a row
+LAMBDAS = {"resid_lambda": (1.0, 1.0), "x0_lambda": (0.1, 0.1), "bigram_lambda": (0.1, 0.1)}
 
 
 def config(**changes) -> GPTConfig:
     values = {"sequence_len": T, "vocab_size": V, "n_layer": 3, "n_embd": 32}
     values |= {"head_dim": 8, "window_pattern": "SL", "short_window": 4}
-    return GPTConfig(**(values | {"rope_base": 10_000, "softcap": 15.0} | changes))
+    values |= {"rope_base": 10_000, "softcap": 15.0, "attention_gain": 1.3, "bigram_rows": 64}
+    return GPTConfig(**(values | changes))
 
 
 def fresh(dtype=torch.float32, **changes) -> GPT:
     """A small model as training begins it."""
     torch.manual_seed(0)
     model = GPT(config(**changes), train.masked_attention, dtype)
-    model.init_weights(0.7, 0.1)
+    model.init_weights(0.7, LAMBDAS)
     return model
 
 
@@ -96,12 +98,13 @@ def test_the_same_seed_draws_the_same_weights():
 def test_parameters_and_flops_by_hand():
     # Width 32, four heads of 8.
     layer = 4 * 32 * 32 + 32 * 128 + 128 * 32
-    gates = 2 * (32 * 4)  # value embeddings on layers 0 and 2, a gate for each head
+    # A gate for each head on attention, and on the value embeddings of layers 0 and 2.
+    gates = 3 * (32 * 4) + 2 * (32 * 4)
     head = 32 * 50
-    tables = 50 * 32 + 2 * (50 * 32)
-    scalars = 3 + 3
+    tables = 50 * 32 + 2 * (50 * 32) + 64 * 32
+    scalars = 3 + 3 + 3
     model = fresh()
-    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 43526
+    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 45961
     # Three times two FLOPs for a weight; scores and mix, each 2 * 32 a key, forward and backward.
     keys = 4 + 16 + 16
     assert model.flops_per_token() == 6 * (3 * layer + gates + head) + 3 * (2 * 2 * 32) * keys
@@ -129,13 +132,15 @@ def moved_by(at: int, deaf_layer: int) -> torch.Tensor:
     """
     model, idx = lively(n_layer=2, window_pattern="S"), some_ids(1)
     model.h[deaf_layer].attn.c_proj.weight.zero_()
+    model.bigram.weight.zero_()  # which would show the id to the next position as well
     changed = idx.clone()
     changed[0, at] = (changed[0, at] + 1) % V
     return (model(changed) - model(idx)).abs().amax(-1)[0] > 1e-4
 
 
 def test_a_token_is_seen_within_the_window_and_not_beyond():
-    assert moved_by(5, deaf_layer=1).nonzero().flatten().tolist() == [5, 6, 7, 8]
+    # Itself and three after it see the token, and one more the key after it, which is half its.
+    assert moved_by(5, deaf_layer=1).nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
 
 
 def test_the_last_layer_sees_everything():
@@ -145,19 +150,87 @@ def test_the_last_layer_sees_everything():
 # ---- Parts --------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_a_block_begins_as_the_identity():
-    model, x, x0 = fresh(), torch.randn(2, T, 32), torch.zeros(2, T, 32)
+    model, x, zero = fresh(), torch.randn(2, T, 32), torch.zeros(2, T, 32)
     for block in model.h:
-        assert torch.equal(block(x, x0, some_ids(), model.cos, model.sin), x)
+        assert torch.equal(block(x, zero, zero, some_ids(), model.cos, model.sin), x)
 
 
 @torch.no_grad()
-def test_a_layer_mixes_the_stream_and_the_input_embedding_by_its_scalars():
-    model, x, x0 = fresh(), torch.randn(2, T, 32), torch.randn(2, T, 32)
+def test_a_layer_mixes_the_stream_and_both_embeddings_by_its_scalars():
+    model, (x, x0, bigram) = fresh(), torch.randn(3, 2, T, 32)
     for i, block in enumerate(model.h):
         block.resid_lambda.fill_(0.5 + i)
         block.x0_lambda.fill_(-2.0)
-        y = block(x, x0, some_ids(), model.cos, model.sin)
-        assert torch.allclose(y, (0.5 + i) * x - 2 * x0, atol=1e-6)
+        block.bigram_lambda.fill_(3.0)
+        y = block(x, x0, bigram, some_ids(), model.cos, model.sin)
+        assert torch.allclose(y, (0.5 + i) * x - 2 * x0 + 3 * bigram, atol=1e-5)
+
+
+def test_scalars_begin_in_a_straight_line_from_the_first_layer_to_the_last():
+    model = fresh()
+    model.init_weights(0.7, LAMBDAS | {"x0_lambda": (0.5, -0.5)})
+    assert [float(block.x0_lambda.detach()) for block in model.h] == [0.5, 0.0, -0.5]
+    assert all(float(block.resid_lambda.detach()) == 1.0 for block in model.h)
+
+
+@torch.no_grad()
+def test_a_bigram_embedding_is_that_of_an_id_and_the_one_before_it():
+    model, idx = lively(bigram_rows=4096), some_ids()
+    idx[1, 3:5] = idx[0, 8:10]  # the same pair elsewhere
+    bigram = model.embed(idx)[1]
+    assert torch.equal(bigram[1, 4], bigram[0, 9])
+    changed = idx.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % V
+    moved = (model.embed(changed)[1] != bigram).any(-1)
+    assert moved.nonzero().tolist() == [[0, 5], [0, 6]]
+
+
+@torch.no_grad()
+def test_bigrams_spread_evenly_over_rows_and_signs():
+    model, rows = fresh(bigram_rows=256, vocab_size=8192), 256
+    model.bigram.weight.copy_(torch.arange(1.0, rows + 1)[:, None].expand(rows, 32))
+    value = torch.cat([model.embed(torch.randint(8192, (64, T)))[1][..., 0] for _ in range(64)])
+    counts = torch.bincount(value.abs().long().flatten() - 1, minlength=rows).double()
+    expected = counts.sum() / rows
+    # Chi squared over its degrees of freedom: 1 with an error of sqrt(2 / 255) for a fair draw.
+    assert float(((counts - expected) ** 2 / expected).sum() / (rows - 1)) < 1.5
+    assert abs(float(value.sign().mean())) < 0.02
+
+
+@torch.no_grad()
+def test_half_of_a_key_is_of_the_token_before_and_nothing_else_of_the_layer():
+    model, x, idx = fresh(), torch.randn(2, T, 32), some_ids()
+    attention = model.h[0].attn
+    changed = x.clone()
+    changed[0, 5] = torch.randn(32)
+    parts = zip(
+        attention.project(x, idx, model.cos, model.sin),
+        attention.project(changed, idx, model.cos, model.sin),
+        strict=True,
+    )
+    q, k, v, gate = ((a != b).flatten(2).any(-1)[0].nonzero().flatten().tolist() for a, b in parts)
+    assert q == v == [5] and set(gate) <= {5} and k == [5, 6]
+    # Before rotation and norm: of a head's 8 dimensions those of the slower two of four angles.
+    keys = attention.c_k(x).view(2, T, 4, 8)
+    mixed = keys.clone()
+    for d in (2, 3, 6, 7):
+        mixed[:, 1:, :, d], mixed[:, 0, :, d] = keys[:, :-1, :, d], 0.0
+    got = attention.project(x, idx, model.cos, model.sin)[1]
+    assert torch.allclose(got, RotaryNorm.apply(mixed, model.cos, model.sin), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_gate_scales_what_a_head_of_attention_adds():
+    model, idx, x = fresh(), some_ids(), torch.randn(2, T, 32)
+    attention = model.h[1].attn
+    assert torch.equal(attention.project(x, idx, model.cos, model.sin)[3], torch.ones(2, T, 4))
+    attention.gate.weight.normal_(std=100)
+    gate = attention.project(x, idx, model.cos, model.sin)[3]
+    assert gate.min() < 0.1 and 1.9 < gate.max() <= 2.0
+    block, y = model.h[1], torch.randn(2, T, 4, 8)
+    block.mlp.c_proj.weight.zero_()
+    block.attn.c_proj.weight.copy_(torch.eye(32))
+    assert torch.allclose(block.after(x, y, gate), x + (y * gate[..., None]).flatten(2), atol=1e-5)
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 5, 6])
@@ -202,7 +275,7 @@ def test_queries_and_keys_have_norm_one_however_large_their_weights():
     for factor in (1.0, 1000.0):
         attention.c_q.weight.mul_(factor)
         attention.c_k.weight.mul_(factor)
-        q, k, v = attention.project(x, some_ids(), model.cos, model.sin)
+        q, k, v, _ = attention.project(x, some_ids(), model.cos, model.sin)
         assert q.shape == k.shape == v.shape == (2, T, 4, 8)
         for t in (q, k):
             assert torch.allclose(t.square().mean(-1), torch.ones(2, T, 4), atol=1e-3)
@@ -321,7 +394,7 @@ def test_all_layers_share_the_graphs_they_are_compiled_to(monkeypatch):
     torch._dynamo.reset()
     parts = config(n_layer=7, n_embd=64, head_dim=16, window_pattern="SSL")
     model = module.GPT(module.GPTConfig(**vars(parts)), train.masked_attention, torch.float32)
-    model.init_weights(0.7, 0.1)
+    model.init_weights(0.7, LAMBDAS)
     optimizers, idx = module.build_optimizers(model), some_ids()
     for progress in (0.0, 0.3, 0.6):
         module.set_schedules(optimizers, progress)

@@ -14,9 +14,9 @@ V, T = 50, 16
 
 def tiny_model() -> GPT:
     torch.manual_seed(0)
-    config = GPTConfig(T, V, 2, 32, 16, "SL", 4, 10_000, 15.0)
+    config = GPTConfig(T, V, 2, 32, 16, "SL", 4, 10_000, 15.0, 1.3, 64)
     model = GPT(config, train.masked_attention, torch.float32)
-    model.init_weights(0.7, 0.1)
+    model.init_weights(0.7, train.LAMBDA_INIT)
     return model
 
 
@@ -40,7 +40,11 @@ def random_params(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
 def test_every_table_and_scalar_moves_by_adamw_with_its_own_rate_and_decay(monkeypatch):
     monkeypatch.setattr(train, "EMBEDDING_LR", 0.4)
     monkeypatch.setattr(train, "UNEMBEDDING_LR", 0.02)
-    monkeypatch.setattr(train, "SCALAR_LR", 0.3)
+    monkeypatch.setattr(train, "RESID_LAMBDA_LR", 0.003)
+    monkeypatch.setattr(train, "X0_LAMBDA_LR", 0.3)
+    monkeypatch.setattr(train, "BIGRAM_LAMBDA_LR", 0.06)
+    monkeypatch.setattr(train, "BIGRAM_LR", 0.5)
+    monkeypatch.setattr(train, "BIGRAM_WEIGHT_DECAY", 0.4)
     monkeypatch.setattr(train, "WTE_WEIGHT_DECAY", 0.1)
     monkeypatch.setattr(train, "VALUE_EMBED_WEIGHT_DECAY", 0.2)
     monkeypatch.setattr(train, "LM_HEAD_WEIGHT_DECAY", 0.3)
@@ -51,6 +55,8 @@ def test_every_table_and_scalar_moves_by_adamw_with_its_own_rate_and_decay(monke
         "lm_head": (0.02 * by_width, 0.3),
         "resid_lambda": (0.003, 0.0),
         "x0_lambda": (0.3, 0.0),
+        "bigram_lambda": (0.06, 0.0),
+        "bigram.": (0.5 * by_width, 0.4),
     }
     adamw, _ = train.build_optimizers(model)
     before = {name: p.clone() for name, p in model.named_parameters()}

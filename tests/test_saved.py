@@ -15,7 +15,7 @@ import sample
 import train
 
 CPU = torch.device("cpu")
-CONFIG = train.GPTConfig(C.MAX_SEQ_LEN, C.VOCAB_SIZE, 2, 32, 16, "SL", 32, 10_000.0, 15.0)
+CONFIG = train.GPTConfig(C.MAX_SEQ_LEN, C.VOCAB_SIZE, 2, 32, 16, "SL", 32, 10_000.0, 15.0, 1.3, 64)
 
 
 @pytest.fixture(autouse=True)

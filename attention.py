@@ -1,0 +1,76 @@
+"""Attention: the kernels there are, and the choice between them. Not edited; a part of the rules.
+
+FlashAttention-3 where it runs, FlexAttention on every other GPU, a masked softmax on a CPU. All
+take causal windows of any size. train.py may pass its model a function of its own instead.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import prepare
+
+# q, k and v (B, T, H, D), window in tokens, itself included, scale of q k -> (B, T, H, D)
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+
+
+def masked_attention(q, k, v, window: int, scale: float) -> torch.Tensor:
+    """Attend by the definition: softmax over a (T, T) mask. For CPUs, and the oracle in tests."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+    at = torch.arange(q.size(2), device=q.device)
+    distance = at[:, None] - at[None, :]  # of a key behind its query
+    scores = q @ k.transpose(2, 3) * scale  # (B, H, T, T)
+    scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
+    return (scores.softmax(dim=3) @ v).transpose(1, 2)
+
+
+def build_flex_attention(windows: Iterable[int], T: int, device: torch.device) -> Attention:
+    """Return FlexAttention, compiled on a GPU, with one block mask for each window."""
+    flex = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+
+    def block_mask(window: int):
+        def visible(b, h, query, key):
+            return (query >= key) & (query - key < window)
+
+        return create_block_mask(visible, None, None, T, T, device=device)
+
+    masks = {window: block_mask(window) for window in set(windows)}
+
+    def attend(q, k, v, window, scale):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        return flex(q, k, v, block_mask=masks[window], scale=scale).transpose(1, 2)
+
+    return attend
+
+
+def build_flash_attention() -> Attention:
+    """Return FlashAttention-3; RuntimeError if it cannot be had here."""
+    flash_attn_func = prepare.load_flash_attention()
+
+    def attend(q, k, v, window, scale):
+        options = {"softmax_scale": scale, "causal": True, "window_size": (window - 1, 0)}
+        y = flash_attn_func(q, k, v, **options)
+        return y[0] if isinstance(y, tuple) else y  # some builds return the log-sum-exp as well
+
+    return attend
+
+
+def choose_attention(name: str, windows: Iterable[int], T: int, device: torch.device):
+    """Return name and function of the attention in use; print it, and why if it is a fallback."""
+    if name not in ("auto", "fa3", "flex", "masked"):
+        raise ValueError(f"ATTENTION is {name!r}; it must be auto, fa3, flex or masked")
+    why = "as set by ATTENTION"
+    if device.type != "cuda" and name == "auto":
+        name, why = "masked", "no GPU"
+    if name in ("auto", "fa3"):
+        try:
+            attend = build_flash_attention()
+            print("attention: fa3")
+            return "fa3", attend
+        except RuntimeError as error:
+            if name == "fa3":
+                raise
+            name, why = "flex", f"fallback: {error}"
+    print(f"attention: {name} ({why})")
+    return name, masked_attention if name == "masked" else build_flex_attention(windows, T, device)
