@@ -48,7 +48,7 @@ def free_memory(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction()
     held = torch.cuda.memory_reserved(device)  # by torch, in use or not
     return min(free + held, share * total) - torch.cuda.memory_allocated(device)
 
