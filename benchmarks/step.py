@@ -4,7 +4,7 @@ Usage: python benchmarks/step.py [--steps 40] [--profile] [reference | best] [KN
 Example: python benchmarks/step.py reference DEVICE_BATCH_SIZE=64 ATTENTION='"flex"'
 
 reference and best are the shapes of the reference's default and of its best published
-configuration (LOG.md), so that speeds compare at an equal model.
+configuration, with the bigrams, key offset and gate of train.py, which those have not (LOG.md).
 
 Prints tokens/s, MFU, peak memory and the median step; with --profile also the GPU time of a step
 by kind of kernel, from torch's profiler. Needs a CUDA GPU and no prepared data.
@@ -27,9 +27,9 @@ import train
 
 SHAPES = {
     "reference": ["DEPTH=8", "N_EMBD=512", 'WINDOW_PATTERN="SSSL"', "SHORT_WINDOW=1024"]
-    + ["HEAD_DIM=128", "TOTAL_BATCH_SIZE=524288"],
+    + ["HEAD_DIM=128", "TOTAL_BATCH_SIZE=524288", "DEVICE_BATCH_SIZE=128"],
     "best": ["DEPTH=9", "N_EMBD=640", 'WINDOW_PATTERN="SSSSL"', "SHORT_WINDOW=256"]
-    + ["HEAD_DIM=128", "TOTAL_BATCH_SIZE=262144"],
+    + ["HEAD_DIM=128", "TOTAL_BATCH_SIZE=262144", "DEVICE_BATCH_SIZE=128"],
 }
 PROFILED = 5  # steps
 KINDS = {  # kind: parts of kernel names, first match
