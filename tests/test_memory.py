@@ -84,7 +84,7 @@ def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_sh
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
     for share, free in ((1.0, 70), (0.4, 30)):
         monkeypatch.setattr(
-            torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
+            torch.cuda, "get_per_process_memory_fraction", lambda share=share: share
         )
         assert gpu.free_memory(GPU) == free
     assert gpu.free_memory(CPU) == math.inf
