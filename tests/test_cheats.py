@@ -139,9 +139,19 @@ def test_an_honest_run_has_a_result(runs):
 
 
 # ---- The model ----------------------------------------------------------------------------------
-@cheat("train.py", "(distance < 0) | (distance >= window)", "distance >= window")
+ATTEND = "self.attend(q, k, v, self.window, self.scale)"
+UNMASKED = "F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)"
+
+
+@cheat("train.py", ATTEND, UNMASKED)
 def test_a_mask_that_sees_the_future(result):
     """Gain: every layer reads the tokens that it is to predict; val_bpb falls towards 0."""
+    stopped(result, "evaluation refused: the model sees the future")
+
+
+@cheat("train.py", "F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))", "F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1))")
+def test_keys_taken_from_the_token_behind(result):
+    """Gain: a key tells what follows its token, so the last query finds what it is to predict."""
     stopped(result, "evaluation refused: the model sees the future")
 
 
