@@ -8,6 +8,7 @@ import math
 import os
 import re
 import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,6 +159,21 @@ def peak_flops(gpu_name: str) -> float:
         if re.fullmatch(f"NVIDIA (GeForce )?{card}{form}", gpu_name):
             return tflops * 1e12
     return math.nan
+
+
+# ---- Time ---------------------------------------------------------------------------------------
+def mark(device: torch.device) -> torch.cuda.Event | float:
+    """Return this place in the work queued on `device`; on a CPU, which queues none, the time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Return the seconds from one mark to another, which the device must have passed."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
 
 
 # ---- Health -------------------------------------------------------------------------------------

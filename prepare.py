@@ -659,9 +659,8 @@ def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[
             if stream is not None:
                 torch.cuda.current_stream().wait_stream(stream)
                 ids.record_stream(torch.cuda.current_stream())
-            ahead, ids = read(), ids.long()
-            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-            ids = ahead
+            now, ids = ids.long(), read()
+            yield now[:, :-1].contiguous(), now[:, 1:].contiguous()
 
     return hand_out(read())  # the first read is done when the clock starts
 
@@ -795,7 +794,7 @@ class Run:
         torch.manual_seed(C.SEED)
         self.import_seconds = self.opened_at - C.STARTED_AT
         self.open_seconds = time.perf_counter() - self.opened_at
-        self.waited = 0.0  # seconds that the loop has waited for batches
+        self.waits: list[tuple] = []  # gpu.mark before and after each batch
         self.watch = gpu.Watch(device)
 
     def random_batch(self, batch_size: int) -> Batch:
@@ -850,8 +849,8 @@ class Run:
                 raise RuntimeError(f"step {step.number} is over; its batches cannot be had now")
             step.tokens += tokens
             self.tokens += tokens
-            start, batch = time.perf_counter(), next(batches)
-            self.waited += time.perf_counter() - start
+            start, batch = gpu.mark(self.device), next(batches)
+            self.waits.append((start, gpu.mark(self.device)))
             yield batch
 
     def _settle(self, ahead: int) -> None:
@@ -896,7 +895,8 @@ class Run:
             raise RuntimeError("there is no result to print; evaluate first, print once")
         self.num_params, self.depth, self.attention = num_params / 1e6, depth, attention
         self.tok_per_sec = self.tokens / self.clock.seconds
-        self.wait_percent = 100 * self.waited / self.clock.seconds
+        waited = sum(gpu.seconds_between(*wait) for wait in self.waits)
+        self.wait_percent = 100 * waited / self.clock.seconds
         self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
         self.tflops = flops_per_token * self.tok_per_sec / 1e12
         self.mfu_percent = 100e12 * self.tflops / gpu.peak_flops(self.gpu)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import constants as C
+import gpu
 import prepare
 
 CPU = torch.device("cpu")
@@ -128,13 +129,48 @@ def test_batches_in_hand_do_not_change_when_the_next_is_read(rows):
 
 @pytest.mark.gpu
 def test_the_gpu_gets_the_rows_that_the_cpu_gets(rows):
-    gpu = prepare.load_batches(rows, 2, torch.device("cuda"))
-    cpu = prepare.load_batches(rows, 2, CPU)
-    for (x, y), (x_cpu, y_cpu) in itertools.islice(zip(gpu, cpu, strict=True), 200):
+    on_gpu = prepare.load_batches(rows, 2, torch.device("cuda"))
+    on_cpu = prepare.load_batches(rows, 2, CPU)
+    for (x, y), (x_cpu, y_cpu) in itertools.islice(zip(on_gpu, on_cpu, strict=True), 200):
         busy = torch.randn(1000, 1000, device="cuda")
         for _ in range(5):  # the device lags behind the copies
             busy = busy @ busy / 1000
         assert torch.equal(x.cpu(), x_cpu) and torch.equal(y.cpu(), y_cpu)
+
+
+# ---- Waiting for batches -------------------------------------------------------------------------
+class SlowRows:
+    """Two rows, each of which takes 20 ms to read."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return np.zeros(T + 1, "<u2")
+
+
+def waits(device: torch.device, work=lambda: None) -> list[float]:
+    """Return how long the device waited for each of five batches with `work` between them."""
+    batches, marks = prepare.load_batches(SlowRows(), 2, device), []
+    for _ in range(5):
+        start, _, end = gpu.mark(device), next(batches), gpu.mark(device)
+        marks.append((start, end))
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return [gpu.seconds_between(*both) for both in marks]
+
+
+def test_the_wait_for_a_slow_disk_is_counted():
+    assert all(0.04 <= wait < 0.5 for wait in waits(CPU))
+
+
+@pytest.mark.gpu
+def test_an_idle_gpu_waits_for_a_slow_disk_and_a_busy_one_does_not():
+    assert all(0.04 <= wait < 0.5 for wait in waits(torch.device("cuda"))[1:])
+    busy = waits(torch.device("cuda"), lambda: torch.cuda._sleep(400_000_000))  # 0.2 s at 2 GHz
+    assert max(busy[1:]) < 0.004
 
 
 # ---- Steps of a run -----------------------------------------------------------------------------
