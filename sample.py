@@ -6,6 +6,7 @@ No part of the rules: train.py calls it when the result is known. Nothing is unp
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -111,7 +112,8 @@ def main(argv: list[str], build: Callable[[dict, torch.device], torch.nn.Module]
     out = sys.stdout.buffer  # bytes, for a token may be a piece of a character
     out.write(text.encode(errors="replace"))
     # One length is drawn after the other: nothing is worth compiling.
-    with torch.compiler.set_stance("force_eager"):
+    enough = contextlib.suppress(KeyboardInterrupt)
+    with enough, torch.compiler.set_stance("force_eager"):
         for piece in continue_text(model, tokenizer, text, device):
             out.write(piece)
             out.flush()

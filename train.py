@@ -286,8 +286,8 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        cuda, whole = self.c_fc.weight.is_cuda, config.n_embd % 8 == 0
-        self.fused = cuda and whole and torch.cuda.get_device_capability()[0] in (9, 10)
+        runs = self.c_fc.weight.is_cuda and gpu.compute_capability()[0] in (9, 10)
+        self.fused = runs and config.n_embd % 8 == 0
 
     def forward(self, x):
         if not self.fused:

@@ -151,6 +151,17 @@ def test_a_text_is_continued_by_the_saved_weights_the_same_each_time(
     assert outs[0] == run.tokenizer.encoding.decode_bytes(ids[1:]) + b"\n"
 
 
+def test_ctrl_c_ends_the_text_without_a_traceback(run, model, file, monkeypatch, capfdbinary):
+    def interrupted(*args):
+        yield b"one"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "continue_text", interrupted)
+    sample.save(run, model, CONFIG)
+    train.main(["--sample", "count: "])
+    assert capfdbinary.readouterr().out == b"count: one\n"
+
+
 def one_id(wanted: int):
     """A model that is sure of one id."""
 
