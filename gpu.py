@@ -100,7 +100,8 @@ def explain_memory(run, error: BaseException) -> str:
 # Dense bf16 tensor-core peaks with float32 accumulation, TFLOP/s, by card; see peak_flops.
 # Where a data sheet says "with sparsity", half of it. Cards not found there are left out.
 PEAK_TFLOPS = {
-    # Data sheets and, for A40 and RTX A6000, the GA102 white paper, v2
+    # Data sheets; for A40 and RTX A6000 the white paper on GA102, v2, for RTX PRO that on RTX
+    # Blackwell PRO, v1.1
     "A100": 312.0,
     "H100 PCIe": 756.0,  # before the bare name, which stands for the SXM module
     "H100 NVL": 835.0,
@@ -109,14 +110,26 @@ PEAK_TFLOPS = {
     "H200": 989.5,
     "GH200": 989.5,
     "B200": 2250.0,
+    "B300 SXM6 AC": 2250.0,
     "GB200": 2500.0,
+    "GB300": 2500.0,
     "A10": 125.0,
+    "A10G": 70.0,
+    "A30": 165.0,
     "A40": 149.7,
+    "A800": 312.0,
+    "H20": 148.0,
     "L4": 121.0,
+    "L20": 119.5,
     "L40": 181.05,
-    "L40S": 362.05,
+    "L40S": 362.05,  # as printed; half of the 733 with sparsity is 366.5
+    "RTX A4000": 76.7,
+    "RTX A5000": 111.1,
     "RTX A6000": 154.8,
+    "RTX 5000 Ada": 261.1,
     "RTX 6000 Ada": 364.25,
+    "RTX PRO 6000 Blackwell Workstation Edition": 503.8,
+    "RTX PRO 6000 Blackwell Max-Q Workstation Edition": 438.9,
     # GeForce: 4 * CUDA cores * boost clock, half of what a professional card of the chip does, as
     # in the appendices of the white papers on GA102 (RTX 3080 59.5, 3090 71), AD102 (RTX 4090
     # 165.2) and RTX Blackwell (RTX 5090 209.5); cores and clocks from NVIDIA's pages of the cards.
@@ -145,6 +158,7 @@ PEAK_TFLOPS = {
     "RTX 5070 Ti": 87.9,
     "RTX 5080": 112.6,
     "RTX 5090": 209.5,
+    "RTX 5090 D": 209.5,
 }
 
 
@@ -154,7 +168,7 @@ def peak_flops(gpu_name: str) -> float:
     Behind the card's name only memory and form may follow: a laptop's chip, a slice of a card
     (MIG, vGPU) or a variant that is not in the table is not the card.
     """
-    form = r"([ -](SXM\d|PCIe|PCIE|\d+GB?|HBM\d\w*|Generation))*"
+    form = r"([ -](SXM\d|PCIe|PCIE|\d+GB?|HBM3\w*|Generation))*"
     for card, tflops in PEAK_TFLOPS.items():
         if re.fullmatch(f"NVIDIA (GeForce )?{card}{form}", gpu_name):
             return tflops * 1e12
