@@ -27,7 +27,9 @@ def masked_attention(q, k, v, window: int, scale: float) -> torch.Tensor:
 
 def build_flex_attention(windows: Iterable[int], T: int, device: torch.device) -> Attention:
     """Return FlexAttention, compiled on a GPU, with one block mask for each window."""
-    flex = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+    flex = flex_attention
+    if device.type == "cuda":
+        flex = torch.compile(flex, dynamic=False, fullgraph=True)
 
     def block_mask(window: int):
         def visible(b, h, query, key):

@@ -54,22 +54,33 @@ def free_memory(device: torch.device) -> float:
     return min(free + held, share * total) - torch.cuda.memory_allocated(device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is for want of memory, also where a library says so in its words."""
+    said = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and said
+
+
 def find_batch_size(
-    attempt: Callable[[int], object], limit: int, row_bytes: float, device: torch.device
+    attempt: Callable[[int], object],
+    limit: int,
+    row_bytes: float,
+    device: torch.device,
+    fixed_bytes: float = 0,
 ) -> int:
     """Return the largest power of two, up to `limit`, of rows for which attempt(rows) has memory.
 
-    row_bytes: what a row takes, roughly: a size that cannot fit is not attempted, which would
-    have to compile it. torch.OutOfMemoryError if a single row does not fit.
+    row_bytes, fixed_bytes: what a row takes, and what is taken for any number of rows, roughly: a
+    size that cannot fit is not attempted, which would have to compile it. RuntimeError, of which
+    torch.OutOfMemoryError is one, if a single row does not fit.
     """
-    rows = max(1, int(min(limit, free_memory(device) / row_bytes)))
+    rows = max(1, int(min(limit, (free_memory(device) - fixed_bytes) / row_bytes)))
     size = 1 << (rows.bit_length() - 1)
     while True:
         try:
             attempt(size)
             return size
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
         gc.collect()  # here, where the failed attempt's tensors are let go
         torch.cuda.empty_cache()
@@ -83,7 +94,7 @@ def explain_memory(run, error: BaseException) -> str:
     if run.evaluated:
         where = "in the evaluation"
     elif not run.batch_size:
-        where = "before training, with a single row a micro-step"
+        where = "before training"
     elif run.batch_size > 1:
         lower = f"set DEVICE_BATCH_SIZE below {run.batch_size}, or "
     stack = traceback.extract_tb(error.__traceback__)

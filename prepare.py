@@ -31,7 +31,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -434,9 +434,8 @@ def prepare(
     print(f"preparing {folder}", flush=True)
     with lock(folder):
         remove_temporaries(folder)
-        manifest = load_manifest(folder)
+        manifest, place = load_manifest(folder), folder / "shards"
         source = source or manifest.get("source", "hub")
-        origin, place = {"source": source}, folder / "shards"
         if manifest.get("source", "hub") != source:
             manifest = {}
         if source != "hub":
@@ -455,13 +454,12 @@ def prepare(
                 shards = write_smoke_shards(place, names)
             else:
                 revision, shards = ensure_shards(place, names, manifest, downloads)
-            origin = {}
         train = {place / name: shards[name] for name in names[:-1]}
         tokenizer = ensure_tokenizer(folder / "tokenizer", train)
-        known = manifest.get("rows", {})
-        rows = ensure_rows(folder, place, shards, tokenizer, known, workers)
+        rows = ensure_rows(folder, place, shards, tokenizer, manifest.get("rows", {}), workers)
         about = {"rules": C.DATA_RULES, "revision": revision, "tokenizer": tokenizer.sha256}
-        about |= origin | {"shards": shards, "rows": rows}
+        about |= {} if source == "hub" else {"source": source}
+        about |= {"shards": shards, "rows": rows}
         about |= {"key": content_key(about)}  # so that a change to any byte is noticed
         if load_manifest(folder) != json.loads(json.dumps(about)):
             with atomic_write(folder / "manifest.json") as file:
@@ -505,8 +503,7 @@ def check(folder: Path) -> list[str]:
 
 def explain(error: Exception) -> str:
     """Return what an error says and, for one of the operating system, what to do about it."""
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if (number := getattr(error, "errno", None)) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         advice = "free some space or move AUTORESEARCH_CACHE"
     elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
@@ -575,7 +572,7 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
         else:
             module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
             if file := getattr(module, "__file__", None):
-                with atomic_write(pin) as out:
+                with suppress(OSError), atomic_write(pin) as out:  # not a cache that is read-only
                     out.write(str(Path(file).parent).encode())
         return getattr(module, "flash_attn_interface", module).flash_attn_func
     except Exception as error:  # of five libraries; FlexAttention serves whatever went wrong
@@ -713,6 +710,7 @@ def check_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
         logits = call_model(model, changed)
         refuse_if_moved(base[::2, :cut], logits[::2, :cut], f"sees the future from {cut} on")
         refuse_if_moved(base[1::2], logits[1::2], "mixes rows")
+        del logits  # gigabytes, which the next call can use
     return base[:8].clone()  # not a view: the whole is gigabytes
 
 
@@ -737,6 +735,7 @@ def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_si
             part, y = part.float().flatten(0, 1), ids[:, 1:].flatten()  # (b * T, V), (b * T,)
             loss = F.cross_entropy(part, y, reduction="none").double() * (sizes[y] > 0)
             sums[:2] += torch.stack([loss.sum(), sizes[y].sum()])
+        del logits, part, loss  # as above
     refuse_unless_finite(sums[2])
     refuse_if_moved(base, call_model(model, first)[: len(base)])  # shows a slow drift
     return bits_per_byte(float(sums[0]), int(sums[1]))
@@ -836,9 +835,10 @@ class Run:
             self.num_steps += 1
             self.clock.queued.append((event, step))
             self._settle(Clock.MAX_AHEAD if self.cuda else 0)
+        self._settle(0)
         if self.cuda:
             torch.cuda.synchronize(self.device)  # what ran beside the steps counts as well
-        self._settle(0)
+            self.clock.seconds = self.clock.now() - self.clock.started_at
         self.clock.running = False
         if (late := self.clock.seconds - C.TIME_BUDGET) > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
             raise RuntimeError(f"the last step ended {late:.1f} s late; the run is void, repeat it")
@@ -930,7 +930,7 @@ def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
 
     At once: torch waits up to 300 s for compile workers that it has only just started.
     """
-    if issubclass(kind, torch.OutOfMemoryError):
+    if gpu.is_out_of_memory(error):
         print(gpu.explain_memory(run, error), file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

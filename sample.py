@@ -23,6 +23,8 @@ import prepare
 
 MODEL = Path(__file__).parent / ("smoke.npz" if C.SMOKE else "model.npz")  # of the last run
 ABOUT = "about.json"  # the entry of MODEL that is not a parameter
+# Returns a model from the saved configuration, whose weights are then replaced.
+Build = Callable[[dict, torch.device], torch.nn.Module]
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 300, 0.8
 
 
@@ -62,6 +64,25 @@ def load_model() -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{MODEL} is damaged ({error}); {again}") from error
 
 
+def restore(build: Build, device: torch.device):
+    """Return the saved model, its tokenizer and what is known of it; or a ValueError."""
+    about, weights = load_model()
+    tokenizer = prepare.Tokenizer.load(prepare.data_dir() / "tokenizer")
+    if about["tokenizer"] != tokenizer.sha256:
+        problem = f"{MODEL} was trained with another tokenizer than that in {prepare.data_dir()}"
+        raise ValueError(f"{problem}; run uv run train.py again")
+    try:
+        model = build(about["config"], device)
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if gpu.is_out_of_memory(error):
+            raise
+        what = str(error).replace("\n", " ")[:200]
+        problem = f"{MODEL} is of another train.py, that of commit {about['commit']} ({what})"
+        raise ValueError(f"{problem}; check that commit out or run uv run train.py") from error
+    return model, tokenizer, about
+
+
 @torch.no_grad()
 def continue_text(
     model: prepare.Model, tokenizer: prepare.Tokenizer, text: str, device: torch.device
@@ -82,39 +103,29 @@ def continue_text(
         yield tokenizer.encoding.decode_single_token_bytes(ids[-1])
 
 
-def main(argv: list[str], build: Callable[[dict, torch.device], torch.nn.Module]) -> None:
-    """Continue the text of `--sample TEXT` on standard output, with the model of the last run.
-
-    build: returns a model from the saved configuration, whose weights are then replaced.
-    """
+def main(argv: list[str], build: Build) -> None:
+    """Continue the text of `--sample TEXT` on standard output, with the model of the last run."""
     parser = argparse.ArgumentParser("train.py", description="Train a model, or use the last one.")
     parser.add_argument("--sample", metavar="TEXT", required=True, help="continue TEXT")
     text, device = parser.parse_args(argv).sample, gpu.choose_device(training=False)
     try:
-        about, weights = load_model()
-        tokenizer = prepare.Tokenizer.load(prepare.data_dir() / "tokenizer")
-        commit = about["commit"]
-        if about["tokenizer"] != tokenizer.sha256:
-            problem = (
-                f"{MODEL} was trained with another tokenizer than that in {prepare.data_dir()}"
-            )
-            raise ValueError(f"{problem}; run uv run train.py again")
-        try:
-            model = build(about["config"], device)
-            model.load_state_dict(weights)
-        except (RuntimeError, TypeError, ValueError) as error:
-            what = str(error).replace("\n", " ")[:200]
-            problem = f"{MODEL} is of another train.py, that of commit {commit} ({what})"
-            raise ValueError(f"{problem}; check that commit out or run uv run train.py") from error
+        model, tokenizer, about = restore(build, device)
+        print(f"model of commit {about['commit']}, val_bpb {about['val_bpb']:.6f}", file=sys.stderr)
+        write(text, continue_text(model, tokenizer, text, device))
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    print(f"model of commit {commit}, val_bpb {about['val_bpb']:.6f}", file=sys.stderr)
-    out = sys.stdout.buffer  # bytes, for a token may be a piece of a character
+    except torch.OutOfMemoryError:
+        problem = "the model has no room on the GPU beside what else uses it"
+        sys.exit(f"train.py: {problem}; CUDA_VISIBLE_DEVICES= in front keeps it on the CPU")
+
+
+def write(text: str, pieces: Iterator[bytes]) -> None:
+    """Write text and pieces to standard output, as bytes: a token may be a piece of a character."""
+    out = sys.stdout.buffer
     out.write(text.encode(errors="replace"))
-    # One length is drawn after the other: nothing is worth compiling.
-    enough = contextlib.suppress(KeyboardInterrupt)
-    with enough, torch.compiler.set_stance("force_eager"):
-        for piece in continue_text(model, tokenizer, text, device):
+    # One length is drawn after the other: nothing is worth compiling. Ctrl-C: enough.
+    with contextlib.suppress(KeyboardInterrupt), torch.compiler.set_stance("force_eager"):
+        for piece in pieces:
             out.write(piece)
             out.flush()
     out.write(b"\n")

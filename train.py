@@ -41,7 +41,12 @@ import sample
 from attention import Attention, choose_attention, masked_attention
 
 # What is compiled in one run is there in the next.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.data_dir().parent / "compiled"))
+cache = prepare.data_dir().parent
+if not cache.exists() or os.access(cache, os.W_OK):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
+# A function is compiled for each batch size that is tried, and for layers that differ; by default
+# the ninth time is an error.
+torch._dynamo.config.recompile_limit = 64
 
 # ---- Knobs --------------------------------------------------------------------------------------
 # Model
@@ -568,11 +573,14 @@ def train_step(model: GPT, optimizers, batches, grad_accum_steps: int) -> torch.
 def warm_up(run: prepare.Run, model: GPT, optimizers, batch_size: int) -> None:
     """Compile and run everything once on random ids, then put weights and state back, bit for bit.
 
-    A step of two micro-steps, so that gradients are both made and added to, and one evaluation."""
+    Two micro-steps a step, so that gradients are both made and added to; two steps, the second of
+    which needs the most memory, beside the optimizers' state; and one evaluation.
+    """
     parts = [model, *optimizers]
     saved = copy.deepcopy([part.state_dict() for part in parts])
     try:
-        train_step(model, optimizers, [run.random_batch(batch_size) for _ in range(2)], 2)
+        for _ in range(2):
+            train_step(model, optimizers, [run.random_batch(batch_size) for _ in range(2)], 2)
         with torch.no_grad():
             model(run.random_batch(batch_size)[0])
     finally:
@@ -592,22 +600,29 @@ def step_line(step: prepare.Step, seconds: float) -> str:
 
 
 def batch_limit() -> int:
-    """Return the most rows of a micro-step that the knobs allow; ValueError if there are none."""
+    """Return the most rows of a micro-step that the knobs allow, a power of two.
+
+    ValueError if they allow none.
+    """
     if DEVICE_BATCH_SIZE < 1 or TOTAL_BATCH_SIZE < 1:
         raise ValueError(
             f"DEVICE_BATCH_SIZE ({DEVICE_BATCH_SIZE} rows) and TOTAL_BATCH_SIZE "
             f"({TOTAL_BATCH_SIZE} tokens) must be at least 1; change them in train.py"
         )
-    return max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
+    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
+    return 1 << (rows.bit_length() - 1)
 
 
 def grad_accumulation(batch_size: int) -> int:
-    """Return the micro-steps of `batch_size` rows in a step; print it if the total is rounded."""
-    tokens = batch_size * MAX_SEQ_LEN
-    count = max(1, TOTAL_BATCH_SIZE // tokens)
-    if count * tokens != TOTAL_BATCH_SIZE:
-        print(f"batch: TOTAL_BATCH_SIZE ({TOTAL_BATCH_SIZE} tokens) is rounded to {count * tokens}")
-    return count
+    """Return the micro-steps of `batch_size` rows in a step; print it if the total is rounded.
+
+    To whole batches of batch_limit() rows, so that a step is the same whatever fits the memory.
+    """
+    whole = batch_limit() * MAX_SEQ_LEN
+    total = max(1, TOTAL_BATCH_SIZE // whole) * whole
+    if total != TOTAL_BATCH_SIZE:
+        print(f"batch: TOTAL_BATCH_SIZE ({TOTAL_BATCH_SIZE} tokens) is rounded to {total}")
+    return total // (batch_size * MAX_SEQ_LEN)
 
 
 def build_config() -> GPTConfig:
@@ -639,7 +654,8 @@ def main(argv: Sequence[str] = ()) -> None:
     # What a row takes, roughly: activations of the layers, logits with their gradient.
     row_bytes = MAX_SEQ_LEN * (24 * config.n_layer * config.n_embd + 6 * config.vocab_size)
     attempt = functools.partial(warm_up, run, model, optimizers)
-    batch_size = gpu.find_batch_size(attempt, rows, row_bytes, device)
+    fixed_bytes = 16 * model.num_params()  # gradients, Adam's two moments, warm_up's copy
+    batch_size = gpu.find_batch_size(attempt, rows, row_bytes, device, fixed_bytes)
     grad_accum_steps = grad_accumulation(batch_size)
     print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")
     gc.collect()

@@ -68,7 +68,7 @@ def main() -> None:
         sys.exit("benchmarks/step.py needs a CUDA GPU")
 
     device, T = torch.device("cuda"), constants.MAX_SEQ_LEN
-    config, B = train.build_config(), train.DEVICE_BATCH_SIZE
+    config, B = train.build_config(), train.batch_limit()
     accum = train.grad_accumulation(B)
     name, attend = train.choose_attention(train.ATTENTION, config.windows, T, device)
     model, optimizers = train.build_training(config, attend, device)

@@ -58,6 +58,37 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, free, first):
     assert memory.tried == [first]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_want_of_memory_that_a_library_puts_in_its_own_words_halves_the_batch_too(error):
+    def attempt(size):
+        if size > 2:
+            raise error
+
+    assert gpu.find_batch_size(attempt, 8, 1.0, CPU) == 2
+
+
+def test_another_error_of_an_attempt_is_not_taken_for_want_of_memory():
+    def attempt(size):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        gpu.find_batch_size(attempt, 8, 1.0, CPU)
+
+
+def test_what_is_taken_for_any_number_of_rows_is_left_out_of_what_rows_can_take(monkeypatch):
+    monkeypatch.setattr(gpu, "free_memory", lambda device: 100.0)
+    for fixed, first in ((0, 64), (60, 32), (99.5, 1), (200, 1)):
+        memory = Memory(1000)
+        assert gpu.find_batch_size(memory, 64, 1.0, GPU, fixed) == first
+
+
 def test_a_single_row_that_does_not_fit_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
         gpu.find_batch_size(Memory(0), 4, 1.0, CPU)
@@ -93,9 +124,9 @@ def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_sh
 # ---- Training -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "total, device, limit",
-    [(64, 16, 16), (64, 128, 64), (3, 128, 3), (0.5, 128, 1)],  # in rows; a row at least
+    [(64, 16, 16), (64, 128, 64), (3, 128, 2), (96, 80, 64), (0.5, 128, 1)],  # in rows
 )
-def test_a_micro_step_has_no_more_rows_than_the_knob_or_the_whole_batch(
+def test_a_micro_step_has_a_power_of_two_of_rows_within_the_knob_and_the_whole_batch(
     monkeypatch, total, device, limit
 ):
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", int(total * C.MAX_SEQ_LEN))
@@ -108,15 +139,17 @@ def test_a_micro_step_has_no_more_rows_than_the_knob_or_the_whole_batch(
     [
         (64 * C.MAX_SEQ_LEN, 64, 1, None),
         (64 * C.MAX_SEQ_LEN, 8, 8, None),
-        (100 * C.MAX_SEQ_LEN, 32, 3, 96 * C.MAX_SEQ_LEN),
+        (100 * C.MAX_SEQ_LEN, 32, 2, 64 * C.MAX_SEQ_LEN),  # the same as with 64 rows
+        (100 * C.MAX_SEQ_LEN, 64, 1, 64 * C.MAX_SEQ_LEN),
         (64 * C.MAX_SEQ_LEN + 1, 64, 1, 64 * C.MAX_SEQ_LEN),
         (7, 1, 1, C.MAX_SEQ_LEN),
     ],
 )
-def test_a_total_that_is_not_whole_micro_steps_is_rounded_with_a_notice(
+def test_a_total_that_is_not_whole_batches_is_rounded_with_a_notice_whatever_fits_the_memory(
     monkeypatch, capsys, total, rows, count, rounded
 ):
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 128)
     assert train.grad_accumulation(rows) == count
     notice = f"batch: TOTAL_BATCH_SIZE ({total} tokens) is rounded to {rounded}\n"
     assert capsys.readouterr().out == (notice if rounded else "")
@@ -204,6 +237,23 @@ def test_a_model_that_mixes_rows_is_refused_also_after_training_of_single_rows(
         run.evaluate(lambda idx: some_model(idx) + some_model(idx).mean(0, keepdim=True))
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_logits_of_a_batch_are_let_go_before_those_of_the_next_are_made(prepared, rows):
+    run, alive = prepare.Run(prepared, CPU), []
+    most = []
+
+    def model(idx):
+        most.append(len(alive))
+        logits = some_model(idx)
+        alive.append(number := len(most))
+        weakref.finalize(logits, alive.remove, number)
+        return logits
+
+    ids = torch.from_numpy(run.val_rows.files[0][: 5 * rows].astype(np.int64))
+    prepare.evaluate_bpb(model, ids, torch.from_numpy(run.tokenizer.token_bytes), rows)
+    assert most == [0] * 12
+
+
 # ---- Out of memory ------------------------------------------------------------------------------
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -215,7 +265,7 @@ CUDA_SAYS = (
 @pytest.mark.parametrize(
     "state, what",
     [
-        ({}, "before training, with a single row a micro-step; lower DEPTH or N_EMBD, or end"),
+        ({}, "before training; lower DEPTH or N_EMBD, or end"),
         (
             {"batch_size": 64, "num_steps": 12},
             "at step 12 with 64 rows a micro-step; set DEVICE_BATCH_SIZE below 64, or lower DEPTH",

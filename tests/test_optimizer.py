@@ -336,7 +336,7 @@ def test_warm_up_puts_weights_and_state_back_bit_for_bit(trained, monkeypatch):
 
     monkeypatch.setattr(model, "trunk", watched)
     train.warm_up(RUN, model, optimizers, 2)
-    assert moved == [False, False, True]  # two micro-steps, then the evaluation of what they made
+    assert moved == [False, False, True, True, True]  # two steps of two, then what they made
     after = snapshot(model, optimizers)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(p.grad is None for p in model.parameters())
