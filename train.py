@@ -71,6 +71,8 @@ DEVICE_BATCH_SIZE = 64  # rows a micro-step, at most; the largest power of two t
 # Optimizer. AdamW rates are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
 BIGRAM_LR, BIGRAM_WEIGHT_DECAY = 0.5, 0.003
+# From the second epoch on: the table forgets a row before it comes again, or it learns it by heart.
+BIGRAM_REPEAT_WEIGHT_DECAY = 0.03
 UNEMBEDDING_LR = 0.008  # lm_head
 RESID_LAMBDA_LR, X0_LAMBDA_LR, BIGRAM_LAMBDA_LR = 0.005, 0.02, 0.02
 ADAM_BETAS = (0.8, 0.95)
@@ -501,7 +503,8 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, Muon]:
     groups = [
         group("wte", EMBEDDING_LR * rate, WTE_WEIGHT_DECAY),
         group("value_embed", EMBEDDING_LR * rate, VALUE_EMBED_WEIGHT_DECAY),
-        group("bigram.", BIGRAM_LR * rate, BIGRAM_WEIGHT_DECAY),
+        group("bigram.", BIGRAM_LR * rate, BIGRAM_WEIGHT_DECAY)
+        | {"repeat_weight_decay": BIGRAM_REPEAT_WEIGHT_DECAY},
         group("lm_head", UNEMBEDDING_LR * rate, LM_HEAD_WEIGHT_DECAY),
         group("resid_lambda", RESID_LAMBDA_LR),
         group("x0_lambda", X0_LAMBDA_LR, betas=LAMBDA_BETAS),
@@ -534,7 +537,9 @@ def muon_momentum(progress: float) -> float:
     return low + (high - low) * min(1.0, risen)
 
 
-def set_schedules(optimizers: Iterable[torch.optim.Optimizer], progress: float) -> float:
+def set_schedules(
+    optimizers: Iterable[torch.optim.Optimizer], progress: float, epoch: int = 1
+) -> float:
     """Set every group for the step that begins at `progress`; return the rates' factor."""
     lrm = lr_multiplier(progress)
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
@@ -542,6 +547,8 @@ def set_schedules(optimizers: Iterable[torch.optim.Optimizer], progress: float) 
         if "momentum" in group:  # Muon's
             group["momentum"] = muon_momentum(progress)
             group["weight_decay"] = MATRIX_WEIGHT_DECAY * (1 - progress)
+        if epoch > 1 and "repeat_weight_decay" in group:
+            group["weight_decay"] = group["repeat_weight_decay"]
     return lrm
 
 
@@ -663,7 +670,7 @@ def main(argv: Sequence[str] = ()) -> None:
     gc.disable()
 
     for step in run.steps(batch_size, grad_accum_steps):
-        step.lrm = set_schedules(optimizers, step.progress)
+        step.lrm = set_schedules(optimizers, step.progress, step.epoch)
         step.loss = train_step(model, optimizers, step.batches, grad_accum_steps)
         report(run)
     report(run)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_optimizer import tiny_model
 
 import train
 
@@ -69,6 +70,20 @@ def test_the_schedules_reach_every_group(monkeypatch):
         assert first["weight_decay"] == 0.7  # only the matrices' decay falls
         assert second["weight_decay"] == pytest.approx(0.4 * (1 - progress))
         assert second["momentum"] == train.muon_momentum(progress)
+
+
+def test_only_the_bigram_table_forgets_faster_when_rows_come_again(monkeypatch):
+    monkeypatch.setattr(train, "BIGRAM_REPEAT_WEIGHT_DECAY", 0.5)
+    optimizers = train.build_optimizers(tiny_model())
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    decays = []
+    for epoch in (1, 2, 3):
+        train.set_schedules(optimizers, 0.4, epoch)
+        decays.append([group["weight_decay"] for group in groups])
+    assert decays[1] == decays[2]
+    differ = [group for group, a, b in zip(groups, *decays[:2], strict=True) if a != b]
+    assert [p.shape for p in differ[0]["params"]] == [tiny_model().bigram.weight.shape]
+    assert len(differ) == 1 and differ[0]["weight_decay"] == 0.5
 
 
 def test_rates_do_not_jump_where_warm_up_and_warm_down_overlap(monkeypatch):
