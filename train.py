@@ -504,7 +504,7 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, Muon]:
         group("wte", EMBEDDING_LR * rate, WTE_WEIGHT_DECAY),
         group("value_embed", EMBEDDING_LR * rate, VALUE_EMBED_WEIGHT_DECAY),
         group("bigram.", BIGRAM_LR * rate, BIGRAM_WEIGHT_DECAY)
-        | {"repeat_weight_decay": BIGRAM_REPEAT_WEIGHT_DECAY},
+        | {"weight_decays": (BIGRAM_WEIGHT_DECAY, BIGRAM_REPEAT_WEIGHT_DECAY)},
         group("lm_head", UNEMBEDDING_LR * rate, LM_HEAD_WEIGHT_DECAY),
         group("resid_lambda", RESID_LAMBDA_LR),
         group("x0_lambda", X0_LAMBDA_LR, betas=LAMBDA_BETAS),
@@ -547,8 +547,8 @@ def set_schedules(
         if "momentum" in group:  # Muon's
             group["momentum"] = muon_momentum(progress)
             group["weight_decay"] = MATRIX_WEIGHT_DECAY * (1 - progress)
-        if epoch > 1 and "repeat_weight_decay" in group:
-            group["weight_decay"] = group["repeat_weight_decay"]
+        if "weight_decays" in group:  # of the first epoch, of those after it
+            group["weight_decay"] = group["weight_decays"][epoch > 1]
     return lrm
 
 

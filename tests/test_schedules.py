@@ -81,6 +81,9 @@ def test_only_the_bigram_table_forgets_faster_when_rows_come_again(monkeypatch):
         train.set_schedules(optimizers, 0.4, epoch)
         decays.append([group["weight_decay"] for group in groups])
     assert decays[1] == decays[2]
+    train.set_schedules(optimizers, 0.4, 1)  # not a function of the step before
+    assert [group["weight_decay"] for group in groups] == decays[0]
+    train.set_schedules(optimizers, 0.4, 2)
     differ = [group for group, a, b in zip(groups, *decays[:2], strict=True) if a != b]
     assert [p.shape for p in differ[0]["params"]] == [tiny_model().bigram.weight.shape]
     assert len(differ) == 1 and differ[0]["weight_decay"] == 0.5
