@@ -114,7 +114,9 @@ def main(argv: list[str], build: Build) -> None:
         write(text, continue_text(model, tokenizer, text, device))
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not gpu.is_out_of_memory(error):
+            raise
         problem = "the model has no room on the GPU beside what else uses it"
         sys.exit(f"train.py: {problem}; CUDA_VISIBLE_DEVICES= in front keeps it on the CPU")
 

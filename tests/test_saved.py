@@ -162,6 +162,17 @@ def test_ctrl_c_ends_the_text_without_a_traceback(run, model, file, monkeypatch,
     assert capfdbinary.readouterr().out == b"count: one\n"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_no_room_on_the_gpu_is_one_sentence_in_whoevers_words(run, model, file, error, monkeypatch):
+    def full(*args):
+        raise error("CUDA error: CUBLAS_STATUS_ALLOC_FAILED; out of memory")
+
+    sample.save(run, model, CONFIG)
+    monkeypatch.setattr(train, "build_training", full)
+    with pytest.raises(SystemExit, match="no room on the GPU .*; CUDA_VISIBLE_DEVICES= in front"):
+        train.main(["--sample", "count: "])
+
+
 def one_id(wanted: int):
     """A model that is sure of one id."""
 
