@@ -8,7 +8,6 @@ the time budget: a chip of a fifth of the speed does in 300 s what this one does
 a process of its own, from preparation to evaluation. AUTORESEARCH_SMOKE=1 tries this on a CPU.
 """
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -22,25 +21,21 @@ KEYS = "val_bpb num_steps tok_per_sec peak_vram_mb num_params_M startup_seconds 
 KEYS = [*KEYS.split(), "epochs", "attention"]
 
 
-def evaluated(text: str) -> object:
-    """Return the value of a knob: a Python literal, or a power such as 2**16."""
-    base, _, exponent = text.partition("**")
-    return int(base) ** int(exponent) if exponent else ast.literal_eval(text)
-
-
 def train_capped(gb: str, seconds: str, knobs: str = "") -> None:
     """Be one run: train.py with its memory, time budget and knobs changed in this process."""
     import constants
 
     constants.TIME_BUDGET = float(seconds)  # before train.py reads it; shows in its `rules:`
     import torch
+    from step import set_knob
 
     import train
 
-    for name, _, value in (knob.partition("=") for knob in knobs.split(",") if knob):
-        if not hasattr(train, name):
-            sys.exit(f"train.py has no knob {name}")
-        setattr(train, name, evaluated(value))
+    try:
+        for knob in filter(None, knobs.split(",")):
+            set_knob(knob)
+    except AttributeError as error:
+        sys.exit(str(error))
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, (float(gb) - RESERVED) / total))

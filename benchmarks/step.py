@@ -42,6 +42,18 @@ KINDS = {  # kind: parts of kernel names, first match
 }
 
 
+def set_knob(text: str) -> None:
+    """Set a knob of train.py by NAME=VALUE, a literal or a power such as 2**16.
+
+    AttributeError if there is no such knob.
+    """
+    name, _, value = text.partition("=")
+    if not hasattr(train, name):
+        raise AttributeError(f"train.py has no knob {name}")
+    base, _, exponent = value.partition("**")
+    setattr(train, name, int(base) ** int(exponent) if exponent else ast.literal_eval(value))
+
+
 def kernel_times(profile: torch.profiler.profile) -> dict[str, float]:
     """Return kind of kernel -> seconds on the GPU."""
     times = dict.fromkeys([*KINDS, "other"], 0.0)
@@ -59,11 +71,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    for knob in [part for name in args.knobs for part in SHAPES.get(name, [name])]:
-        name, _, value = knob.partition("=")
-        if not hasattr(train, name):
-            parser.error(f"train.py has no knob {name}")
-        setattr(train, name, ast.literal_eval(value))
+    try:
+        for knob in [part for name in args.knobs for part in SHAPES.get(name, [name])]:
+            set_knob(knob)
+    except AttributeError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         sys.exit("benchmarks/step.py needs a CUDA GPU")
 
