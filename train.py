@@ -23,6 +23,8 @@ from constants import MAX_SEQ_LEN, SMOKE, TIME_BUDGET, VOCAB_SIZE  # first: it s
 
 # Read by torch when CUDA starts: one growing segment, so that a big batch is not lost to gaps.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# The cache of compiled code keeps functions with a gradient of their own too: 3 s of a warm start.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 import torch
 import torch.nn as nn

@@ -1,8 +1,14 @@
-"""The hand-written kernel of train.py against plain torch, in float64 on the same GPU."""
+"""The hand-written kernel of train.py against plain torch, in float64 on the same GPU; compilation.
+
+What is compiled is kept between runs, so an edit must never be answered by the code before it.
+"""
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import train
 
@@ -80,3 +86,35 @@ def test_the_kernel_compiles_for_hopper_and_fits_its_shared_memory(backward, mon
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= 227 * 1024
     assert "wgmma" in compiled.asm["ptx"]  # on the tensor cores
+
+
+def test_an_edited_gradient_is_not_taken_from_the_cache_of_the_one_before():
+    a = torch.arange(4.0).view(2, 2)
+
+    def gradient(turned: bool) -> tuple:
+        """Compile x @ a with a gradient, right if `turned`; return that and what the cache said."""
+
+        class Product(torch.autograd.Function):  # needs no kernel, which takes long to compile
+            @staticmethod
+            def forward(ctx, x, a):
+                ctx.save_for_backward(a)
+                return x @ a
+
+            @staticmethod
+            def backward(ctx, grad):
+                (a,) = ctx.saved_tensors
+                return grad @ (a.T if turned else a), None
+
+        torch._dynamo.reset()
+        counters.clear()
+        x = torch.eye(2, requires_grad=True)
+        torch.compile(Product.apply, fullgraph=True)(x, a).backward(torch.eye(2))
+        said = [key for key in counters["aot_autograd"] if key.endswith(("hit", "miss", "bypass"))]
+        return x.grad.tolist(), *said
+
+    name = "autograd_cache_allow_custom_autograd_functions"  # train.py sets it for its own process
+    with fresh_cache(), torch._functorch.config.patch({name: True}):
+        answers = [gradient(turned) for turned in (True, True, False)]
+    right, wrong = a.T.tolist(), a.tolist()
+    hit, miss = "autograd_cache_hit", "autograd_cache_miss"
+    assert answers == [(right, miss), (right, hit), (wrong, miss)]
