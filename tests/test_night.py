@@ -34,6 +34,11 @@ if FAULTS.get(end) == "refused":
     raise RuntimeError("evaluation refused: the model sees the future from 1 on; moved 3")
 if FAULTS.get(end) == "hangs":
     time.sleep(60)
+cool = os.path.expanduser("~/cool")
+if FAULTS.get(end) == "hot" and not os.path.exists(cool):
+    open(cool, "w").close()
+    VAL_BPB += 0.04
+    print("warning: the GPU's matrix product went from 581 to 176 TFLOP/s: throttled or shared")
 luck = {{42: 0.0, 43: 0.0005, 44: -0.0004}}[C.SEED]
 named = dict(clock=SimpleNamespace(seconds=299.9), peak_vram_mb=60108.8, attention="fa3",
              gpu="none", commit="none", rules="full-0a1b2c3d", seed=C.SEED)
@@ -127,10 +132,11 @@ class Agent:
         command = self.commands("timeout", limit="timeout -k 1 2").lstrip()
         printed = self.sh(f"AUTORESEARCH_SEED={seed} {command}" if seed != 42 else command)
         lines = printed.splitlines()
-        values = dict(line.split(": ") for line in lines if ": " in line)
-        valid = lines[0] == "exit status 0" and lines[1] == "1"
+        values = dict(line.split(": ", 1) for line in lines if ": " in line)
+        void = ", void" if "warning" in values else ""
+        valid = lines[0] == "exit status 0" and lines[1] == "1" and not void
         self.at(f"{idea}: no row")
-        row = f'0.000000 0.0 crash "{idea}, seed {seed}{end}"'
+        row = f'0.000000 0.0 crash "{idea}, seed {seed}{end}{void}"'
         if valid:
             assert values["rules"] == "full-0a1b2c3d" and values["attention"] == "fa3"
             memory = float(values["peak_vram_mb"]) / 1024
@@ -157,7 +163,11 @@ class Agent:
     def verdict(self) -> None:
         """Do step 6 for the commit at HEAD, by the table."""
         new, rows = self.head(), self.rows()
-        idea = next(row[4] for row in rows if row[0] == new).rpartition(", seed")[0]
+        *_, last = (row[4] for row in rows if row[0] == new)
+        idea = last.rpartition(", seed")[0]
+        if last.endswith(", void"):
+            assert "run the same commit again" in (self.folder / "program.md").read_text("utf-8")
+            self.run_and_log(idea)
         best = [row[0] for row in rows if row[3] == "keep"][-1]
         (means, noise), keep = self.statistics(), False
         if new in means:
@@ -201,7 +211,7 @@ PLAN = [
     ("no compile", train_py(0.40, full="hangs")),
     ("bidirectional", train_py(0.10, full="refused")),
     ("a typo", train_py(0.40, smoke="crash")),
-    ("depth 10", train_py(0.4300)),
+    ("depth 10", train_py(0.4300, full="hot")),
 ]
 # Where an agent loses its context; what the night leaves must not depend on it.
 LOSSES = [
@@ -212,6 +222,7 @@ LOSSES = [
     "rates x 1.5: no verdict",
     "rates x 1.5: detached",
     "no compile: no verdict",
+    "depth 10: no verdict",
 ]
 
 
@@ -296,6 +307,7 @@ def test_after_the_night_branch_refs_and_log_are_what_they_should_be(agent, die_
 0.439900 58.7 discard a slip, seed 42
 0.000000 0.0  crash   no compile, seed 42
 0.000000 0.0  crash   bidirectional, seed 42
+0.000000 0.0  crash   depth 10, seed 42, void
 0.430000 58.7 keep    depth 10, seed 42
 """
     expected = [line.split(maxsplit=3) for line in log.strip().splitlines()]
@@ -316,7 +328,7 @@ def test_the_notebook_reads_the_log_of_such_a_night(agent, monkeypatch):
         exec(compile(source, "analysis.ipynb", "exec"), names)
     matplotlib.pyplot.close("all")
     # A slip and its mended commit are two experiments.
-    assert (len(names["log"]), len(names["tries"]), names["n_kept"]) == (16, 10, 3)
+    assert (len(names["log"]), len(names["tries"]), names["n_kept"]) == (17, 10, 3)
     assert list(names["chain"].description.iloc[1:]) == ["wider MLP", "rates x 1.5", "depth 10"]
     assert list(names["chain"].runs) == [3, 2, 2, 1]
     assert names["noise"] == pytest.approx(worker.statistics()[1], abs=1e-6)
