@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 RESERVED = 0.75  # GB of a card: CUDA context, libraries' own memory, a desktop
 RUNS = ["8:60", "12:60", "16:60", "24:60", "40:60", "80:60"]
-KEYS = "val_bpb num_steps tok_per_sec peak_vram_mb num_params_M startup_seconds eval_seconds"
-KEYS = [*KEYS.split(), "epochs", "attention"]
+KEYS = ["val_bpb", "num_steps", "tok_per_sec", "peak_vram_mb", "num_params_M"]
+KEYS += ["startup_seconds", "eval_seconds", "epochs", "attention"]
 
 
 def train_capped(gb: str, seconds: str, knobs: str = "") -> None:
