@@ -4,7 +4,7 @@ Usage: uv run train.py > run.log 2>&1        (AUTORESEARCH_SMOKE=1: a tiny model
        uv run train.py --sample "text"       continues the text with the model of the last run
 
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full causal
-windows, keys offset by a token, gates on attention and value embeddings, hashed bigram embeddings,
+windows, keys offset by a token, gates on attention and value embeddings, hashed n-gram embeddings,
 per-layer scalars on the residual stream and both embeddings, soft-capped logits, untied head, no
 biases. Muon for the block matrices, AdamW for the rest.
 prepare.py owns data, clock, seed, evaluation and summary; see class `Run`.
@@ -60,10 +60,10 @@ SHORT_WINDOW = MAX_SEQ_LEN // 8  # tokens that a short window sees, itself inclu
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are SOFTCAP * tanh(logits / SOFTCAP)
 ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q k
-BIGRAM_ROWS = 2**18  # of the hashed table
+NGRAM_ROWS = 2**18  # of the hashed table
 INIT_SCALE = 0.68  # of the block matrices, times 1 / sqrt(fan in)
-# What a layer reads, from the first to the last: stream, input embedding, bigram embedding.
-LAMBDA_INIT = {"resid_lambda": (1.15, 1.05), "x0_lambda": (0.2, 0.05), "bigram_lambda": (0.1, 0.1)}
+# What a layer reads, from the first to the last: stream, input embedding, n-gram embedding.
+LAMBDA_INIT = {"resid_lambda": (1.15, 1.05), "x0_lambda": (0.2, 0.05), "ngram_lambda": (0.1, 0.1)}
 ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (slow, any device)
 
 # Batch
@@ -72,11 +72,11 @@ DEVICE_BATCH_SIZE = 64  # rows a micro-step, at most; the largest power of two t
 
 # Optimizer. AdamW rates are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
-BIGRAM_LR, BIGRAM_WEIGHT_DECAY = 0.5, 0.003
+NGRAM_LR, NGRAM_WEIGHT_DECAY = 0.5, 0.003
 # From the second epoch on: the table forgets a row before it comes again, or it learns it by heart.
-BIGRAM_REPEAT_WEIGHT_DECAY = 0.03
+NGRAM_REPEAT_WEIGHT_DECAY = 0.03
 UNEMBEDDING_LR = 0.008  # lm_head
-RESID_LAMBDA_LR, X0_LAMBDA_LR, BIGRAM_LAMBDA_LR = 0.005, 0.02, 0.02
+RESID_LAMBDA_LR, X0_LAMBDA_LR, NGRAM_LAMBDA_LR = 0.005, 0.02, 0.02
 ADAM_BETAS = (0.8, 0.95)
 LAMBDA_BETAS = (0.96, 0.95)
 WTE_WEIGHT_DECAY, VALUE_EMBED_WEIGHT_DECAY, LM_HEAD_WEIGHT_DECAY = 0.001, 0.003, 0.01
@@ -94,7 +94,7 @@ MOMENTUM_WARMUP_RATIO = 0.15
 LOG_EVERY = 10  # steps between two lines in the log
 
 if SMOKE:  # the same code with a tiny model, so that an edit can be tried on a CPU in a minute
-    DEPTH, N_EMBD, HEAD_DIM, BIGRAM_ROWS = 4, 128, 32, 2**10
+    DEPTH, N_EMBD, HEAD_DIM, NGRAM_ROWS = 4, 128, 32, 2**10
     TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4
 
 
@@ -195,7 +195,7 @@ class GPTConfig:
     rope_base: float
     softcap: float
     attention_gain: float
-    bigram_rows: int
+    ngram_rows: int
 
     def __post_init__(self):
         if self.n_layer < 1:
@@ -314,11 +314,11 @@ class Block(nn.Module):
         self.scale = config.attention_gain * config.head_dim**-0.5
         self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
         parts = (nn.Parameter(torch.empty(())) for _ in range(3))
-        self.resid_lambda, self.x0_lambda, self.bigram_lambda = parts
+        self.resid_lambda, self.x0_lambda, self.ngram_lambda = parts
 
     @compiled
-    def before(self, x, x0, bigram, idx, cos, sin):
-        x = self.resid_lambda * x + self.x0_lambda * x0 + self.bigram_lambda * bigram
+    def before(self, x, x0, ngram, idx, cos, sin):
+        x = self.resid_lambda * x + self.x0_lambda * x0 + self.ngram_lambda * ngram
         return x, *self.attn.project(norm(x), idx, cos, sin)
 
     @compiled
@@ -338,7 +338,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.bigram = nn.Embedding(config.bigram_rows, config.n_embd)
+        self.ngram = nn.Embedding(config.ngram_rows, config.n_embd)
         self.h = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         frequency = config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -349,14 +349,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, scale: float, lambdas: dict[str, tuple[float, float]]) -> None:
-        """Draw the weights from torch's generator; blocks and bigrams add nothing, gates are 1."""
+        """Draw the weights from torch's generator; blocks and n-grams add nothing, gates are 1."""
         bound = scale * (3 / self.config.n_embd) ** 0.5  # a uniform on +-b has std b / sqrt(3)
         for name, p in self.named_parameters():
             if name == "wte.weight":
                 nn.init.normal_(p, std=1.0)
             elif name == "lm_head.weight":
                 nn.init.normal_(p, std=0.001)
-            elif name.endswith(("c_proj.weight", "gate.weight", "bigram.weight")):
+            elif name.endswith(("c_proj.weight", "gate.weight", "ngram.weight")):
                 nn.init.zeros_(p)
             elif name.endswith("lambda"):
                 _, layer, part = name.split(".")
@@ -368,23 +368,27 @@ class GPT(nn.Module):
 
     @compiled
     def embed(self, idx):
-        """Return token and bigram embeddings, each (B, T, C).
+        """Return token and n-gram embeddings, each (B, T, C).
 
-        Bigrams share the rows of a table by a hash; a sign of their own makes what others do to
-        a row noise that cancels. Source: modded-nanogpt records 62 and 83.
+        The last two and the last three tokens have a row each. All share the table by a hash; a
+        sign of their own makes what others do to a row noise that cancels. Source: modded-nanogpt
+        records 62 and 83.
         """
-        code = (idx * 36313 + F.pad(idx[:, :-1], (1, 0)) * 27191) * 1640531513  # below 2^63
+        before = F.pad(idx[:, :-1], (1, 0))
+        two = idx * 36313 + before * 27191
+        three = two + F.pad(before[:, :-1], (1, 0)) * 19937 + 11
+        code = torch.stack([two, three]) * 1640531513  # (2, B, T), below 2^63
         sign = (code >> 16 & 1) * 2 - 1
-        bigram = self.bigram((code >> 20) % self.config.bigram_rows) * sign[..., None]
-        return norm(self.wte(idx).to(self.dtype)), bigram.to(self.dtype)
+        ngram = (self.ngram((code >> 20) % self.config.ngram_rows) * sign[..., None]).sum(0)
+        return norm(self.wte(idx).to(self.dtype)), ngram.to(self.dtype)
 
     def trunk(self, idx: torch.Tensor) -> torch.Tensor:
         """Return what the head reads, (B, T, C)."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x0, bigram = self.embed(idx)
+        x0, ngram = self.embed(idx)
         x = x0.view_as(x0)  # another object, or the first layer would be compiled on its own
         for block in self.h:
-            x = block(x, x0, bigram, idx, cos, sin)
+            x = block(x, x0, ngram, idx, cos, sin)
         return x
 
     def logits(self, x):
@@ -505,12 +509,12 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, Muon]:
     groups = [
         group("wte", EMBEDDING_LR * rate, WTE_WEIGHT_DECAY),
         group("value_embed", EMBEDDING_LR * rate, VALUE_EMBED_WEIGHT_DECAY),
-        group("bigram.", BIGRAM_LR * rate, BIGRAM_WEIGHT_DECAY)
-        | {"weight_decays": (BIGRAM_WEIGHT_DECAY, BIGRAM_REPEAT_WEIGHT_DECAY)},
+        group("ngram.", NGRAM_LR * rate, NGRAM_WEIGHT_DECAY)
+        | {"weight_decays": (NGRAM_WEIGHT_DECAY, NGRAM_REPEAT_WEIGHT_DECAY)},
         group("lm_head", UNEMBEDDING_LR * rate, LM_HEAD_WEIGHT_DECAY),
         group("resid_lambda", RESID_LAMBDA_LR),
         group("x0_lambda", X0_LAMBDA_LR, betas=LAMBDA_BETAS),
-        group("bigram_lambda", BIGRAM_LAMBDA_LR, betas=LAMBDA_BETAS),
+        group("ngram_lambda", NGRAM_LAMBDA_LR, betas=LAMBDA_BETAS),
     ]
     adamw = torch.optim.AdamW(groups, eps=1e-10, fused=True)
     matrices: dict[torch.Size, list[nn.Parameter]] = {}
@@ -638,7 +642,7 @@ def build_config() -> GPTConfig:
     """Return the model's configuration from the knobs; ValueError if they do not fit together."""
     shape = (MAX_SEQ_LEN, VOCAB_SIZE, DEPTH, N_EMBD, HEAD_DIM)
     attention = (WINDOW_PATTERN, SHORT_WINDOW, ROPE_BASE, SOFTCAP, ATTENTION_GAIN)
-    return GPTConfig(*shape, *attention, BIGRAM_ROWS)
+    return GPTConfig(*shape, *attention, NGRAM_ROWS)
 
 
 def build_saved(config: dict, device: torch.device) -> GPT:

@@ -10,7 +10,7 @@ import pytest
 import constants as C
 
 SCRIPT = Path(C.__file__).parent / "benchmarks" / "cards.py"
-SMALL = "DEPTH=1,N_EMBD=32,HEAD_DIM=16,BIGRAM_ROWS=2**6,TOTAL_BATCH_SIZE=2**9"
+SMALL = "DEPTH=1,N_EMBD=32,HEAD_DIM=16,NGRAM_ROWS=2**6,TOTAL_BATCH_SIZE=2**9"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_a_run_is_a_line_of_its_summary(lines):
     row = dict(zip(lines[0].split("\t"), lines[1].split("\t"), strict=True))
     assert row["run"] == f"8:0.5:{SMALL}" and row["batch"] == "1 micro-steps of 2 rows"
     assert 0 < float(row["val_bpb"]) < 6 and int(row["num_steps"]) > 0
-    # 2 tables of 1024 x 32, value embeddings of the same, the bigrams' and 12 * 32^2: 0.1 M
+    # 2 tables of 1024 x 32, value embeddings of the same, the n-grams' and 12 * 32^2: 0.1 M
     assert row["num_params_M"] == "0.1" and row["attention"] == "masked"
 
 

@@ -17,13 +17,13 @@ import train
 from train import GPT, GPTConfig, RotaryNorm
 
 V, T = 50, 16  # ids, tokens a row
-LAMBDAS = {"resid_lambda": (1.0, 1.0), "x0_lambda": (0.1, 0.1), "bigram_lambda": (0.1, 0.1)}
+LAMBDAS = {"resid_lambda": (1.0, 1.0), "x0_lambda": (0.1, 0.1), "ngram_lambda": (0.1, 0.1)}
 
 
 def config(**changes) -> GPTConfig:
     values = {"sequence_len": T, "vocab_size": V, "n_layer": 3, "n_embd": 32}
     values |= {"head_dim": 8, "window_pattern": "SL", "short_window": 4}
-    values |= {"rope_base": 10_000, "softcap": 15.0, "attention_gain": 1.3, "bigram_rows": 64}
+    values |= {"rope_base": 10_000, "softcap": 15.0, "attention_gain": 1.3, "ngram_rows": 64}
     return GPTConfig(**(values | changes))
 
 
@@ -132,7 +132,7 @@ def moved_by(at: int, deaf_layer: int) -> torch.Tensor:
     """
     model, idx = lively(n_layer=2, window_pattern="S"), some_ids(1)
     model.h[deaf_layer].attn.c_proj.weight.zero_()
-    model.bigram.weight.zero_()  # which would show the id to the next position as well
+    model.ngram.weight.zero_()  # which would show the id to the next two positions as well
     changed = idx.clone()
     changed[0, at] = (changed[0, at] + 1) % V
     return (model(changed) - model(idx)).abs().amax(-1)[0] > 1e-4
@@ -157,13 +157,13 @@ def test_a_block_begins_as_the_identity():
 
 @torch.no_grad()
 def test_a_layer_mixes_the_stream_and_both_embeddings_by_its_scalars():
-    model, (x, x0, bigram) = fresh(), torch.randn(3, 2, T, 32)
+    model, (x, x0, ngram) = fresh(), torch.randn(3, 2, T, 32)
     for i, block in enumerate(model.h):
         block.resid_lambda.fill_(0.5 + i)
         block.x0_lambda.fill_(-2.0)
-        block.bigram_lambda.fill_(3.0)
-        y = block(x, x0, bigram, some_ids(), model.cos, model.sin)
-        assert torch.allclose(y, (0.5 + i) * x - 2 * x0 + 3 * bigram, atol=1e-5)
+        block.ngram_lambda.fill_(3.0)
+        y = block(x, x0, ngram, some_ids(), model.cos, model.sin)
+        assert torch.allclose(y, (0.5 + i) * x - 2 * x0 + 3 * ngram, atol=1e-5)
 
 
 def test_scalars_begin_in_a_straight_line_from_the_first_layer_to_the_last():
@@ -174,27 +174,41 @@ def test_scalars_begin_in_a_straight_line_from_the_first_layer_to_the_last():
 
 
 @torch.no_grad()
-def test_a_bigram_embedding_is_that_of_an_id_and_the_one_before_it():
-    model, idx = lively(bigram_rows=4096), some_ids()
-    idx[1, 3:5] = idx[0, 8:10]  # the same pair elsewhere
-    bigram = model.embed(idx)[1]
-    assert torch.equal(bigram[1, 4], bigram[0, 9])
+def test_an_ngram_embedding_is_a_row_of_the_last_two_ids_and_one_of_the_last_three():
+    model, idx = lively(ngram_rows=2**20), some_ids()
+    rows = []
+    model.ngram.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
+    idx[1, 3:6] = idx[0, 8:11]  # the same three elsewhere
+    ngram = model.embed(idx)[1]
+    assert torch.equal(ngram[1, 5], ngram[0, 10])
+    signs = [1, -1]
+    sums = [a * model.ngram.weight[rows[0][0]] + b * model.ngram.weight[rows[0][1]]
+            for a in signs for b in signs]  # fmt: skip
+    assert torch.stack([(ngram - s).abs().amax(-1) for s in sums]).amin(0).amax() < 1e-6
     changed = idx.clone()
     changed[0, 5] = (changed[0, 5] + 1) % V
-    moved = (model.embed(changed)[1] != bigram).any(-1)
-    assert moved.nonzero().tolist() == [[0, 5], [0, 6]]
+    moved = (model.embed(changed)[1] != ngram).any(-1)
+    assert moved.nonzero().tolist() == [[0, 5], [0, 6], [0, 7]]
+    assert [(a != b).nonzero().tolist() for a, b in zip(*rows, strict=True)] == [
+        [[0, 5], [0, 6]],
+        [[0, 5], [0, 6], [0, 7]],
+    ]
+    assert torch.equal(model.embed(idx[:, :1])[1], ngram[:, :1])  # a row may be as short as that
 
 
 @torch.no_grad()
-def test_bigrams_spread_evenly_over_rows_and_signs():
-    model, rows = fresh(bigram_rows=256, vocab_size=8192), 256
-    model.bigram.weight.copy_(torch.arange(1.0, rows + 1)[:, None].expand(rows, 32))
-    value = torch.cat([model.embed(torch.randint(8192, (64, T)))[1][..., 0] for _ in range(64)])
-    counts = torch.bincount(value.abs().long().flatten() - 1, minlength=rows).double()
-    expected = counts.sum() / rows
-    # Chi squared over its degrees of freedom: 1 with an error of sqrt(2 / 255) for a fair draw.
-    assert float(((counts - expected) ** 2 / expected).sum() / (rows - 1)) < 1.5
-    assert abs(float(value.sign().mean())) < 0.02
+def test_ngrams_spread_evenly_over_rows_and_signs():
+    model, rows = fresh(ngram_rows=256, vocab_size=8192), []
+    model.ngram.weight.fill_(1.0)
+    model.ngram.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
+    signs = torch.cat([model.embed(torch.randint(8192, (64, T)))[1][:, 2:, 0] for _ in range(64)])
+    for of_one_length in torch.cat(rows, 1):
+        counts = torch.bincount(of_one_length.flatten(), minlength=256).double()
+        expected = counts.sum() / 256
+        # Chi squared over its degrees of freedom: 1 with an error of sqrt(2 / 255) for a fair draw.
+        assert float(((counts - expected) ** 2 / expected).sum() / 255) < 1.5
+    # The sum of two fair signs, independent of each other: 0 on average, its square 2.
+    assert abs(float(signs.mean())) < 0.03 and abs(float(signs.square().mean()) - 2) < 0.05
 
 
 @torch.no_grad()

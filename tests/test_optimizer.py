@@ -42,9 +42,9 @@ def test_every_table_and_scalar_moves_by_adamw_with_its_own_rate_and_decay(monke
     monkeypatch.setattr(train, "UNEMBEDDING_LR", 0.02)
     monkeypatch.setattr(train, "RESID_LAMBDA_LR", 0.003)
     monkeypatch.setattr(train, "X0_LAMBDA_LR", 0.3)
-    monkeypatch.setattr(train, "BIGRAM_LAMBDA_LR", 0.06)
-    monkeypatch.setattr(train, "BIGRAM_LR", 0.5)
-    monkeypatch.setattr(train, "BIGRAM_WEIGHT_DECAY", 0.4)
+    monkeypatch.setattr(train, "NGRAM_LAMBDA_LR", 0.06)
+    monkeypatch.setattr(train, "NGRAM_LR", 0.5)
+    monkeypatch.setattr(train, "NGRAM_WEIGHT_DECAY", 0.4)
     monkeypatch.setattr(train, "WTE_WEIGHT_DECAY", 0.1)
     monkeypatch.setattr(train, "VALUE_EMBED_WEIGHT_DECAY", 0.2)
     monkeypatch.setattr(train, "LM_HEAD_WEIGHT_DECAY", 0.3)
@@ -55,8 +55,8 @@ def test_every_table_and_scalar_moves_by_adamw_with_its_own_rate_and_decay(monke
         "lm_head": (0.02 * by_width, 0.3),
         "resid_lambda": (0.003, 0.0),
         "x0_lambda": (0.3, 0.0),
-        "bigram_lambda": (0.06, 0.0),
-        "bigram.": (0.5 * by_width, 0.4),
+        "ngram_lambda": (0.06, 0.0),
+        "ngram.": (0.5 * by_width, 0.4),
     }
     adamw, _ = train.build_optimizers(model)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -72,8 +72,8 @@ def test_the_schedules_reach_every_group(monkeypatch):
         assert second["momentum"] == train.muon_momentum(progress)
 
 
-def test_only_the_bigram_table_forgets_faster_when_rows_come_again(monkeypatch):
-    monkeypatch.setattr(train, "BIGRAM_REPEAT_WEIGHT_DECAY", 0.5)
+def test_only_the_ngram_table_forgets_faster_when_rows_come_again(monkeypatch):
+    monkeypatch.setattr(train, "NGRAM_REPEAT_WEIGHT_DECAY", 0.5)
     optimizers = train.build_optimizers(tiny_model())
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     decays = []
@@ -85,7 +85,7 @@ def test_only_the_bigram_table_forgets_faster_when_rows_come_again(monkeypatch):
     assert [group["weight_decay"] for group in groups] == decays[0]
     train.set_schedules(optimizers, 0.4, 2)
     differ = [group for group, a, b in zip(groups, *decays[:2], strict=True) if a != b]
-    assert [p.shape for p in differ[0]["params"]] == [tiny_model().bigram.weight.shape]
+    assert [p.shape for p in differ[0]["params"]] == [tiny_model().ngram.weight.shape]
     assert len(differ) == 1 and differ[0]["weight_decay"] == 0.5
 
 
