@@ -60,6 +60,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and said
 
 
+def largest_power_of_two(n: int) -> int:
+    """Return the largest power of two that is not above n, at least 1."""
+    return 1 << (max(1, n).bit_length() - 1)
+
+
+def batch_limit(device_batch_size: int, total_batch_size: int) -> int:
+    """Return the most rows of a micro-step that rows and tokens allow, a power of two.
+
+    ValueError if they allow none.
+    """
+    if device_batch_size < 1 or total_batch_size < 1:
+        raise ValueError(
+            f"DEVICE_BATCH_SIZE ({device_batch_size} rows) and TOTAL_BATCH_SIZE "
+            f"({total_batch_size} tokens) must be at least 1; change them in train.py"
+        )
+    return largest_power_of_two(min(device_batch_size, total_batch_size // C.MAX_SEQ_LEN))
+
+
+def grad_accumulation(total_batch_size: int, limit: int, batch_size: int) -> int:
+    """Return the micro-steps of `batch_size` rows in a step; print it if the total is rounded.
+
+    To whole batches of `limit` rows, so that a step is the same whatever fits the memory.
+    """
+    whole = limit * C.MAX_SEQ_LEN
+    total = max(1, total_batch_size // whole) * whole
+    if total != total_batch_size:
+        print(f"batch: TOTAL_BATCH_SIZE ({total_batch_size} tokens) is rounded to {total}")
+    return total // (batch_size * C.MAX_SEQ_LEN)
+
+
 def find_batch_size(
     attempt: Callable[[int], object],
     limit: int,
@@ -73,8 +103,7 @@ def find_batch_size(
     size that cannot fit is not attempted, which would have to compile it. RuntimeError, of which
     torch.OutOfMemoryError is one, if a single row does not fit.
     """
-    rows = max(1, int(min(limit, (free_memory(device) - fixed_bytes) / row_bytes)))
-    size = 1 << (rows.bit_length() - 1)
+    size = largest_power_of_two(int(min(limit, (free_memory(device) - fixed_bytes) / row_bytes)))
     while True:
         try:
             attempt(size)
@@ -305,16 +334,17 @@ def judge_health(before: Health, after: Health) -> tuple[str, list[str]]:
 
 
 class Watch:
-    """Looks at the GPU between the parts of a run: its health then, its memory's peak in each."""
+    """Looks at the GPU between the parts of a run: its health then, its memory's peak in them."""
 
     def __init__(self, device: torch.device):
-        self.device, self.health, self.peaks = device, [], []
+        self.device, self.health, self.peak = device, [], 0
 
     def look(self) -> None:
         """Measure a GPU while it is warm and has nothing else to do."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.peaks.append(torch.cuda.max_memory_allocated(self.device))
+            if self.health:  # what came before the first look is not counted
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
             self.health.append(measure_health(self.device))
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -322,7 +352,7 @@ class Watch:
         """Return the most that tensors held at once since the first look, measuring left out."""
         if self.device.type != "cuda":
             return 0
-        return max(*self.peaks[1:], torch.cuda.max_memory_allocated(self.device))
+        return max(self.peak, torch.cuda.max_memory_allocated(self.device))
 
     def report(self) -> tuple[str, list[str]]:
         """Return the summary's words and warnings of the first look and the last."""

@@ -612,32 +612,6 @@ def step_line(step: prepare.Step, seconds: float) -> str:
     )
 
 
-def batch_limit() -> int:
-    """Return the most rows of a micro-step that the knobs allow, a power of two.
-
-    ValueError if they allow none.
-    """
-    if DEVICE_BATCH_SIZE < 1 or TOTAL_BATCH_SIZE < 1:
-        raise ValueError(
-            f"DEVICE_BATCH_SIZE ({DEVICE_BATCH_SIZE} rows) and TOTAL_BATCH_SIZE "
-            f"({TOTAL_BATCH_SIZE} tokens) must be at least 1; change them in train.py"
-        )
-    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
-    return 1 << (rows.bit_length() - 1)
-
-
-def grad_accumulation(batch_size: int) -> int:
-    """Return the micro-steps of `batch_size` rows in a step; print it if the total is rounded.
-
-    To whole batches of batch_limit() rows, so that a step is the same whatever fits the memory.
-    """
-    whole = batch_limit() * MAX_SEQ_LEN
-    total = max(1, TOTAL_BATCH_SIZE // whole) * whole
-    if total != TOTAL_BATCH_SIZE:
-        print(f"batch: TOTAL_BATCH_SIZE ({TOTAL_BATCH_SIZE} tokens) is rounded to {total}")
-    return total // (batch_size * MAX_SEQ_LEN)
-
-
 def build_config() -> GPTConfig:
     """Return the model's configuration from the knobs; ValueError if they do not fit together."""
     shape = (MAX_SEQ_LEN, VOCAB_SIZE, DEPTH, N_EMBD, HEAD_DIM)
@@ -655,7 +629,8 @@ def main(argv: Sequence[str] = ()) -> None:
     if argv:
         return sample.main(argv, build_saved)
     try:
-        device, config, rows = gpu.choose_device(), build_config(), batch_limit()
+        device, config = gpu.choose_device(), build_config()
+        rows = gpu.batch_limit(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE)
         run = prepare.open_run(device)
         attention, attend = choose_attention(ATTENTION, config.windows, MAX_SEQ_LEN, device)
     except (OSError, ValueError) as error:
@@ -669,7 +644,7 @@ def main(argv: Sequence[str] = ()) -> None:
     attempt = functools.partial(warm_up, run, model, optimizers)
     fixed_bytes = 16 * model.num_params()  # gradients, Adam's two moments, warm_up's copy
     batch_size = gpu.find_batch_size(attempt, rows, row_bytes, device, fixed_bytes)
-    grad_accum_steps = grad_accumulation(batch_size)
+    grad_accum_steps = gpu.grad_accumulation(TOTAL_BATCH_SIZE, rows, batch_size)
     print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")
     gc.collect()
     gc.freeze()  # a collection in the middle of training stalls it for half a second

@@ -129,15 +129,17 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
     run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
     assert run.watch.health == []  # nothing is measured on a CPU
     looks = [Health(100, 1000, "alone"), Health(80, 1000, "shared")]
-    peaks = iter([9 << 20, 5 << 20, 3 << 20])  # of warm-up, training, evaluation
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    most = [9 << 20]  # of the warm-up
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: most.append(0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: most[-1])
     monkeypatch.setattr(gpu, "measure_health", lambda device: looks[len(run.watch.health)])
     run.cuda, run.watch.device = True, GPU
     run.watch.look()
+    most[-1] = 5 << 20  # of training
     run.watch.look()
+    most[-1] = 3 << 20  # of the evaluation
     run.print_summary(1, 1, 1.0, "flex")
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("---")

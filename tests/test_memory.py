@@ -127,11 +127,9 @@ def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_sh
     [(64, 16, 16), (64, 128, 64), (3, 128, 2), (96, 80, 64), (0.5, 128, 1)],  # in rows
 )
 def test_a_micro_step_has_a_power_of_two_of_rows_within_the_knob_and_the_whole_batch(
-    monkeypatch, total, device, limit
+    total, device, limit
 ):
-    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", int(total * C.MAX_SEQ_LEN))
-    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", device)
-    assert train.batch_limit() == limit
+    assert gpu.batch_limit(device, int(total * C.MAX_SEQ_LEN)) == limit
 
 
 @pytest.mark.parametrize(
@@ -146,11 +144,9 @@ def test_a_micro_step_has_a_power_of_two_of_rows_within_the_knob_and_the_whole_b
     ],
 )
 def test_a_total_that_is_not_whole_batches_is_rounded_with_a_notice_whatever_fits_the_memory(
-    monkeypatch, capsys, total, rows, count, rounded
+    capsys, total, rows, count, rounded
 ):
-    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
-    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 128)
-    assert train.grad_accumulation(rows) == count
+    assert gpu.grad_accumulation(total, gpu.batch_limit(128, total), rows) == count
     notice = f"batch: TOTAL_BATCH_SIZE ({total} tokens) is rounded to {rounded}\n"
     assert capsys.readouterr().out == (notice if rounded else "")
 
