@@ -69,7 +69,7 @@ def test_nothing_is_unpickled_and_no_text_is_executed(name):
 @pytest.mark.parametrize(
     "name, limit",
     [("constants.py", 105), ("download.py", 450), ("prepare.py", 950), ("train.py", 700)]
-    + [("attention.py", 100), ("gpu.py", 350), ("sample.py", 150)],
+    + [("attention.py", 100), ("gpu.py", 375), ("sample.py", 150)],
 )
 def test_the_fixed_files_stay_short_enough_to_read(name, limit):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= limit
