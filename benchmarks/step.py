@@ -81,8 +81,8 @@ def main() -> None:
 
     device, T = torch.device("cuda"), constants.MAX_SEQ_LEN
     config = train.build_config()
-    B = train.gpu.batch_limit(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE)
-    accum = train.gpu.grad_accumulation(train.TOTAL_BATCH_SIZE, B, B)
+    B = gpu.batch_limit(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE)
+    accum = gpu.grad_accumulation(train.TOTAL_BATCH_SIZE, B, B)
     name, attend = train.choose_attention(train.ATTENTION, config.windows, T, device)
     model, optimizers = train.build_training(config, attend, device)
     # Ids as uneven as a text's, by Zipf's law: rows that many share slow an embedding's gradient.
