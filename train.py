@@ -6,7 +6,7 @@ Usage: uv run train.py > run.log 2>&1        (AUTORESEARCH_SMOKE=1: a tiny model
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full causal
 windows, keys offset by a token, gates on attention and value embeddings, hashed n-gram embeddings,
 per-layer scalars on the residual stream and both embeddings, soft-capped logits, untied head, no
-biases. Muon for the block matrices, AdamW for the rest.
+biases. Muon for the block matrices, row-wise RMSprop for the n-grams, AdamW for the rest.
 prepare.py owns data, clock, seed, evaluation and summary; see class `Run`.
 """
 
@@ -60,7 +60,7 @@ SHORT_WINDOW = MAX_SEQ_LEN // 8  # tokens that a short window sees, itself inclu
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are SOFTCAP * tanh(logits / SOFTCAP)
 ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q k
-NGRAM_ROWS = 2**18  # of the hashed table
+NGRAM_ROWS = 2**19  # of the hashed table
 INIT_SCALE = 0.68  # of the block matrices, times 1 / sqrt(fan in)
 # What a layer reads, from the first to the last: stream, input embedding, n-gram embedding.
 LAMBDA_INIT = {"resid_lambda": (1.15, 1.05), "x0_lambda": (0.2, 0.05), "ngram_lambda": (0.1, 0.1)}
@@ -70,9 +70,9 @@ ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (sl
 TOTAL_BATCH_SIZE = 2**17  # tokens a step
 DEVICE_BATCH_SIZE = 64  # rows a micro-step, at most; the largest power of two that fits is taken
 
-# Optimizer. AdamW rates are for width 768 and scale by (N_EMBD / 768) ** -0.5.
+# Optimizer. Rates but Muon's are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
-NGRAM_LR, NGRAM_WEIGHT_DECAY = 0.5, 0.003
+NGRAM_LR, NGRAM_BETA2, NGRAM_WEIGHT_DECAY = 0.5, 0.95, 0.003
 # From the second epoch on: the table forgets a row before it comes again, or it learns it by heart.
 NGRAM_REPEAT_WEIGHT_DECAY = 0.03
 UNEMBEDDING_LR = 0.008  # lm_head
@@ -498,7 +498,33 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_(tall, list(new.unbind()))
 
 
-def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, Muon]:
+@compiled
+def row_update(grad, param, second_momentum_buffer, beta2, lr, decay):
+    """Move param (rows, columns) and its second moment (rows, 1). The last three are 0-dim."""
+    second_momentum_buffer.lerp_(grad.square().mean(dim=-1, keepdim=True), 1 - beta2)
+    update = grad * second_momentum_buffer.clamp_min(1e-30).rsqrt()
+    param.copy_(param * (1 - lr * decay) - lr * update)
+
+
+class RowRMSprop(torch.optim.Optimizer):
+    """RMSprop with decoupled weight decay and one second moment a row, for a table rarely read.
+
+    No momentum, which would move a row long after its n-gram was seen; half the memory and traffic
+    of AdamW. A row that was not read for long moves by lr / sqrt(1 - beta2) in root mean square.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            numbers = [torch.tensor(group[key]) for key in ("beta2", "lr", "weight_decay")]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["second_momentum_buffer"] = torch.zeros_like(p[:, :1])
+                row_update(p.grad, p, state["second_momentum_buffer"], *numbers)
+
+
+def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, RowRMSprop, Muon]:
     """Return the optimizers of a model with the rates and decays of the knobs."""
     rate = (model.config.n_embd / 768) ** -0.5
 
@@ -509,23 +535,24 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, Muon]:
     groups = [
         group("wte", EMBEDDING_LR * rate, WTE_WEIGHT_DECAY),
         group("value_embed", EMBEDDING_LR * rate, VALUE_EMBED_WEIGHT_DECAY),
-        group("ngram.", NGRAM_LR * rate, NGRAM_WEIGHT_DECAY)
-        | {"weight_decays": (NGRAM_WEIGHT_DECAY, NGRAM_REPEAT_WEIGHT_DECAY)},
         group("lm_head", UNEMBEDDING_LR * rate, LM_HEAD_WEIGHT_DECAY),
         group("resid_lambda", RESID_LAMBDA_LR),
         group("x0_lambda", X0_LAMBDA_LR, betas=LAMBDA_BETAS),
         group("ngram_lambda", NGRAM_LAMBDA_LR, betas=LAMBDA_BETAS),
     ]
     adamw = torch.optim.AdamW(groups, eps=1e-10, fused=True)
+    decays = {"weight_decays": (NGRAM_WEIGHT_DECAY, NGRAM_REPEAT_WEIGHT_DECAY)}
+    table = group("ngram.", NGRAM_LR * rate, NGRAM_WEIGHT_DECAY) | {"beta2": NGRAM_BETA2} | decays
+    rows = RowRMSprop([table], {})
     matrices: dict[torch.Size, list[nn.Parameter]] = {}
     for module in model.h.modules():
         if isinstance(module, Linear):
             matrices.setdefault(module.weight.shape, []).append(module.weight)
     rest = {"lr": MATRIX_LR, "momentum": 0.0, "beta2": MUON_BETA2, "weight_decay": 0.0}
     muon = Muon([{"params": params} | rest for params in matrices.values()])
-    for group in adamw.param_groups + muon.param_groups:
+    for group in adamw.param_groups + rows.param_groups + muon.param_groups:
         group["initial_lr"] = group["lr"]
-    return adamw, muon
+    return adamw, rows, muon
 
 
 # ---- Schedules ----------------------------------------------------------------------------------

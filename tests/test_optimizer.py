@@ -37,7 +37,7 @@ def random_params(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
 
 # ---- AdamW --------------------------------------------------------------------------------------
 @torch.no_grad()
-def test_every_table_and_scalar_moves_by_adamw_with_its_own_rate_and_decay(monkeypatch):
+def test_every_table_and_scalar_moves_with_its_own_rate_and_decay(monkeypatch):
     monkeypatch.setattr(train, "EMBEDDING_LR", 0.4)
     monkeypatch.setattr(train, "UNEMBEDDING_LR", 0.02)
     monkeypatch.setattr(train, "RESID_LAMBDA_LR", 0.003)
@@ -58,11 +58,12 @@ def test_every_table_and_scalar_moves_by_adamw_with_its_own_rate_and_decay(monke
         "ngram_lambda": (0.06, 0.0),
         "ngram.": (0.5 * by_width, 0.4),
     }
-    adamw, _ = train.build_optimizers(model)
+    adamw, rows, _ = train.build_optimizers(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.randn(p.shape)
     adamw.step()
+    rows.step()
     for name, p in model.named_parameters():
         rates = [rate for part, rate in expected.items() if part in name]
         if not rates:  # a matrix: Muon's
@@ -70,8 +71,50 @@ def test_every_table_and_scalar_moves_by_adamw_with_its_own_rate_and_decay(monke
             continue
         (lr, decay), old = rates[0], before[name]
         # Of the first step both moments are the gradient's own: it moves by the rate.
-        slow = old * (1 - lr * decay) - lr * p.grad.sign()
+        update = p.grad.sign()
+        if name == "ngram.weight":  # its second moment is the row's, and begins at zero
+            update = p.grad / (0.05 * p.grad.square().mean(1, keepdim=True)).sqrt()
+        slow = old * (1 - lr * decay) - lr * update
         assert torch.allclose(p, slow, rtol=1e-4, atol=1e-5), name
+
+
+# ---- RowRMSprop ---------------------------------------------------------------------------------
+def test_rows_move_as_in_the_slow_loop_over_rows():
+    (p,), beta2 = random_params((6, 5)), 0.9
+    slow, moments = p.detach().clone(), [0.0] * 6
+    group = {"params": [p], "lr": 0.1, "weight_decay": 0.2, "beta2": beta2}
+    rows = train.RowRMSprop([group], {})
+    for step in range(4):
+        p.grad = torch.randn(6, 5)
+        p.grad[2] = 0.0  # never read
+        p.grad[3] *= step == 1  # read once
+        rows.step()
+        for i, grad in enumerate(p.grad):
+            moments[i] = beta2 * moments[i] + (1 - beta2) * float(grad.square().mean())
+            slow[i] *= 1 - 0.1 * 0.2
+            if moments[i]:
+                slow[i] -= 0.1 * grad / moments[i] ** 0.5
+    assert torch.allclose(p, slow, atol=1e-6)
+    # One number a row beside the table: memory is what it is for.
+    assert sum(value.numel() for value in rows.state[p].values()) == 6
+
+
+def test_a_row_that_is_read_once_moves_once_however_large_its_gradient():
+    steps = []
+    for scale in (1.0, 1e-4):
+        p = torch.nn.Parameter(torch.zeros(2, 8))
+        rows = train.RowRMSprop(
+            [{"params": [p], "lr": 0.1, "weight_decay": 0.0, "beta2": 0.95}], {}
+        )
+        for step in range(3):
+            p.grad = torch.zeros(2, 8)
+            p.grad[1] = scale * (step == 1)
+            rows.step()
+            steps.append(p.detach().clone())
+    first, second, third = steps[:3]
+    assert torch.equal(first, torch.zeros(2, 8)) and torch.equal(second, third)
+    assert torch.allclose(second[1], torch.tensor(-0.1 / 0.05**0.5)) and not second[0].any()
+    assert torch.allclose(steps[4], second, rtol=1e-4)
 
 
 # ---- The polar factor ---------------------------------------------------------------------------
@@ -240,12 +283,12 @@ def test_a_muon_group_of_mixed_shapes_is_refused():
 
 def test_every_parameter_is_in_exactly_one_group():
     model = tiny_model()
-    adamw, muon = train.build_optimizers(model)
-    groups = adamw.param_groups + muon.param_groups
+    optimizers = train.build_optimizers(model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert len(grouped) == len(set(grouped))
-    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert all(p.ndim == 2 for group in optimizers[-1].param_groups for p in group["params"])
 
 
 # ---- Steps --------------------------------------------------------------------------------------
