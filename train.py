@@ -4,9 +4,9 @@ Usage: uv run train.py > run.log 2>&1        (AUTORESEARCH_SMOKE=1: a tiny model
        uv run train.py --sample "text"       continues the text with the model of the last run
 
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full causal
-windows, keys offset by a token, gates on attention and value embeddings, hashed n-gram embeddings,
-per-layer scalars on the residual stream and both embeddings, soft-capped logits, untied head, no
-biases. Muon for the block matrices, row-wise RMSprop for the n-grams, AdamW for the rest.
+windows, keys offset by a token, hashed n-gram embeddings, gates on these, on attention and on value
+embeddings, per-layer scalars on the residual stream and both embeddings, soft-capped logits, untied
+head, no biases. Muon for the block matrices, row-wise RMSprop for the n-grams, AdamW for the rest.
 prepare.py owns data, clock, seed, evaluation and summary; see class `Run`.
 """
 
@@ -313,12 +313,14 @@ class Block(nn.Module):
         self.attend, self.window = attend, config.windows[layer]
         self.scale = config.attention_gain * config.head_dim**-0.5
         self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
+        self.ngram_gate = Linear(GATE_CHANNELS, 1)
         parts = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.resid_lambda, self.x0_lambda, self.ngram_lambda = parts
 
     @compiled
     def before(self, x, x0, ngram, idx, cos, sin):
-        x = self.resid_lambda * x + self.x0_lambda * x0 + self.ngram_lambda * ngram
+        gate = 2 * torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))
+        x = self.resid_lambda * x + self.x0_lambda * x0 + self.ngram_lambda * gate * ngram
         return x, *self.attn.project(norm(x), idx, cos, sin)
 
     @compiled
@@ -370,9 +372,8 @@ class GPT(nn.Module):
     def embed(self, idx):
         """Return token and n-gram embeddings, each (B, T, C).
 
-        The last two and the last three tokens have a row each. All share the table by a hash; a
-        sign of their own makes what others do to a row noise that cancels. Source: modded-nanogpt
-        records 62 and 83.
+        The last two and the last three tokens have a row each, by a hash; a sign of their own makes
+        what others do to a row noise that cancels. Source: modded-nanogpt records 62 and 83.
         """
         before = F.pad(idx[:, :-1], (1, 0))
         two = idx * 36313 + before * 27191
@@ -518,10 +519,9 @@ class RowRMSprop(torch.optim.Optimizer):
         for group in self.param_groups:
             numbers = [torch.tensor(group[key]) for key in ("beta2", "lr", "weight_decay")]
             for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["second_momentum_buffer"] = torch.zeros_like(p[:, :1])
-                row_update(p.grad, p, state["second_momentum_buffer"], *numbers)
+                if p not in self.state:
+                    self.state[p]["second_momentum_buffer"] = torch.zeros_like(p[:, :1])
+                row_update(p.grad, p, self.state[p]["second_momentum_buffer"], *numbers)
 
 
 def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, RowRMSprop, Muon]:
@@ -666,10 +666,10 @@ def main(argv: Sequence[str] = ()) -> None:
     model, optimizers = build_training(config, attend, device)
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
-    # What a row takes, roughly: activations of the layers, logits with their gradient.
+    # Roughly: a row's activations and logits; gradients, warm_up's copy, moments (but the table's).
     row_bytes = MAX_SEQ_LEN * (24 * config.n_layer * config.n_embd + 6 * config.vocab_size)
+    fixed_bytes = 16 * model.num_params() - 8 * model.ngram.weight.numel()
     attempt = functools.partial(warm_up, run, model, optimizers)
-    fixed_bytes = 16 * model.num_params()  # gradients, Adam's two moments, warm_up's copy
     batch_size = gpu.find_batch_size(attempt, rows, row_bytes, device, fixed_bytes)
     grad_accum_steps = gpu.grad_accumulation(TOTAL_BATCH_SIZE, rows, batch_size)
     print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")

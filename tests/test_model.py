@@ -98,13 +98,14 @@ def test_the_same_seed_draws_the_same_weights():
 def test_parameters_and_flops_by_hand():
     # Width 32, four heads of 8.
     layer = 4 * 32 * 32 + 32 * 128 + 128 * 32
-    # A gate for each head on attention, and on the value embeddings of layers 0 and 2.
-    gates = 3 * (32 * 4) + 2 * (32 * 4)
+    # A gate for each head on attention, and on the value embeddings of layers 0 and 2; one a layer
+    # on the n-grams.
+    gates = 3 * (32 * 4) + 2 * (32 * 4) + 3 * 32
     head = 32 * 50
     tables = 50 * 32 + 2 * (50 * 32) + 64 * 32
     scalars = 3 + 3 + 3
     model = fresh()
-    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 45961
+    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 46057
     # Three times two FLOPs for a weight; scores and mix, each 2 * 32 a key, forward and backward.
     keys = 4 + 16 + 16
     assert model.flops_per_token() == 6 * (3 * layer + gates + head) + 3 * (2 * 2 * 32) * keys
@@ -164,6 +165,25 @@ def test_a_layer_mixes_the_stream_and_both_embeddings_by_its_scalars():
         block.ngram_lambda.fill_(3.0)
         y = block(x, x0, ngram, some_ids(), model.cos, model.sin)
         assert torch.allclose(y, (0.5 + i) * x - 2 * x0 + 3 * ngram, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_gates_the_ngrams_by_the_first_channels_of_its_stream():
+    model, (x, ngram) = fresh(n_embd=64, head_dim=16), torch.randn(2, 2, T, 64)
+    block, zero = model.h[1], torch.zeros(2, T, 64)
+    block.ngram_lambda.fill_(1.0)
+    block.ngram_gate.weight.normal_()
+
+    def part(stream):  # of the n-grams in what the layer writes
+        inputs = some_ids(), model.cos, model.sin
+        return block(stream, zero, ngram, *inputs) - block(stream, zero, zero, *inputs)
+
+    first = x[..., :32] / x[..., :32].square().mean(-1, keepdim=True).sqrt()
+    gate = 2 / (1 + (-first @ block.ngram_gate.weight.T).exp())
+    assert gate.min() < 0.1 and gate.max() > 1.9
+    assert torch.allclose(part(x), gate * ngram, atol=1e-4)
+    x[..., 32:] += torch.randn(2, T, 32)
+    assert torch.allclose(part(x), gate * ngram, atol=1e-4)
 
 
 def test_scalars_begin_in_a_straight_line_from_the_first_layer_to_the_last():
@@ -269,6 +289,7 @@ def test_every_value_embedding_moves_the_logits():
 def test_a_value_gate_begins_at_one_and_stays_below_two():
     model, idx, x = fresh(), some_ids(), torch.randn(2, T, 32)
     attention = model.h[-1].attn
+    attention.value_embed.weight.sign_()  # nothing near zero to divide by
     e = attention.value_embed(idx).view(2, T, 4, 8)
     without = attention.c_v(x).view(2, T, 4, 8)
 
@@ -415,9 +436,9 @@ def test_all_layers_share_the_graphs_they_are_compiled_to(monkeypatch):
         module.train_step(model, optimizers, [(idx, idx)] * 2, 2)
     with torch.no_grad():
         model(idx)
-    # A layer has a value embedding or not; Muon sees square, long and gate matrices.
+    # A layer has a value embedding or not; Muon has square, long and two kinds of gate matrices.
     expected = {"embed": 1, "before": 2, "after": 1, "cross_entropy": 1, "logits": 1}
-    assert collections.Counter(names) == expected | {"muon_update": 3, "row_update": 1}
+    assert collections.Counter(names) == expected | {"muon_update": 4, "row_update": 1}
 
 
 @torch.no_grad()
