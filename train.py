@@ -70,7 +70,7 @@ ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (sl
 TOTAL_BATCH_SIZE = 2**17  # tokens a step
 DEVICE_BATCH_SIZE = 64  # rows a micro-step, at most; the largest power of two that fits is taken
 
-# Optimizer. Rates but Muon's are for width 768 and scale by (N_EMBD / 768) ** -0.5.
+# Optimizer. Rates of tables and head are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
 NGRAM_LR, NGRAM_BETA2, NGRAM_WEIGHT_DECAY = 0.5, 0.95, 0.003
 # From the second epoch on: the table forgets a row before it comes again, or it learns it by heart.
@@ -313,13 +313,13 @@ class Block(nn.Module):
         self.attend, self.window = attend, config.windows[layer]
         self.scale = config.attention_gain * config.head_dim**-0.5
         self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
-        self.ngram_gate = Linear(GATE_CHANNELS, 1)
+        self.ngram_gate = Linear(GATE_CHANNELS, 1)  # by the stream, on what is read of the n-grams
         parts = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.resid_lambda, self.x0_lambda, self.ngram_lambda = parts
 
     @compiled
     def before(self, x, x0, ngram, idx, cos, sin):
-        gate = 2 * torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))
+        gate = 2 * torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))  # (B, T, 1)
         x = self.resid_lambda * x + self.x0_lambda * x0 + self.ngram_lambda * gate * ngram
         return x, *self.attn.project(norm(x), idx, cos, sin)
 
@@ -508,10 +508,10 @@ def row_update(grad, param, second_momentum_buffer, beta2, lr, decay):
 
 
 class RowRMSprop(torch.optim.Optimizer):
-    """RMSprop with decoupled weight decay and one second moment a row, for a table rarely read.
+    """RMSprop, weight decay apart, with one second moment a row (as Adagrad's: arXiv:1903.12287).
 
-    No momentum, which would move a row long after its n-gram was seen; half the memory and traffic
-    of AdamW. A row that was not read for long moves by lr / sqrt(1 - beta2) in root mean square.
+    No momentum, which would move a row long after its n-gram was seen; half the memory of AdamW.
+    A row that was not read for long moves by lr / sqrt(1 - beta2) in root mean square.
     """
 
     @torch.no_grad()
@@ -528,9 +528,9 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, RowRMSprop, Muon]:
     """Return the optimizers of a model with the rates and decays of the knobs."""
     rate = (model.config.n_embd / 768) ** -0.5
 
-    def group(part: str, lr: float, decay: float = 0.0, betas=ADAM_BETAS) -> dict:
+    def group(part: str, lr: float, decay: float = 0.0, **others) -> dict:
         params = [p for name, p in model.named_parameters() if part in name]
-        return {"params": params, "lr": lr, "weight_decay": decay, "betas": betas}
+        return {"params": params, "lr": lr, "weight_decay": decay} | others
 
     groups = [
         group("wte", EMBEDDING_LR * rate, WTE_WEIGHT_DECAY),
@@ -540,9 +540,9 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, RowRMSprop, Muon]:
         group("x0_lambda", X0_LAMBDA_LR, betas=LAMBDA_BETAS),
         group("ngram_lambda", NGRAM_LAMBDA_LR, betas=LAMBDA_BETAS),
     ]
-    adamw = torch.optim.AdamW(groups, eps=1e-10, fused=True)
-    decays = {"weight_decays": (NGRAM_WEIGHT_DECAY, NGRAM_REPEAT_WEIGHT_DECAY)}
-    table = group("ngram.", NGRAM_LR * rate, NGRAM_WEIGHT_DECAY) | {"beta2": NGRAM_BETA2} | decays
+    adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=1e-10, fused=True)
+    decays = (NGRAM_WEIGHT_DECAY, NGRAM_REPEAT_WEIGHT_DECAY)
+    table = group("ngram.", NGRAM_LR * rate, decays[0], weight_decays=decays, beta2=NGRAM_BETA2)
     rows = RowRMSprop([table], {})
     matrices: dict[torch.Size, list[nn.Parameter]] = {}
     for module in model.h.modules():
@@ -613,11 +613,12 @@ def train_step(model: GPT, optimizers, batches, grad_accum_steps: int) -> torch.
 def warm_up(run: prepare.Run, model: GPT, optimizers, batch_size: int) -> None:
     """Compile and run everything once on random ids, then put weights and state back, bit for bit.
 
-    Two micro-steps a step, so that gradients are both made and added to; two steps, the second of
-    which needs the most memory, beside the optimizers' state; and one evaluation.
+    Two micro-steps a step, so that gradients are both made and added to; two steps, as the second
+    has the optimizers' state beside it; and one evaluation. The weights wait on the roomier host.
     """
     parts = [model, *optimizers]
-    saved = copy.deepcopy([part.state_dict() for part in parts])
+    weights = {name: p.to("cpu", copy=True) for name, p in model.state_dict().items()}
+    saved = [weights, *copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])]
     try:
         for _ in range(2):
             train_step(model, optimizers, [run.random_batch(batch_size) for _ in range(2)], 2)
@@ -666,9 +667,9 @@ def main(argv: Sequence[str] = ()) -> None:
     model, optimizers = build_training(config, attend, device)
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
-    # Roughly: a row's activations and logits; gradients, warm_up's copy, moments (but the table's).
-    row_bytes = MAX_SEQ_LEN * (24 * config.n_layer * config.n_embd + 6 * config.vocab_size)
-    fixed_bytes = 16 * model.num_params() - 8 * model.ngram.weight.numel()
+    # Roughly: a row's activations and logits; gradients, and moments but the table's.
+    row_bytes = MAX_SEQ_LEN * (28 * config.n_layer * config.n_embd + 6 * config.vocab_size)
+    fixed_bytes = 12 * model.num_params() - 8 * model.ngram.weight.numel()
     attempt = functools.partial(warm_up, run, model, optimizers)
     batch_size = gpu.find_batch_size(attempt, rows, row_bytes, device, fixed_bytes)
     grad_accum_steps = gpu.grad_accumulation(TOTAL_BATCH_SIZE, rows, batch_size)

@@ -169,14 +169,15 @@ def test_a_layer_mixes_the_stream_and_both_embeddings_by_its_scalars():
 
 @torch.no_grad()
 def test_a_layer_gates_the_ngrams_by_the_first_channels_of_its_stream():
-    model, (x, ngram) = fresh(n_embd=64, head_dim=16), torch.randn(2, 2, T, 64)
+    model, (x, x0, ngram) = fresh(n_embd=64, head_dim=16), torch.randn(3, 2, T, 64)
     block, zero = model.h[1], torch.zeros(2, T, 64)
     block.ngram_lambda.fill_(1.0)
+    block.resid_lambda.fill_(0.7)
     block.ngram_gate.weight.normal_()
 
     def part(stream):  # of the n-grams in what the layer writes
         inputs = some_ids(), model.cos, model.sin
-        return block(stream, zero, ngram, *inputs) - block(stream, zero, zero, *inputs)
+        return block(stream, x0, ngram, *inputs) - block(stream, x0, zero, *inputs)
 
     first = x[..., :32] / x[..., :32].square().mean(-1, keepdim=True).sqrt()
     gate = 2 / (1 + (-first @ block.ngram_gate.weight.T).exp())
