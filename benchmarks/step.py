@@ -4,7 +4,7 @@ Usage: python benchmarks/step.py [--steps 40] [--profile] [reference | best] [KN
 Example: python benchmarks/step.py reference DEVICE_BATCH_SIZE=64 ATTENTION='"flex"'
 
 reference and best are the shapes of the reference's default and of its best published
-configuration, with the n-grams, key offset and gate of train.py, which those have not (LOG.md).
+configuration, with the n-grams, key offset and gates of train.py, which those have not (LOG.md).
 
 Prints tokens/s, MFU, peak memory and the median step; with --profile also the GPU time of a step
 by kind of kernel, from torch's profiler. Needs a CUDA GPU and no prepared data.
