@@ -60,7 +60,7 @@ SHORT_WINDOW = MAX_SEQ_LEN // 8  # tokens that a short window sees, itself inclu
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are SOFTCAP * tanh(logits / SOFTCAP)
 ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q k
-NGRAM_ROWS = 2**19  # of the hashed table
+NGRAM_ROWS = 2**20  # of the hashed table, each N_EMBD / 2 wide
 INIT_SCALE = 0.68  # of the block matrices, times 1 / sqrt(fan in)
 # What a layer reads, from the first to the last: stream, input embedding, n-gram embedding.
 LAMBDA_INIT = {"resid_lambda": (1.15, 1.05), "x0_lambda": (0.2, 0.05), "ngram_lambda": (0.1, 0.1)}
@@ -94,7 +94,7 @@ MOMENTUM_WARMUP_RATIO = 0.15
 LOG_EVERY = 10  # steps between two lines in the log
 
 if SMOKE:  # the same code with a tiny model, so that an edit can be tried on a CPU in a minute
-    DEPTH, N_EMBD, HEAD_DIM, NGRAM_ROWS = 4, 128, 32, 2**10
+    DEPTH, N_EMBD, HEAD_DIM, NGRAM_ROWS = 4, 128, 32, 2**11
     TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4
 
 
@@ -313,14 +313,14 @@ class Block(nn.Module):
         self.attend, self.window = attend, config.windows[layer]
         self.scale = config.attention_gain * config.head_dim**-0.5
         self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
-        self.ngram_gate = Linear(GATE_CHANNELS, 1)  # by the stream, on what is read of the n-grams
+        self.ngram_gate = Linear(GATE_CHANNELS, 2)  # by the stream: on bigrams, on trigrams
         parts = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.resid_lambda, self.x0_lambda, self.ngram_lambda = parts
 
     @compiled
     def before(self, x, x0, ngram, idx, cos, sin):
-        gate = 2 * torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))  # (B, T, 1)
-        x = self.resid_lambda * x + self.x0_lambda * x0 + self.ngram_lambda * gate * ngram
+        gate = 2 * self.ngram_lambda * torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))
+        x = self.resid_lambda * x + self.x0_lambda * x0 + (gate[..., None] * ngram).flatten(-2)
         return x, *self.attn.project(norm(x), idx, cos, sin)
 
     @compiled
@@ -340,7 +340,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.ngram = nn.Embedding(config.ngram_rows, config.n_embd)
+        self.ngram = nn.Embedding(config.ngram_rows, config.n_embd // 2)
         self.h = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         frequency = config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -370,17 +370,17 @@ class GPT(nn.Module):
 
     @compiled
     def embed(self, idx):
-        """Return token and n-gram embeddings, each (B, T, C).
+        """Return token (B, T, C) and n-gram embeddings (B, T, 2, C / 2), of two and three tokens.
 
-        The last two and the last three tokens have a row each, by a hash; a sign of their own makes
-        what others do to a row noise that cancels. Source: modded-nanogpt records 62 and 83.
+        Each n-gram has a row, by a hash; a sign of its own makes what others do to that row noise
+        that cancels. Source: modded-nanogpt records 62 and 83.
         """
         before = F.pad(idx[:, :-1], (1, 0))
         two = idx * 36313 + before * 27191
         three = two + F.pad(before[:, :-1], (1, 0)) * 19937 + 11
-        code = torch.stack([two, three]) * 1640531513  # (2, B, T), below 2^63
+        code = torch.stack([two, three], -1) * 1640531513  # (B, T, 2), below 2^63
         sign = (code >> 16 & 1) * 2 - 1
-        ngram = (self.ngram((code >> 20) % self.config.ngram_rows) * sign[..., None]).sum(0)
+        ngram = self.ngram((code >> 20) % self.config.ngram_rows) * sign[..., None]
         return norm(self.wte(idx).to(self.dtype)), ngram.to(self.dtype)
 
     def trunk(self, idx: torch.Tensor) -> torch.Tensor:

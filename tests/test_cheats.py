@@ -26,7 +26,7 @@ SMALLER = [
     ("constants.py", "TIME_BUDGET = 20 if SMOKE", "TIME_BUDGET = 0.5 if SMOKE"),
     ("constants.py", "OVERRUN_TOLERANCE = 1.0 if SMOKE", "OVERRUN_TOLERANCE = 4.0 if SMOKE"),
     ("constants.py", "EVAL_TOKENS = 2**16 if SMOKE", "EVAL_TOKENS = 2**13 if SMOKE"),
-    ("train.py", "NGRAM_ROWS = 4, 128, 32, 2**10", "NGRAM_ROWS = 2, 32, 16, 2**6"),
+    ("train.py", "NGRAM_ROWS = 4, 128, 32, 2**11", "NGRAM_ROWS = 2, 32, 16, 2**6"),
 ]
 RUNNER = """
 import json, os, runpy, sys

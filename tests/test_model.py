@@ -98,14 +98,14 @@ def test_the_same_seed_draws_the_same_weights():
 def test_parameters_and_flops_by_hand():
     # Width 32, four heads of 8.
     layer = 4 * 32 * 32 + 32 * 128 + 128 * 32
-    # A gate for each head on attention, and on the value embeddings of layers 0 and 2; one a layer
-    # on the n-grams.
-    gates = 3 * (32 * 4) + 2 * (32 * 4) + 3 * 32
+    # A gate for each head on attention, and on the value embeddings of layers 0 and 2; two a layer
+    # on the n-grams, of bigrams and of trigrams, whose rows are half as wide as the model.
+    gates = 3 * (32 * 4) + 2 * (32 * 4) + 3 * (32 * 2)
     head = 32 * 50
-    tables = 50 * 32 + 2 * (50 * 32) + 64 * 32
+    tables = 50 * 32 + 2 * (50 * 32) + 64 * 16
     scalars = 3 + 3 + 3
     model = fresh()
-    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 46057
+    assert model.num_params() == 3 * layer + gates + head + tables + scalars == 45129
     # Three times two FLOPs for a weight; scores and mix, each 2 * 32 a key, forward and backward.
     keys = 4 + 16 + 16
     assert model.flops_per_token() == 6 * (3 * layer + gates + head) + 3 * (2 * 2 * 32) * keys
@@ -151,9 +151,10 @@ def test_the_last_layer_sees_everything():
 # ---- Parts --------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_a_block_begins_as_the_identity():
-    model, x, zero = fresh(), torch.randn(2, T, 32), torch.zeros(2, T, 32)
+    model, x = fresh(), torch.randn(2, T, 32)
+    x0, ngram = torch.zeros(2, T, 32), torch.zeros(2, T, 2, 16)
     for block in model.h:
-        assert torch.equal(block(x, zero, zero, some_ids(), model.cos, model.sin), x)
+        assert torch.equal(block(x, x0, ngram, some_ids(), model.cos, model.sin), x)
 
 
 @torch.no_grad()
@@ -163,28 +164,31 @@ def test_a_layer_mixes_the_stream_and_both_embeddings_by_its_scalars():
         block.resid_lambda.fill_(0.5 + i)
         block.x0_lambda.fill_(-2.0)
         block.ngram_lambda.fill_(3.0)
-        y = block(x, x0, ngram, some_ids(), model.cos, model.sin)
+        inputs = x0, ngram.view(2, T, 2, 16), some_ids()
+        y = block(x, *inputs, model.cos, model.sin)
         assert torch.allclose(y, (0.5 + i) * x - 2 * x0 + 3 * ngram, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_layer_gates_the_ngrams_by_the_first_channels_of_its_stream():
-    model, (x, x0, ngram) = fresh(n_embd=64, head_dim=16), torch.randn(3, 2, T, 64)
-    block, zero = model.h[1], torch.zeros(2, T, 64)
+def test_a_layer_gates_bigrams_and_trigrams_by_the_first_channels_of_its_stream():
+    model, (x, x0) = fresh(n_embd=64, head_dim=16), torch.randn(2, 2, T, 64)
+    block, ngram = model.h[1], torch.randn(2, T, 2, 32)
     block.ngram_lambda.fill_(1.0)
     block.resid_lambda.fill_(0.7)
     block.ngram_gate.weight.normal_()
 
     def part(stream):  # of the n-grams in what the layer writes
         inputs = some_ids(), model.cos, model.sin
-        return block(stream, x0, ngram, *inputs) - block(stream, x0, zero, *inputs)
+        return block(stream, x0, ngram, *inputs) - block(stream, x0, 0 * ngram, *inputs)
 
     first = x[..., :32] / x[..., :32].square().mean(-1, keepdim=True).sqrt()
     gate = 2 / (1 + (-first @ block.ngram_gate.weight.T).exp())
     assert gate.min() < 0.1 and gate.max() > 1.9
-    assert torch.allclose(part(x), gate * ngram, atol=1e-4)
+    bigram, trigram = gate[..., :1] * ngram[:, :, 0], gate[..., 1:] * ngram[:, :, 1]
+    expected = torch.cat([bigram, trigram], -1)  # each in its half of the stream
+    assert torch.allclose(part(x), expected, atol=1e-4)
     x[..., 32:] += torch.randn(2, T, 32)
-    assert torch.allclose(part(x), gate * ngram, atol=1e-4)
+    assert torch.allclose(part(x), expected, atol=1e-4)
 
 
 def test_scalars_begin_in_a_straight_line_from_the_first_layer_to_the_last():
@@ -195,25 +199,21 @@ def test_scalars_begin_in_a_straight_line_from_the_first_layer_to_the_last():
 
 
 @torch.no_grad()
-def test_an_ngram_embedding_is_a_row_of_the_last_two_ids_and_one_of_the_last_three():
+def test_ngram_embeddings_are_a_row_of_the_last_two_ids_and_one_of_the_last_three():
     model, idx = lively(ngram_rows=2**20), some_ids()
     rows = []
     model.ngram.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
     idx[1, 3:6] = idx[0, 8:11]  # the same three elsewhere
     ngram = model.embed(idx)[1]
     assert torch.equal(ngram[1, 5], ngram[0, 10])
-    signs = [1, -1]
-    sums = [a * model.ngram.weight[rows[0][0]] + b * model.ngram.weight[rows[0][1]]
-            for a in signs for b in signs]  # fmt: skip
-    assert torch.stack([(ngram - s).abs().amax(-1) for s in sums]).amin(0).amax() < 1e-6
+    sizes = (ngram / model.ngram.weight[rows[0]]).unique()
+    assert torch.equal(sizes, torch.tensor([-1.0, 1.0]))  # nothing but signs
     changed = idx.clone()
     changed[0, 5] = (changed[0, 5] + 1) % V
     moved = (model.embed(changed)[1] != ngram).any(-1)
-    assert moved.nonzero().tolist() == [[0, 5], [0, 6], [0, 7]]
-    assert [(a != b).nonzero().tolist() for a, b in zip(*rows, strict=True)] == [
-        [[0, 5], [0, 6]],
-        [[0, 5], [0, 6], [0, 7]],
-    ]
+    two, three = (moved[..., i].nonzero().tolist() for i in range(2))
+    assert two == [[0, 5], [0, 6]] and three == [[0, 5], [0, 6], [0, 7]]
+    assert torch.equal(rows[0] != rows[1], moved)
     assert torch.equal(model.embed(idx[:, :1])[1], ngram[:, :1])  # a row may be as short as that
 
 
@@ -222,14 +222,15 @@ def test_ngrams_spread_evenly_over_rows_and_signs():
     model, rows = fresh(ngram_rows=256, vocab_size=8192), []
     model.ngram.weight.fill_(1.0)
     model.ngram.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
-    signs = torch.cat([model.embed(torch.randint(8192, (64, T)))[1][:, 2:, 0] for _ in range(64)])
-    for of_one_length in torch.cat(rows, 1):
+    embedded = [model.embed(torch.randint(8192, (64, T)))[1] for _ in range(64)]
+    for of_one_length in torch.cat(rows).unbind(-1):
         counts = torch.bincount(of_one_length.flatten(), minlength=256).double()
         expected = counts.sum() / 256
         # Chi squared over its degrees of freedom: 1 with an error of sqrt(2 / 255) for a fair draw.
         assert float(((counts - expected) ** 2 / expected).sum() / 255) < 1.5
-    # The sum of two fair signs, independent of each other: 0 on average, its square 2.
-    assert abs(float(signs.mean())) < 0.03 and abs(float(signs.square().mean()) - 2) < 0.05
+    signs = torch.cat(embedded)[:, 2:, :, 0].flatten(0, 1)
+    assert float(signs.mean(0).abs().max()) < 0.03  # fair
+    assert abs(float(signs.prod(-1).mean())) < 0.03  # and independent of each other
 
 
 @torch.no_grad()
