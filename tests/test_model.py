@@ -164,8 +164,7 @@ def test_a_layer_mixes_the_stream_and_both_embeddings_by_its_scalars():
         block.resid_lambda.fill_(0.5 + i)
         block.x0_lambda.fill_(-2.0)
         block.ngram_lambda.fill_(3.0)
-        inputs = x0, ngram.view(2, T, 2, 16), some_ids()
-        y = block(x, *inputs, model.cos, model.sin)
+        y = block(x, x0, ngram.view(2, T, 2, 16), some_ids(), model.cos, model.sin)
         assert torch.allclose(y, (0.5 + i) * x - 2 * x0 + 3 * ngram, atol=1e-5)
 
 
@@ -229,8 +228,8 @@ def test_ngrams_spread_evenly_over_rows_and_signs():
         # Chi squared over its degrees of freedom: 1 with an error of sqrt(2 / 255) for a fair draw.
         assert float(((counts - expected) ** 2 / expected).sum() / 255) < 1.5
     signs = torch.cat(embedded)[:, 2:, :, 0].flatten(0, 1)
-    assert float(signs.mean(0).abs().max()) < 0.03  # fair
-    assert abs(float(signs.prod(-1).mean())) < 0.03  # and independent of each other
+    assert float(signs.mean(0).abs().max()) < 0.015  # fair
+    assert abs(float(signs.prod(-1).mean())) < 0.025  # and independent of each other
 
 
 @torch.no_grad()
