@@ -18,8 +18,11 @@ import numpy as np
 import torch
 
 import constants as C
-import gpu
-import prepare
+from harness import gpu
+from harness.evaluation import Model, call_model
+from harness.files import atomic_write, data_dir
+from harness.run import Run
+from harness.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parent / ("smoke.npz" if C.SMOKE else "model.npz")  # of the last run
 ABOUT = "about.json"  # the entry of MODEL that is not a parameter
@@ -28,7 +31,7 @@ Build = Callable[[dict, torch.device], torch.nn.Module]
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 300, 0.8
 
 
-def save(run: prepare.Run, model: torch.nn.Module, config: object) -> None:
+def save(run: Run, model: torch.nn.Module, config: object) -> None:
     """Write trained weights and `config`, a dataclass, to MODEL, over those of the run before.
 
     Whatever goes wrong is said in a line and costs no result.
@@ -43,7 +46,7 @@ def save(run: prepare.Run, model: torch.nn.Module, config: object) -> None:
         weights = model.state_dict().items()
         # As of the bare model, if it was compiled as a whole.
         arrays = {k.removeprefix("_orig_mod."): v.cpu().float().numpy() for k, v in weights}
-        with prepare.atomic_write(MODEL) as file:
+        with atomic_write(MODEL) as file:
             np.savez(file, **arrays, **{ABOUT: np.array(json.dumps(about))})
     except Exception as error:  # also of a train.py whose configuration JSON cannot hold
         print(f"the model was not saved in {MODEL} ({error}); its result stands", flush=True)
@@ -67,9 +70,9 @@ def load_model() -> tuple[dict, dict[str, torch.Tensor]]:
 def restore(build: Build, device: torch.device):
     """Return the saved model, its tokenizer and what is known of it; or a ValueError."""
     about, weights = load_model()
-    tokenizer = prepare.Tokenizer.load(prepare.data_dir() / "tokenizer")
+    tokenizer = Tokenizer.load(data_dir() / "tokenizer")
     if about["tokenizer"] != tokenizer.sha256:
-        problem = f"{MODEL} was trained with another tokenizer than that in {prepare.data_dir()}"
+        problem = f"{MODEL} was trained with another tokenizer than that in {data_dir()}"
         raise ValueError(f"{problem}; run uv run train.py again")
     try:
         model = build(about["config"], device)
@@ -85,7 +88,7 @@ def restore(build: Build, device: torch.device):
 
 @torch.no_grad()
 def continue_text(
-    model: prepare.Model, tokenizer: prepare.Tokenizer, text: str, device: torch.device
+    model: Model, tokenizer: Tokenizer, text: str, device: torch.device
 ) -> Iterator[bytes]:
     """Yield the bytes of tokens that `model` draws after `text`, until it ends or there are enough.
 
@@ -95,7 +98,7 @@ def continue_text(
     ids, generator = tokenizer.encode(text).tolist(), torch.Generator().manual_seed(C.SEED)
     for _ in range(SAMPLE_TOKENS):
         idx = torch.tensor([ids[-C.MAX_SEQ_LEN :]], device=device)
-        logits = prepare.call_model(model, idx)[0, -1].float().cpu()
+        logits = call_model(model, idx)[0, -1].float().cpu()
         chances = (logits / SAMPLE_TEMPERATURE).softmax(0)
         ids.append(int(chances.multinomial(1, generator=generator)))
         if ids[-1] >= tokenizer.bos_id:  # the next document

@@ -37,13 +37,14 @@ try:
 except ImportError:  # a platform without CUDA
     triton = None
 
-import gpu
-import prepare
 import sample
-from attention import Attention, choose_attention, masked_attention
+from harness import gpu
+from harness.attention import Attention, choose_attention, masked_attention
+from harness.files import data_dir
+from harness.run import Run, Step, open_run
 
 # What is compiled in one run is there in the next.
-cache = prepare.data_dir().parent
+cache = data_dir().parent
 if not cache.exists() or os.access(cache, os.W_OK):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
 # A function is compiled for each batch size that is tried, and for layers that differ; by default
@@ -610,7 +611,7 @@ def train_step(model: GPT, optimizers, batches, grad_accum_steps: int) -> torch.
     return total
 
 
-def warm_up(run: prepare.Run, model: GPT, optimizers, batch_size: int) -> None:
+def warm_up(run: Run, model: GPT, optimizers, batch_size: int) -> None:
     """Compile and run everything once on random ids, then put weights and state back, bit for bit.
 
     Two micro-steps a step, so that gradients are both made and added to; two steps, as the second
@@ -630,7 +631,7 @@ def warm_up(run: prepare.Run, model: GPT, optimizers, batch_size: int) -> None:
             part.load_state_dict(state)
 
 
-def step_line(step: prepare.Step, seconds: float) -> str:
+def step_line(step: Step, seconds: float) -> str:
     """Return the log line of a finished step; seconds: of the budget that are gone."""
     return (
         f"step {step.number:05d} ({100 * step.progress:.1f}%) | loss: {step.loss:.4f} | "
@@ -659,7 +660,7 @@ def main(argv: Sequence[str] = ()) -> None:
     try:
         device, config = gpu.choose_device(), build_config()
         rows = gpu.batch_limit(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE)
-        run = prepare.open_run(device)
+        run = open_run(device)
         attention, attend = choose_attention(ATTENTION, config.windows, MAX_SEQ_LEN, device)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
@@ -688,7 +689,7 @@ def main(argv: Sequence[str] = ()) -> None:
     run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
 
 
-def report(run: prepare.Run) -> None:
+def report(run: Run) -> None:
     """Print a line for every LOG_EVERY-th of the steps that the device has finished."""
     while run.finished:
         step = run.finished.popleft()

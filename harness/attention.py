@@ -5,11 +5,15 @@ take causal windows of any size. train.py may pass its model a function of its o
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import prepare
+import constants as C
+from harness import gpu
+from harness.files import atomic_write, data_dir
 
 # q, k and v (B, T, H, D), window in tokens, itself included, scale of q k -> (B, T, H, D)
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
@@ -46,9 +50,34 @@ def build_flex_attention(windows: Iterable[int], T: int, device: torch.device) -
     return attend
 
 
+def load_flash_attention() -> Callable[..., torch.Tensor]:
+    """Return FlashAttention-3's `flash_attn_func(q, k, v, causal=, window_size=)`.
+
+    All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source: arXiv:2407.08608.
+    """
+    if (capability := gpu.compute_capability())[0] != 8 and capability != (9, 0):
+        raise RuntimeError("FlashAttention-3 needs a GPU of compute capability 8.x or 9.0")
+    pin = data_dir() / "flash_attention.txt"  # where the build lies that prepare.py fetched
+    try:
+        from kernels import get_kernel, get_local_kernel  # here: the import takes a second
+
+        build = Path(pin.read_text("utf-8")) if pin.is_file() else pin
+        if build.is_dir():
+            module = get_local_kernel(build)  # asks nobody
+        else:
+            module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
+            if file := getattr(module, "__file__", None):
+                with suppress(OSError), atomic_write(pin) as out:  # not a cache that is read-only
+                    out.write(str(Path(file).parent).encode())
+        return getattr(module, "flash_attn_interface", module).flash_attn_func
+    except Exception as error:  # of five libraries; FlexAttention serves whatever went wrong
+        text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({type(error).__name__}: {error})"
+        raise RuntimeError(text.splitlines()[0]) from error
+
+
 def build_flash_attention() -> Attention:
     """Return FlashAttention-3; RuntimeError if it cannot be had here."""
-    flash_attn_func = prepare.load_flash_attention()
+    flash_attn_func = load_flash_attention()
 
     def attend(q, k, v, window, scale):
         options = {"softmax_scale": scale, "causal": True, "window_size": (window - 1, 0)}

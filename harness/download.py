@@ -1,4 +1,4 @@
-"""Shards from the dataset hub, whatever the connection does; and the threads of preparation.
+"""Shards from the dataset hub, whatever the connection does.
 
 The hub answers for a file with its commit, size and SHA-256 and a redirect to a second host that
 has the bytes. Nothing exists under its name before it is complete and its SHA-256 is right;
@@ -6,18 +6,11 @@ what has come stays in shards/.<name>.<hash>.part and goes on by HTTP Range, in 
 Names of files are made here, never taken from a server. Not edited.
 """
 
-import hashlib
 import itertools
 import os
-import queue
 import re
 import shutil
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
@@ -26,147 +19,9 @@ from urllib.parse import urljoin, urlsplit
 import requests
 
 import constants as C
+from harness.files import PREPARE, describe, naming
+from harness.jobs import Progress, describe_all, metric, run_jobs
 
-PREPARE = ("AUTORESEARCH_SMOKE=1 " if C.SMOKE else "") + "uv run prepare.py"  # advice in errors
-
-
-# ---- Files --------------------------------------------------------------------------------------
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the operating system say which file it is about; a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(path)
-        raise
-
-
-def describe(path: Path) -> dict:
-    """Return {"size": bytes, "sha256": hex} of a file; a missing one is like an empty one."""
-    digest, size = hashlib.sha256(), 0
-    if path.is_file():
-        with naming(path), open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-                size += len(chunk)
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-# ---- Jobs ---------------------------------------------------------------------------------------
-LOG_SECONDS = 10  # between two lines of progress where they are not on a terminal
-
-
-class Stopped(Exception):
-    """Ends a job because another one failed, or because the user wants it."""
-
-
-class Progress:
-    """What has been done of a total, shown on one line that changes, or in a log line by line.
-
-    Jobs on any thread call `add` and `pause`, which raise Stopped once `stop` is set.
-    """
-
-    def __init__(self, what: str, unit: str, total: float, done: float = 0):
-        self.what, self.unit, self.total, self.done = what, unit, total, done
-        self.lock, self.stop, self.terminal = threading.Lock(), threading.Event(), False
-        self.started_at = self.shown_at = time.monotonic()
-        self.before = done  # what was there already says nothing about the rate
-        if sys.stdout is not None:
-            self.terminal = sys.stdout.isatty()
-
-    def add(self, n: float) -> None:
-        if self.stop.is_set():
-            raise Stopped
-        with self.lock:
-            self.done += n
-
-    def pause(self, seconds: float) -> None:
-        if self.stop.wait(seconds):
-            raise Stopped
-
-    def line(self) -> str:
-        """Return "fetching: 510 M of 1.80 GB | 45.10 MB/s | 29 s left"."""
-        seconds = time.monotonic() - self.started_at
-        rate = max(self.done - self.before, 0) / max(seconds, 1e-3)
-        done, total = metric(self.done, "").strip(), metric(self.total, self.unit)
-        parts = [f"{self.what}: {done} of {total}"]
-        if rate:
-            left = max(self.total - self.done, 0) / rate
-            clock = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-            parts += [f"{metric(rate, self.unit)}/s", f"{clock} left"]
-        return " | ".join(parts)
-
-    def show(self) -> None:
-        """Print the line if it is time."""
-        now = time.monotonic()
-        if now - self.shown_at >= (0.2 if self.terminal else LOG_SECONDS):
-            self.shown_at = now
-            print(f"\r{self.line()}\x1b[K" if self.terminal else self.line(), end="", flush=True)
-            if not self.terminal:
-                print(flush=True)
-
-    def note(self, text: str) -> None:
-        """Print a line of its own, above the one that changes."""
-        print(f"\r\x1b[K{text}\n" if self.terminal else f"{text}\n", end="", flush=True)
-
-
-def metric(n: float, unit: str) -> str:
-    """Return a number of about three digits with its unit: "1.80 GB", "310 M characters"."""
-    prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-    scale, prefix = next((pair for pair in prefixes if n >= pair[0]), (1, ""))
-    digits = 0 if scale == 1 or n >= 100 * scale else 2
-    return f"{n / scale:.{digits}f} {prefix}{unit}".replace("  ", " ")
-
-
-def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress) -> dict:
-    """Return what each of the named jobs returns; they run on threads, `progress` is shown.
-
-    A ConnectionError leaves the others at work, until as many jobs have failed as there are
-    workers; then one is raised for all. Anything else, Ctrl-C too, stops them and is raised.
-    """
-    finished, results, problems = queue.SimpleQueue(), {}, []
-    pool = ThreadPoolExecutor(workers)
-    futures = {pool.submit(job): name for name, job in jobs.items()}
-    for future in futures:
-        future.add_done_callback(finished.put)
-    try:
-        while len(results) + len(problems) < len(jobs):
-            try:
-                future = finished.get(timeout=0.2)  # the main thread stays open to Ctrl-C
-                results[futures[future]] = future.result()
-            except queue.Empty:
-                pass
-            except ConnectionError as error:
-                problems.append(str(error))
-                if len(problems) == (workers or len(jobs)):
-                    break
-            progress.show()
-        if problems:
-            count = f"{len(problems)} of {len(jobs)} failed, {len(results)} are done"
-            more = ["and more"] if len(problems) > 4 else []
-            raise ConnectionError("; ".join([count, *sorted(problems)[:4], *more]))
-        return {name: results[name] for name in jobs}  # not in the order of their ends
-    finally:
-        progress.stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        wait(futures, 1)  # so that they leave nothing behind; one that hangs is not waited for
-        if progress.terminal:
-            print("\r\x1b[K", end="", flush=True)
-
-
-def describe_all(folder: Path, names: list[str]) -> dict[str, dict]:
-    """Return size and SHA-256 of each file in `folder`; of a missing one, those of nothing."""
-    progress = Progress("checking", " files", len(names))
-
-    def job(name: str) -> dict:
-        progress.add(1)
-        return describe(folder / name)
-
-    return run_jobs({name: partial(job, name) for name in names}, os.cpu_count(), progress)
-
-
-# ---- The hub ------------------------------------------------------------------------------------
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
 DOWNLOADS = 8  # side by side
 RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)  # waits before the tries for one shard, while nothing comes

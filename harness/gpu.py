@@ -1,0 +1,145 @@
+"""Which GPU there is and what fits its memory. Not edited.
+
+The only place that asks for the device: everything else is told. A part of the rules.
+"""
+
+import gc
+import math
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import constants as C
+
+
+def compute_capability() -> tuple[int, int]:
+    """Return the GPU's compute capability, (0, 0) without a CUDA GPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+def choose_device(training: bool = True) -> torch.device:
+    """Return the device of a run, the GPU, or under the smoke rules the CPU.
+
+    ValueError if there is no GPU that can train; where no training is wanted the CPU will do.
+    """
+    if C.SMOKE:  # leaves a GPU to whoever is using it
+        return torch.device("cpu")
+    if (capability := compute_capability()) >= (8, 0):
+        return torch.device("cuda")
+    if not training:
+        return torch.device("cpu")
+    problem = "no CUDA GPU is available, and a full run needs one"
+    if capability > (0, 0):
+        problem = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}."
+        problem += f"{capability[1]}, and training in bf16 needs 8.0 (Ampere) or higher"
+    smoke = "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
+    raise ValueError(f"{problem}; {smoke}")
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that tensors can still take on `device`; infinity on a CPU."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction()
+    held = torch.cuda.memory_reserved(device)  # by torch, in use or not
+    return min(free + held, share * total) - torch.cuda.memory_allocated(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is for want of memory, also where a library says so in its words."""
+    said = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and said
+
+
+def largest_power_of_two(n: int) -> int:
+    """Return the largest power of two that is not above n, at least 1."""
+    return 1 << (max(1, n).bit_length() - 1)
+
+
+def batch_limit(device_batch_size: int, total_batch_size: int) -> int:
+    """Return the most rows of a micro-step that rows and tokens allow, a power of two.
+
+    ValueError if they allow none.
+    """
+    if device_batch_size < 1 or total_batch_size < 1:
+        raise ValueError(
+            f"DEVICE_BATCH_SIZE ({device_batch_size} rows) and TOTAL_BATCH_SIZE "
+            f"({total_batch_size} tokens) must be at least 1; change them in train.py"
+        )
+    return largest_power_of_two(min(device_batch_size, total_batch_size // C.MAX_SEQ_LEN))
+
+
+def grad_accumulation(total_batch_size: int, limit: int, batch_size: int) -> int:
+    """Return the micro-steps of `batch_size` rows in a step; print it if the total is rounded.
+
+    To whole batches of `limit` rows, so that a step is the same whatever fits the memory.
+    """
+    whole = limit * C.MAX_SEQ_LEN
+    total = max(1, total_batch_size // whole) * whole
+    if total != total_batch_size:
+        print(f"batch: TOTAL_BATCH_SIZE ({total_batch_size} tokens) is rounded to {total}")
+    return total // (batch_size * C.MAX_SEQ_LEN)
+
+
+def find_batch_size(
+    attempt: Callable[[int], object],
+    limit: int,
+    row_bytes: float,
+    device: torch.device,
+    fixed_bytes: float = 0,
+) -> int:
+    """Return the largest power of two, up to `limit`, of rows for which attempt(rows) has memory.
+
+    row_bytes, fixed_bytes: what a row takes, and what is taken for any number of rows, roughly: a
+    size that cannot fit is not attempted, which would have to compile it. RuntimeError, of which
+    torch.OutOfMemoryError is one, if a single row does not fit.
+    """
+    size = largest_power_of_two(int(min(limit, (free_memory(device) - fixed_bytes) / row_bytes)))
+    while True:
+        try:
+            attempt(size)
+            return size
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        gc.collect()  # here, where the failed attempt's tensors are let go
+        torch.cuda.empty_cache()
+        print(f"batch: {size} rows do not fit in memory, trying {size // 2}", flush=True)
+        size //= 2
+
+
+def explain_memory(run, error: BaseException) -> str:
+    """Return one line on where a `prepare.Run` ran out of GPU memory, and what to lower."""
+    where, lower = f"at step {run.num_steps} with {run.batch_size} rows a micro-step", ""
+    if run.evaluated:
+        where = "in the evaluation"
+    elif not run.batch_size:
+        where = "before training"
+    elif run.batch_size > 1:
+        lower = f"set DEVICE_BATCH_SIZE below {run.batch_size}, or "
+    stack = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in stack if Path(frame.filename).name == "train.py"]
+    line = f" (line {lines[-1]})" if lines else ""
+    said = ". ".join(str(error).split(". ")[1:3])  # how much of how much; advice on torch follows
+    return (
+        f"train.py: out of GPU memory {where}{line}; {lower}lower DEPTH or N_EMBD, or end what "
+        f"else uses the GPU ({said or error})"
+    )
+
+
+def mark(device: torch.device) -> torch.cuda.Event | float:
+    """Return this place in the work queued on `device`; on a CPU, which queues none, the time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Return the seconds from one mark to another, which the device must have passed."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3

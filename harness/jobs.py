@@ -1,0 +1,124 @@
+"""The threads of preparation: jobs side by side, and what is shown of their progress."""
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+
+from harness.files import describe
+
+LOG_SECONDS = 10  # between two lines of progress where they are not on a terminal
+
+
+class Stopped(Exception):
+    """Ends a job because another one failed, or because the user wants it."""
+
+
+class Progress:
+    """What has been done of a total, shown on one line that changes, or in a log line by line.
+
+    Jobs on any thread call `add` and `pause`, which raise Stopped once `stop` is set.
+    """
+
+    def __init__(self, what: str, unit: str, total: float, done: float = 0):
+        self.what, self.unit, self.total, self.done = what, unit, total, done
+        self.lock, self.stop, self.terminal = threading.Lock(), threading.Event(), False
+        self.started_at = self.shown_at = time.monotonic()
+        self.before = done  # what was there already says nothing about the rate
+        if sys.stdout is not None:
+            self.terminal = sys.stdout.isatty()
+
+    def add(self, n: float) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        with self.lock:
+            self.done += n
+
+    def pause(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise Stopped
+
+    def line(self) -> str:
+        """Return "fetching: 510 M of 1.80 GB | 45.10 MB/s | 29 s left"."""
+        seconds = time.monotonic() - self.started_at
+        rate = max(self.done - self.before, 0) / max(seconds, 1e-3)
+        done, total = metric(self.done, "").strip(), metric(self.total, self.unit)
+        parts = [f"{self.what}: {done} of {total}"]
+        if rate:
+            left = max(self.total - self.done, 0) / rate
+            clock = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            parts += [f"{metric(rate, self.unit)}/s", f"{clock} left"]
+        return " | ".join(parts)
+
+    def show(self) -> None:
+        """Print the line if it is time."""
+        now = time.monotonic()
+        if now - self.shown_at >= (0.2 if self.terminal else LOG_SECONDS):
+            self.shown_at = now
+            print(f"\r{self.line()}\x1b[K" if self.terminal else self.line(), end="", flush=True)
+            if not self.terminal:
+                print(flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the one that changes."""
+        print(f"\r\x1b[K{text}\n" if self.terminal else f"{text}\n", end="", flush=True)
+
+
+def metric(n: float, unit: str) -> str:
+    """Return a number of about three digits with its unit: "1.80 GB", "310 M characters"."""
+    prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    scale, prefix = next((pair for pair in prefixes if n >= pair[0]), (1, ""))
+    digits = 0 if scale == 1 or n >= 100 * scale else 2
+    return f"{n / scale:.{digits}f} {prefix}{unit}".replace("  ", " ")
+
+
+def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress) -> dict:
+    """Return what each of the named jobs returns; they run on threads, `progress` is shown.
+
+    A ConnectionError leaves the others at work, until as many jobs have failed as there are
+    workers; then one is raised for all. Anything else, Ctrl-C too, stops them and is raised.
+    """
+    finished, results, problems = queue.SimpleQueue(), {}, []
+    pool = ThreadPoolExecutor(workers)
+    futures = {pool.submit(job): name for name, job in jobs.items()}
+    for future in futures:
+        future.add_done_callback(finished.put)
+    try:
+        while len(results) + len(problems) < len(jobs):
+            try:
+                future = finished.get(timeout=0.2)  # the main thread stays open to Ctrl-C
+                results[futures[future]] = future.result()
+            except queue.Empty:
+                pass
+            except ConnectionError as error:
+                problems.append(str(error))
+                if len(problems) == (workers or len(jobs)):
+                    break
+            progress.show()
+        if problems:
+            count = f"{len(problems)} of {len(jobs)} failed, {len(results)} are done"
+            more = ["and more"] if len(problems) > 4 else []
+            raise ConnectionError("; ".join([count, *sorted(problems)[:4], *more]))
+        return {name: results[name] for name in jobs}  # not in the order of their ends
+    finally:
+        progress.stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(futures, 1)  # so that they leave nothing behind; one that hangs is not waited for
+        if progress.terminal:
+            print("\r\x1b[K", end="", flush=True)
+
+
+def describe_all(folder: Path, names: list[str]) -> dict[str, dict]:
+    """Return size and SHA-256 of each file in `folder`; of a missing one, those of nothing."""
+    progress = Progress("checking", " files", len(names))
+
+    def job(name: str) -> dict:
+        progress.add(1)
+        return describe(folder / name)
+
+    return run_jobs({name: partial(job, name) for name in names}, os.cpu_count(), progress)

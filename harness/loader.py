@@ -1,0 +1,57 @@
+"""Packed rows, memory-mapped, as batches on the device."""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import constants as C
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
+
+
+class Rows:
+    """The rows of several files as one read-only array of ids, memory-mapped."""
+
+    def __init__(self, paths: list[Path]):
+        maps = (np.memmap(path, "<u2", "r") for path in paths if path.stat().st_size)
+        self.files = [np.asarray(ids).reshape(-1, C.MAX_SEQ_LEN + 1) for ids in maps]
+        self.ends, self.reads = [*itertools.accumulate(map(len, self.files))], 0
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        self.reads += 1
+        k = bisect_right(self.ends, index)
+        return self.files[k][index - self.ends[k]]  # negative: counted from the file's end
+
+
+def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yield batches x, y of shape (B, T), int64, on the device, y being x shifted by one.
+
+    Rows come as they lie, then epoch by epoch in a new permutation. On a GPU, one batch is copied
+    on its own stream while another is used; the events that guard both are torch's allocators'.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    orders = (np.random.default_rng(n).permutation(len(rows)) for n in itertools.count(2))
+    order = itertools.chain(range(len(rows)), itertools.chain.from_iterable(orders))
+
+    def read() -> torch.Tensor:
+        batch = np.stack([rows[i] for i in itertools.islice(order, batch_size)])
+        ids = torch.from_numpy(batch.view(np.int16))  # holds every id; uint16 has few operations
+        with torch.cuda.stream(stream):
+            return ids if stream is None else ids.pin_memory().to(device, non_blocking=True)
+
+    def hand_out(ids: torch.Tensor) -> Iterator[Batch]:
+        while True:
+            if stream is not None:
+                torch.cuda.current_stream().wait_stream(stream)
+                ids.record_stream(torch.cuda.current_stream())
+            now, ids = ids.long(), read()
+            yield now[:, :-1].contiguous(), now[:, 1:].contiguous()
+
+    return hand_out(read())  # the first read is done when the clock starts
