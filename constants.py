@@ -18,7 +18,9 @@ def _environment_int(name: str, default: int, low: int, high: int) -> int:
     """Return the whole number in environment variable `name`; ValueError if it is not in range."""
     text = os.environ.get(name, "") or str(default)
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise ValueError(f"{name}={text!r} is not a whole number from {low} to {high}; unset it")
+        raise ValueError(
+            f"{name}={text!r} is not a whole number from {low} to {high}; unset it"
+        )
     return int(text)
 
 
@@ -33,19 +35,25 @@ SHARD_NAME = "shard_{:05d}.parquet"
 VAL_SHARD = 6542  # the last one: validation, never training
 # So many that no row is seen twice in 300 s at 2.1 M tokens/s, the most that an H200 has in sight:
 # a shard is about 250 M characters, at most 4.5 to a token, of which packing keeps at least 65 %.
-DEFAULT_NUM_SHARDS = 3 if SMOKE else 18  # training shards: 300 * 2.1 / (250 / 4.5 * 0.65) = 17.4
+DEFAULT_NUM_SHARDS = (
+    3 if SMOKE else 18
+)  # training shards: 300 * 2.1 / (250 / 4.5 * 0.65) = 17.4
 
 # Tokenizer: byte-level BPE (arXiv:1508.07909). GPT-4's split pattern with digits in runs of two.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the last ids; the first is BOS
+SPECIAL_TOKENS = tuple(
+    f"<|reserved_{i}|>" for i in range(4)
+)  # the last ids; the first is BOS
 VOCAB_SIZE = 1024 if SMOKE else 8192  # ids, special tokens included
 BOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS)
 TOKENIZER_CHARS = 2_000_000 if SMOKE else 10**9  # characters it is trained on
 TOKENIZER_DOC_CHARS = 10_000  # of each document, at most
-TOKENIZER_SHARDS = 6  # the training shards in which that text is looked for; it fills about four
+TOKENIZER_SHARDS = (
+    6  # the training shards in which that text is looked for; it fills about four
+)
 
 # Rows: T + 1 ids, so that input and target are one row shifted by one; best-fit packed.
 MAX_SEQ_LEN = 256 if SMOKE else 2048  # T, tokens
@@ -61,8 +69,12 @@ LOGIT_TOLERANCE = 1e-3  # what a logit may move by when nothing it may see has c
 DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH_DOCS]
 
 # Time, in seconds of wall clock.
-TIME_BUDGET = 20 if SMOKE else 300  # training; start-up, compilation and evaluation excluded
-STARTUP_LIMIT = 60 if SMOKE else 300  # opening the run to the first step, compilation included
+TIME_BUDGET = (
+    20 if SMOKE else 300
+)  # training; start-up, compilation and evaluation excluded
+STARTUP_LIMIT = (
+    60 if SMOKE else 300
+)  # opening the run to the first step, compilation included
 # A last step that is slower than all before it may end late; beyond this share the run is void.
 OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 

@@ -26,7 +26,11 @@ from harness.files import PREPARE, data_dir, remove_temporaries
 
 def explain(error: Exception) -> str:
     """Return what an error says and, for one of the operating system, what to do about it."""
-    if (number := getattr(error, "errno", None)) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if (number := getattr(error, "errno", None)) in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    ):
         advice = "free some space or move AUTORESEARCH_CACHE"
     elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
@@ -37,7 +41,9 @@ def explain(error: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     last, folder = C.VAL_SHARD, data_dir()
-    parser = argparse.ArgumentParser(description="Download, tokenize and pack the data, once.")
+    parser = argparse.ArgumentParser(
+        description="Download, tokenize and pack the data, once."
+    )
     add = parser.add_argument
     text = "training shards, -1 for all (default: as many as before, at first "
     text += f"{C.DEFAULT_NUM_SHARDS}, or all of --source)"
@@ -46,7 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--download-workers", type=int, default=DOWNLOADS, help=text)
     text = "a folder of your own shards, or `hub` (default: as prepared before, hub at first)"
     add("--source", metavar="DIR", help=text)
-    add("--check", action="store_true", help="verify everything that is prepared; change nothing")
+    add(
+        "--check",
+        action="store_true",
+        help="verify everything that is prepared; change nothing",
+    )
     args = parser.parse_args(argv)
     if args.num_shards not in (None, -1, *range(1, last + 1)):
         parser.error(f"--num-shards is 1 to {last}, or -1 for all")
@@ -58,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.check:
             if problems := check(folder):
                 print("\n".join(problems), flush=True)
-                sys.exit(f"prepare.py: {len(problems)} damaged; run {PREPARE} to mend them")
+                sys.exit(
+                    f"prepare.py: {len(problems)} damaged; run {PREPARE} to mend them"
+                )
             print(f"all is well in {folder}", flush=True)
             return
         prepare(folder, args.num_shards, None, args.download_workers, source)
@@ -72,9 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         remove_temporaries(folder, os.getpid())
-        print(f"\nprepare.py: interrupted; run {PREPARE} again, it goes on", file=sys.stderr)
+        print(
+            f"\nprepare.py: interrupted; run {PREPARE} again, it goes on", file=sys.stderr
+        )
         sys.stderr.flush()
-        os._exit(130)  # threads in a library's code or on a stalled server are not waited for
+        os._exit(
+            130
+        )  # threads in a library's code or on a stalled server are not waited for
     print("prepared", flush=True)
 
 

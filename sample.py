@@ -24,7 +24,9 @@ from harness.files import atomic_write, data_dir
 from harness.run import Run
 from harness.tokenizer import Tokenizer
 
-MODEL = Path(__file__).parent / ("smoke.npz" if C.SMOKE else "model.npz")  # of the last run
+MODEL = Path(__file__).parent / (
+    "smoke.npz" if C.SMOKE else "model.npz"
+)  # of the last run
 ABOUT = "about.json"  # the entry of MODEL that is not a parameter
 # Returns a model from the saved configuration, whose weights are then replaced.
 Build = Callable[[dict, torch.device], torch.nn.Module]
@@ -45,11 +47,15 @@ def save(run: Run, model: torch.nn.Module, config: object) -> None:
         about |= {"commit": run.commit, "rules": run.rules, "val_bpb": run.val_bpb}
         weights = model.state_dict().items()
         # As of the bare model, if it was compiled as a whole.
-        arrays = {k.removeprefix("_orig_mod."): v.cpu().float().numpy() for k, v in weights}
+        arrays = {
+            k.removeprefix("_orig_mod."): v.cpu().float().numpy() for k, v in weights
+        }
         with atomic_write(MODEL) as file:
             np.savez(file, **arrays, **{ABOUT: np.array(json.dumps(about))})
     except Exception as error:  # also of a train.py whose configuration JSON cannot hold
-        print(f"the model was not saved in {MODEL} ({error}); its result stands", flush=True)
+        print(
+            f"the model was not saved in {MODEL} ({error}); its result stands", flush=True
+        )
 
 
 def load_model() -> tuple[dict, dict[str, torch.Tensor]]:
@@ -60,10 +66,19 @@ def load_model() -> tuple[dict, dict[str, torch.Tensor]]:
     try:
         with np.load(MODEL, allow_pickle=False) as file:
             about = json.loads(str(file[ABOUT]))
-            about = {key: about[key] for key in ("config", "tokenizer", "commit", "val_bpb")}
+            about = {
+                key: about[key] for key in ("config", "tokenizer", "commit", "val_bpb")
+            }
             names = [name for name in file.files if name != ABOUT]
             return about, {name: torch.from_numpy(file[name]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(f"{MODEL} is damaged ({error}); {again}") from error
 
 
@@ -81,8 +96,12 @@ def restore(build: Build, device: torch.device):
         if gpu.is_out_of_memory(error):
             raise
         what = str(error).replace("\n", " ")[:200]
-        problem = f"{MODEL} is of another train.py, that of commit {about['commit']} ({what})"
-        raise ValueError(f"{problem}; check that commit out or run uv run train.py") from error
+        problem = (
+            f"{MODEL} is of another train.py, that of commit {about['commit']} ({what})"
+        )
+        raise ValueError(
+            f"{problem}; check that commit out or run uv run train.py"
+        ) from error
     return model, tokenizer, about
 
 
@@ -95,7 +114,10 @@ def continue_text(
     Without a cache of keys: every token is a call on all ids so far, which any model understands.
     Drawn on the CPU from the seed of the rules.
     """
-    ids, generator = tokenizer.encode(text).tolist(), torch.Generator().manual_seed(C.SEED)
+    ids, generator = (
+        tokenizer.encode(text).tolist(),
+        torch.Generator().manual_seed(C.SEED),
+    )
     for _ in range(SAMPLE_TOKENS):
         idx = torch.tensor([ids[-C.MAX_SEQ_LEN :]], device=device)
         logits = call_model(model, idx)[0, -1].float().cpu()
@@ -108,12 +130,17 @@ def continue_text(
 
 def main(argv: list[str], build: Build) -> None:
     """Continue the text of `--sample TEXT` on standard output, with the model of the last run."""
-    parser = argparse.ArgumentParser("train.py", description="Train a model, or use the last one.")
+    parser = argparse.ArgumentParser(
+        "train.py", description="Train a model, or use the last one."
+    )
     parser.add_argument("--sample", metavar="TEXT", required=True, help="continue TEXT")
     text, device = parser.parse_args(argv).sample, gpu.choose_device(training=False)
     try:
         model, tokenizer, about = restore(build, device)
-        print(f"model of commit {about['commit']}, val_bpb {about['val_bpb']:.6f}", file=sys.stderr)
+        print(
+            f"model of commit {about['commit']}, val_bpb {about['val_bpb']:.6f}",
+            file=sys.stderr,
+        )
         write(text, continue_text(model, tokenizer, text, device))
     except ValueError as error:
         sys.exit(f"train.py: {error}")
@@ -121,7 +148,9 @@ def main(argv: list[str], build: Build) -> None:
         if not gpu.is_out_of_memory(error):
             raise
         problem = "the model has no room on the GPU beside what else uses it"
-        sys.exit(f"train.py: {problem}; CUDA_VISIBLE_DEVICES= in front keeps it on the CPU")
+        sys.exit(
+            f"train.py: {problem}; CUDA_VISIBLE_DEVICES= in front keeps it on the CPU"
+        )
 
 
 def write(text: str, pieces: Iterator[bytes]) -> None:

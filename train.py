@@ -19,7 +19,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from constants import MAX_SEQ_LEN, SMOKE, TIME_BUDGET, VOCAB_SIZE  # first: it starts a clock
+from constants import (
+    MAX_SEQ_LEN,
+    SMOKE,
+    TIME_BUDGET,
+    VOCAB_SIZE,
+)  # first: it starts a clock
 
 # Read by torch when CUDA starts: one growing segment, so that a big batch is not lost to gaps.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -56,7 +61,9 @@ torch._dynamo.config.recompile_limit = 64
 DEPTH = 9  # layers
 N_EMBD = 640  # width
 HEAD_DIM = 128  # heads are N_EMBD / HEAD_DIM
-WINDOW_PATTERN = "SSSSL"  # S short, L full; repeated over the layers, the last is always full
+WINDOW_PATTERN = (
+    "SSSSL"  # S short, L full; repeated over the layers, the last is always full
+)
 SHORT_WINDOW = MAX_SEQ_LEN // 8  # tokens that a short window sees, itself included
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are SOFTCAP * tanh(logits / SOFTCAP)
@@ -64,12 +71,20 @@ ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q 
 NGRAM_ROWS = 2**20  # of the hashed table, each N_EMBD / 2 wide
 INIT_SCALE = 0.68  # of the block matrices, times 1 / sqrt(fan in)
 # What a layer reads, from the first to the last: stream, input embedding, n-gram embedding.
-LAMBDA_INIT = {"resid_lambda": (1.15, 1.05), "x0_lambda": (0.2, 0.05), "ngram_lambda": (0.1, 0.1)}
-ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (slow, any device)
+LAMBDA_INIT = {
+    "resid_lambda": (1.15, 1.05),
+    "x0_lambda": (0.2, 0.05),
+    "ngram_lambda": (0.1, 0.1),
+}
+ATTENTION = (
+    "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (slow, any device)
+)
 
 # Batch
 TOTAL_BATCH_SIZE = 2**17  # tokens a step
-DEVICE_BATCH_SIZE = 64  # rows a micro-step, at most; the largest power of two that fits is taken
+DEVICE_BATCH_SIZE = (
+    64  # rows a micro-step, at most; the largest power of two that fits is taken
+)
 
 # Optimizer. Rates of tables and head are for width 768 and scale by (N_EMBD / 768) ** -0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
@@ -94,7 +109,9 @@ MOMENTUM_WARMUP_RATIO = 0.15
 
 LOG_EVERY = 10  # steps between two lines in the log
 
-if SMOKE:  # the same code with a tiny model, so that an edit can be tried on a CPU in a minute
+if (
+    SMOKE
+):  # the same code with a tiny model, so that an edit can be tried on a CPU in a minute
     DEPTH, N_EMBD, HEAD_DIM, NGRAM_ROWS = 4, 128, 32, 2**11
     TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 8 * MAX_SEQ_LEN, 4
 
@@ -125,7 +142,9 @@ def relu_square_kernel(
         for k in range(0, K, BK):
             b_tile = b.load([k, n]) if BACKWARD else b.load([n, k]).T
             total = tl.dot(a.load([m, k]), b_tile, total, input_precision="ieee")
-        halves = total.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()  # for want of shared memory
+        halves = (
+            total.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        )  # for want of shared memory
         for i in tl.static_range(2):
             at, half = [m, n + i * (BN // 2)], halves[i]
             if BACKWARD:
@@ -137,7 +156,9 @@ def relu_square_kernel(
 
 
 @torch.library.custom_op("autoresearch::relu_square", mutates_args=())
-def relu_square(a: torch.Tensor, b: torch.Tensor, post: torch.Tensor | None) -> torch.Tensor:
+def relu_square(
+    a: torch.Tensor, b: torch.Tensor, post: torch.Tensor | None
+) -> torch.Tensor:
     """Return relu(a @ b.T)^2 of a (M, K), b (N, K), or with that as `post` the gradient before it.
 
     The gradient is (a @ b) * 2 sqrt(post) of a (M, K), the gradient behind a second product with
@@ -147,12 +168,17 @@ def relu_square(a: torch.Tensor, b: torch.Tensor, post: torch.Tensor | None) -> 
     out, BM, BN, BK = a.new_empty(M, N), 128, 256, 128 // a.element_size()
     operands = [
         TensorDescriptor.from_tensor(a.contiguous(), [BM, BK]),
-        TensorDescriptor.from_tensor(b.contiguous(), [BN, BK] if post is None else [BK, BN]),
+        TensorDescriptor.from_tensor(
+            b.contiguous(), [BN, BK] if post is None else [BK, BN]
+        ),
         TensorDescriptor.from_tensor(out if post is None else post, [BM, BN // 2]),
         TensorDescriptor.from_tensor(out, [BM, BN // 2]),
     ]
     programs = torch.cuda.get_device_properties(a.device).multi_processor_count
-    numbers, launch = (M, N, K, post is not None, BM, BN, BK), {"num_warps": 8, "num_stages": 3}
+    numbers, launch = (
+        (M, N, K, post is not None, BM, BN, BK),
+        {"num_warps": 8, "num_stages": 3},
+    )
     relu_square_kernel[(programs,)](*operands, *numbers, **launch)
     return out
 
@@ -202,20 +228,29 @@ class GPTConfig:
         if self.n_layer < 1:
             raise ValueError(f"DEPTH ({self.n_layer}) must be at least 1")
         if self.head_dim < 2 or self.head_dim % 2 or self.n_embd % self.head_dim:
-            raise ValueError(f"HEAD_DIM ({self.head_dim}) is odd or does not divide {self.n_embd}")
+            raise ValueError(
+                f"HEAD_DIM ({self.head_dim}) is odd or does not divide {self.n_embd}"
+            )
         if self.n_embd < GATE_CHANNELS:
             raise ValueError(f"N_EMBD ({self.n_embd}) is below {GATE_CHANNELS}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ValueError(f"WINDOW_PATTERN ({self.window_pattern!r}) is not made of S and L")
+            raise ValueError(
+                f"WINDOW_PATTERN ({self.window_pattern!r}) is not made of S and L"
+            )
         if not 1 <= self.short_window <= self.sequence_len:
-            raise ValueError(f"SHORT_WINDOW ({self.short_window}) is not 1 to {self.sequence_len}")
+            raise ValueError(
+                f"SHORT_WINDOW ({self.short_window}) is not 1 to {self.sequence_len}"
+            )
 
     @property
     def windows(self) -> list[int]:
         """Tokens that each layer's attention sees; the last layer's sees all."""
         sizes = {"S": self.short_window, "L": self.sequence_len}
         pattern = self.window_pattern * self.n_layer
-        return [*(sizes[letter] for letter in pattern[: self.n_layer - 1]), self.sequence_len]
+        return [
+            *(sizes[letter] for letter in pattern[: self.n_layer - 1]),
+            self.sequence_len,
+        ]
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -314,14 +349,24 @@ class Block(nn.Module):
         self.attend, self.window = attend, config.windows[layer]
         self.scale = config.attention_gain * config.head_dim**-0.5
         self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
-        self.ngram_gate = Linear(GATE_CHANNELS, 2)  # by the stream: on bigrams, on trigrams
+        self.ngram_gate = Linear(
+            GATE_CHANNELS, 2
+        )  # by the stream: on bigrams, on trigrams
         parts = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.resid_lambda, self.x0_lambda, self.ngram_lambda = parts
 
     @compiled
     def before(self, x, x0, ngram, idx, cos, sin):
-        gate = 2 * self.ngram_lambda * torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))
-        x = self.resid_lambda * x + self.x0_lambda * x0 + (gate[..., None] * ngram).flatten(-2)
+        gate = (
+            2
+            * self.ngram_lambda
+            * torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))
+        )
+        x = (
+            self.resid_lambda * x
+            + self.x0_lambda * x0
+            + (gate[..., None] * ngram).flatten(-2)
+        )
         return x, *self.attn.project(norm(x), idx, cos, sin)
 
     @compiled
@@ -344,8 +389,12 @@ class GPT(nn.Module):
         self.ngram = nn.Embedding(config.ngram_rows, config.n_embd // 2)
         self.h = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        frequency = config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)  # (T, D / 2)
+        frequency = config.rope_base ** -(
+            torch.arange(0, config.head_dim, 2) / config.head_dim
+        )
+        angle = torch.outer(
+            torch.arange(config.sequence_len).float(), frequency
+        )  # (T, D / 2)
         cos, sin = torch.cat([angle, angle], 1).cos(), torch.cat([angle, -angle], 1).sin()
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
@@ -353,7 +402,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, scale: float, lambdas: dict[str, tuple[float, float]]) -> None:
         """Draw the weights from torch's generator; blocks and n-grams add nothing, gates are 1."""
-        bound = scale * (3 / self.config.n_embd) ** 0.5  # a uniform on +-b has std b / sqrt(3)
+        bound = (
+            scale * (3 / self.config.n_embd) ** 0.5
+        )  # a uniform on +-b has std b / sqrt(3)
         for name, p in self.named_parameters():
             if name == "wte.weight":
                 nn.init.normal_(p, std=1.0)
@@ -388,7 +439,9 @@ class GPT(nn.Module):
         """Return what the head reads, (B, T, C)."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
         x0, ngram = self.embed(idx)
-        x = x0.view_as(x0)  # another object, or the first layer would be compiled on its own
+        x = x0.view_as(
+            x0
+        )  # another object, or the first layer would be compiled on its own
         for block in self.h:
             x = block(x, x0, ngram, idx, cos, sin)
         return x
@@ -396,15 +449,21 @@ class GPT(nn.Module):
     def logits(self, x):
         """Return softcap * tanh(l / softcap) of the head's l, float32. Source: arXiv:2408.00118."""
         cap = self.config.softcap
-        return cap * (2 * torch.sigmoid(self.lm_head(norm(x)).float() * (2 / cap)) - 1)  # tanh
+        return cap * (
+            2 * torch.sigmoid(self.lm_head(norm(x)).float() * (2 / cap)) - 1
+        )  # tanh
 
     head = compiled(logits)
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         training = torch.is_grad_enabled()
-        with torch.enable_grad():  # also in evaluation, so that training's graphs serve it
+        with (
+            torch.enable_grad()
+        ):  # also in evaluation, so that training's graphs serve it
             x = self.trunk(idx)
-        x = x if training else x.detach()  # lets the activations go before the logits are there
+        x = (
+            x if training else x.detach()
+        )  # lets the activations go before the logits are there
         return self.head(x)
 
     @compiled
@@ -452,7 +511,9 @@ def polar_express(G: torch.Tensor) -> torch.Tensor:
 
 
 @compiled
-def muon_update(grad, param, momentum_buffer, second_momentum_buffer, momentum, beta2, lr, decay):
+def muon_update(
+    grad, param, momentum_buffer, second_momentum_buffer, momentum, beta2, lr, decay
+):
     """Return the new value of param (N, rows, columns), rows >= columns, moving both buffers.
 
     Nesterov momentum, orthogonalised (Muon, kellerjordan.github.io/posts/muon), each row scaled
@@ -489,7 +550,9 @@ class Muon(torch.optim.Optimizer):
             params, (rows, columns) = group["params"], group["params"][0].shape
             tall = [p if rows >= columns else p.mT for p in params]  # views
             stack = torch.stack(tall)
-            grads = torch.stack([p.grad if rows >= columns else p.grad.mT for p in params])
+            grads = torch.stack(
+                [p.grad if rows >= columns else p.grad.mT for p in params]
+            )
             state = self.state[params[0]]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(stack)
@@ -518,7 +581,9 @@ class RowRMSprop(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            numbers = [torch.tensor(group[key]) for key in ("beta2", "lr", "weight_decay")]
+            numbers = [
+                torch.tensor(group[key]) for key in ("beta2", "lr", "weight_decay")
+            ]
             for p in group["params"]:
                 if p not in self.state:
                     self.state[p]["second_momentum_buffer"] = torch.zeros_like(p[:, :1])
@@ -543,7 +608,9 @@ def build_optimizers(model: GPT) -> tuple[torch.optim.AdamW, RowRMSprop, Muon]:
     ]
     adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=1e-10, fused=True)
     decays = (NGRAM_WEIGHT_DECAY, NGRAM_REPEAT_WEIGHT_DECAY)
-    table = group("ngram.", NGRAM_LR * rate, decays[0], weight_decays=decays, beta2=NGRAM_BETA2)
+    table = group(
+        "ngram.", NGRAM_LR * rate, decays[0], weight_decays=decays, beta2=NGRAM_BETA2
+    )
     rows = RowRMSprop([table], {})
     matrices: dict[torch.Size, list[nn.Parameter]] = {}
     for module in model.h.modules():
@@ -591,7 +658,9 @@ def build_training(config: GPTConfig, attend: Attention, device: torch.device):
     """Return model and optimizers as a run uses them: bf16 on a GPU."""
     torch.set_float32_matmul_precision("high")
     with device:
-        model = GPT(config, attend, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = GPT(
+            config, attend, torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
     model.init_weights(INIT_SCALE, LAMBDA_INIT)
     return model, build_optimizers(model)
 
@@ -619,10 +688,15 @@ def warm_up(run: Run, model: GPT, optimizers, batch_size: int) -> None:
     """
     parts = [model, *optimizers]
     weights = {name: p.to("cpu", copy=True) for name, p in model.state_dict().items()}
-    saved = [weights, *copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])]
+    saved = [
+        weights,
+        *copy.deepcopy([optimizer.state_dict() for optimizer in optimizers]),
+    ]
     try:
         for _ in range(2):
-            train_step(model, optimizers, [run.random_batch(batch_size) for _ in range(2)], 2)
+            train_step(
+                model, optimizers, [run.random_batch(batch_size) for _ in range(2)], 2
+            )
         with torch.no_grad():
             model(run.random_batch(batch_size)[0])
     finally:
@@ -661,7 +735,9 @@ def main(argv: Sequence[str] = ()) -> None:
         device, config = gpu.choose_device(), build_config()
         rows = gpu.batch_limit(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE)
         run = open_run(device)
-        attention, attend = choose_attention(ATTENTION, config.windows, MAX_SEQ_LEN, device)
+        attention, attend = choose_attention(
+            ATTENTION, config.windows, MAX_SEQ_LEN, device
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
 
@@ -669,12 +745,16 @@ def main(argv: Sequence[str] = ()) -> None:
     print(f"model: {config}, {model.num_params() / 1e6:.1f} M parameters")
 
     # Roughly: a row's activations and logits; gradients, and moments but the table's.
-    row_bytes = MAX_SEQ_LEN * (28 * config.n_layer * config.n_embd + 6 * config.vocab_size)
+    row_bytes = MAX_SEQ_LEN * (
+        28 * config.n_layer * config.n_embd + 6 * config.vocab_size
+    )
     fixed_bytes = 12 * model.num_params() - 8 * model.ngram.weight.numel()
     attempt = functools.partial(warm_up, run, model, optimizers)
     batch_size = gpu.find_batch_size(attempt, rows, row_bytes, device, fixed_bytes)
     grad_accum_steps = gpu.grad_accumulation(TOTAL_BATCH_SIZE, rows, batch_size)
-    print(f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens")
+    print(
+        f"batch: {grad_accum_steps} micro-steps of {batch_size} rows of {MAX_SEQ_LEN} tokens"
+    )
     gc.collect()
     gc.freeze()  # a collection in the middle of training stalls it for half a second
     gc.disable()
@@ -686,7 +766,9 @@ def main(argv: Sequence[str] = ()) -> None:
     report(run)
     run.evaluate(model)
     sample.save(run, model, config)
-    run.print_summary(model.num_params(), config.n_layer, model.flops_per_token(), attention)
+    run.print_summary(
+        model.num_params(), config.n_layer, model.flops_per_token(), attention
+    )
 
 
 def report(run: Run) -> None:

@@ -82,8 +82,12 @@ def run_apart(program: str, *args: object) -> list[float]:
     return [float(word) for word in out.splitlines()[-1].split()]
 
 
-def time_tokenizer(shards: list[Path], texts: list[list[str]], folder: Path) -> prepare.Tokenizer:
-    capped = [text[: C.TOKENIZER_DOC_CHARS] for text in itertools.chain.from_iterable(texts)]
+def time_tokenizer(
+    shards: list[Path], texts: list[list[str]], folder: Path
+) -> prepare.Tokenizer:
+    capped = [
+        text[: C.TOKENIZER_DOC_CHARS] for text in itertools.chain.from_iterable(texts)
+    ]
     n_ranks, chars = C.VOCAB_SIZE - len(C.SPECIAL_TOKENS), sum(map(len, capped))
     about = {path: prepare.describe(path) for path in shards}
 
@@ -99,14 +103,22 @@ def time_tokenizer(shards: list[Path], texts: list[list[str]], folder: Path) -> 
     for _ in range(REPEATS):  # by turns, so that another load of the machine meets both
         seconds = [min(s, timed(f)) for s, f in zip(seconds, (alone, ours), strict=True)]
     report(
-        f"rustbpe alone, all cores (best of {REPEATS})", chars / seconds[0] / 1e6, "M characters/s"
+        f"rustbpe alone, all cores (best of {REPEATS})",
+        chars / seconds[0] / 1e6,
+        "M characters/s",
     )
-    report(f"tokenizer training (best of {REPEATS})", chars / seconds[1] / 1e6, "M characters/s")
+    report(
+        f"tokenizer training (best of {REPEATS})",
+        chars / seconds[1] / 1e6,
+        "M characters/s",
+    )
     report("  more than rustbpe alone", 100 * (seconds[1] / seconds[0] - 1), "%")
     return prepare.Tokenizer.load(folder)
 
 
-def time_rows(shards: list[Path], texts: list[list[str]], outs: list[Path], tokenizer) -> None:
+def time_rows(
+    shards: list[Path], texts: list[list[str]], outs: list[Path], tokenizer
+) -> None:
     chars = [sum(map(len, text)) for text in texts]
     ranks = tokenizer.encoding._mergeable_ranks
     plain = tiktoken.Encoding(
@@ -130,15 +142,21 @@ def time_rows(shards: list[Path], texts: list[list[str]], outs: list[Path], toke
         report(f"{what}, one core (best of {REPEATS})", rate, "M characters/s")
 
     on_one_core("tiktoken alone", lambda: encode(plain))
-    on_one_core("tiktoken alone, our search for the cuts", lambda: encode(tokenizer.encoding))
+    on_one_core(
+        "tiktoken alone, our search for the cuts", lambda: encode(tokenizer.encoding)
+    )
     on_one_core("text to rows", build)
-    report("text to rows, all cores", sum(chars) / timed(build_all) / 1e6, "M characters/s")
+    report(
+        "text to rows, all cores", sum(chars) / timed(build_all) / 1e6, "M characters/s"
+    )
     row_bytes = sum(out.stat().st_size for out in outs)
     tokens = sum(len(tokenizer.encode(text)) for text in texts[0])
     kept = outs[0].stat().st_size / 2 / tokens
     report("characters to a token, first shard", chars[0] / tokens, "")
     report("tokens that packing keeps, first shard", 100 * kept, "%")
-    report("rows over shards, bytes", row_bytes / sum(p.stat().st_size for p in shards), "")
+    report(
+        "rows over shards, bytes", row_bytes / sum(p.stat().st_size for p in shards), ""
+    )
 
 
 def check_literally(shard: Path, tokenizer: prepare.Tokenizer, folder: Path) -> None:
@@ -147,7 +165,9 @@ def check_literally(shard: Path, tokenizer: prepare.Tokenizer, folder: Path) -> 
     for group in range((file := pq.ParquetFile(shard)).num_row_groups):
         texts = file.read_row_group(group)["text"].to_pylist()
         starts = range(0, len(texts), C.PACK_BATCH_DOCS)
-        documents += [[*map(tokenizer.encode, texts[k : k + C.PACK_BATCH_DOCS])] for k in starts]
+        documents += [
+            [*map(tokenizer.encode, texts[k : k + C.PACK_BATCH_DOCS])] for k in starts
+        ]
     lengths = [np.array([len(ids) for ids in batch]) for batch in documents]
     expected = pack_by_lengths(lengths, C.MAX_SEQ_LEN + 1, C.PACK_BUFFER_DOCS)
     flat = [ids for batch in documents for ids in batch]
@@ -155,7 +175,9 @@ def check_literally(shard: Path, tokenizer: prepare.Tokenizer, folder: Path) -> 
     prepare.build_rows(shard, folder / "literal.u16", tokenizer)
     made = np.fromfile(folder / "literal.u16", "<u2").reshape(-1, C.MAX_SEQ_LEN + 1)
     same = len(made) == len(expected) and all(map(np.array_equal, made, rows))
-    print(f"{len(made)} rows of {shard.name} {'equal' if same else 'DIFFER FROM'} the literal ones")
+    print(
+        f"{len(made)} rows of {shard.name} {'equal' if same else 'DIFFER FROM'} the literal ones"
+    )
 
 
 def time_loader(outs: list[Path]) -> None:
@@ -177,9 +199,13 @@ def main() -> None:
         if len(shards := sorted(source.glob("*.parquet"))) < 3:
             sys.exit(f"benchmarks/prepare.py: fewer than three parquet files in {source}")
         used = shards[:2]
-        texts = [[*itertools.chain.from_iterable(prepare.read_documents(p))] for p in used]
+        texts = [
+            [*itertools.chain.from_iterable(prepare.read_documents(p))] for p in used
+        ]
         chars = sum(len(text) for part in texts for text in part)
-        print(f"{os.cpu_count()} cores, {len(used)} shards, {chars / 1e6:.1f} M characters")
+        print(
+            f"{os.cpu_count()} cores, {len(used)} shards, {chars / 1e6:.1f} M characters"
+        )
         tokenizer = time_tokenizer(used, texts, folder / "tokenizer")
         outs = [folder / f"{k}.u16" for k in range(len(used))]
         time_rows(used, texts, outs, tokenizer)
@@ -190,14 +216,22 @@ def main() -> None:
         before, most = run_apart(PREPARE_AND_WEIGH, folder / "all", source)
         seconds = time.perf_counter() - start
         size = sum(p.stat().st_size for p in shards) / 1e6
-        print(f"all {len(shards)} shards ({size:.0f} MB) with 8 workers, {seconds:.0f} s:")
-        report("  resident memory, of which imports", most / 1e9, f"GB, {before / 1e9:.2f} GB")
+        print(
+            f"all {len(shards)} shards ({size:.0f} MB) with 8 workers, {seconds:.0f} s:"
+        )
+        report(
+            "  resident memory, of which imports",
+            most / 1e9,
+            f"GB, {before / 1e9:.2f} GB",
+        )
         manifest = json.loads((folder / "all" / "manifest.json").read_text())
         tokens = sum(row["size"] / 2 for row in manifest["rows"].values())
         report("  tokens in rows", tokens / 1e6, "M")
         if manifest["rules"] == C.DATA_RULES:
             runs = [run_apart(FIRST_BATCH, folder / "all") for _ in range(REPEATS)]
-            for k, what in enumerate(["import torch", "import the rest", "open to first batch"]):
+            for k, what in enumerate(
+                ["import torch", "import the rest", "open to first batch"]
+            ):
                 report(f"{what} (best of {REPEATS})", min(run[k] for run in runs), "s")
 
 

@@ -34,7 +34,15 @@ SHAPES = {
 PROFILED = 5  # steps
 KINDS = {  # kind: parts of kernel names, first match
     "attention": ("flash", "fmha", "flex", "fa3"),
-    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "bmm", "_mm", "relu_square"),
+    "matrix products": (
+        "gemm",
+        "cutlass",
+        "nvjet",
+        "cublas",
+        "bmm",
+        "_mm",
+        "relu_square",
+    ),
     "softmax and loss": ("softmax", "nll", "tanh", "logsumexp", "arange"),
     "embedding gradients": ("embedding", "index_put", "atomic_add"),
     "copies": ("memcpy", "memset"),
@@ -51,7 +59,9 @@ def set_knob(text: str) -> None:
     if not hasattr(train, name):
         raise AttributeError(f"train.py has no knob {name}")
     base, _, exponent = value.partition("**")
-    setattr(train, name, int(base) ** int(exponent) if exponent else ast.literal_eval(value))
+    setattr(
+        train, name, int(base) ** int(exponent) if exponent else ast.literal_eval(value)
+    )
 
 
 def kernel_times(profile: torch.profiler.profile) -> dict[str, float]:
@@ -59,7 +69,9 @@ def kernel_times(profile: torch.profiler.profile) -> dict[str, float]:
     times = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in profile.key_averages():
         name = event.key.lower()
-        kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
+        kind = next(
+            (k for k, parts in KINDS.items() if any(p in name for p in parts)), "other"
+        )
         if event.device_type == torch.autograd.DeviceType.CUDA:
             times[kind] += event.self_device_time_total / 1e6
     return times
@@ -118,7 +130,9 @@ def main() -> None:
     if args.profile:
         for _ in range(5):  # at the clock rate of a busy GPU, not of a rested one
             step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
             for _ in range(PROFILED):
                 step()
             torch.cuda.synchronize()

@@ -43,7 +43,9 @@ class Night:
     sd: float  # of the noise
     best_true: float = 0.0
     runs: int = 0
-    commits: list[list[float]] = field(default_factory=list)  # the values of each one's runs
+    commits: list[list[float]] = field(
+        default_factory=list
+    )  # the values of each one's runs
 
     def run(self, true: float) -> float:
         self.runs += 1
@@ -84,7 +86,9 @@ RULES: dict[str, tuple[Rule, int]] = {
 }
 
 
-def play(rule: Rule, baseline_runs: int, effects: list[float], night: Night) -> dict[str, float]:
+def play(
+    rule: Rule, baseline_runs: int, effects: list[float], night: Night
+) -> dict[str, float]:
     """Judge one idea after the other; return what was kept and missed, and what it cost."""
     best = [night.run(0.0) for _ in range(baseline_runs)]
     night.commits.append(best)
@@ -99,11 +103,18 @@ def play(rule: Rule, baseline_runs: int, effects: list[float], night: Night) -> 
         elif effect > 0:
             missed.append(effect)
     false = sum(effect <= 0 for effect in kept)
-    counts = {"kept": len(kept), "false": false, "missed": len(missed), "lost": sum(missed)}
+    counts = {
+        "kept": len(kept),
+        "false": false,
+        "missed": len(missed),
+        "lost": sum(missed),
+    }
     return counts | {"gain": -night.best_true, "runs": night.runs}
 
 
-def simulate(name: str, sd: float, nights: int, ideas: int, seed: int) -> dict[str, float]:
+def simulate(
+    name: str, sd: float, nights: int, ideas: int, seed: int
+) -> dict[str, float]:
     """Return the means over all nights of what `play` counts under rule `name`."""
     rule, baseline_runs = RULES[name]
     results = []
@@ -116,21 +127,30 @@ def simulate(name: str, sd: float, nights: int, ideas: int, seed: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Simulate verdict rules on synthetic nights.")
-    parser.add_argument("--noise", type=float, default=0.0007, help="sd of a run (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Simulate verdict rules on synthetic nights."
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.0007, help="sd of a run (%(default)s)"
+    )
     parser.add_argument("--nights", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--ideas", type=int, default=80, help="in a night (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     args = parser.parse_args()
     night = f"{args.nights} nights of {args.ideas} ideas, seed {args.seed}"
     print(f"simulated: noise {args.noise}, {night}, means of a night\n")
-    print("| rule | kept | false keeps | missed gains | lost by them | true gain | runs | GPU h |")
+    print(
+        "| rule | kept | false keeps | missed gains | lost by them | true gain | runs | GPU h |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     plain = None
     for name in RULES:
         r = simulate(name, args.noise, args.nights, args.ideas, args.seed)
         plain = plain or r
-        fold, more = plain["false"] / max(r["false"], 1e-9), 100 * (r["runs"] / plain["runs"] - 1)
+        fold, more = (
+            plain["false"] / max(r["false"], 1e-9),
+            100 * (r["runs"] / plain["runs"] - 1),
+        )
         print(
             f"| {name} | {r['kept']:.1f} | {r['false']:.2f} (1/{fold:.1f}) | {r['missed']:.1f} | "
             f"{r['lost']:.4f} | {r['gain']:.4f} | {r['runs']:.1f} ({more:+.0f} %) | "

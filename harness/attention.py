@@ -29,7 +29,9 @@ def masked_attention(q, k, v, window: int, scale: float) -> torch.Tensor:
     return (scores.softmax(dim=3) @ v).transpose(1, 2)
 
 
-def build_flex_attention(windows: Iterable[int], T: int, device: torch.device) -> Attention:
+def build_flex_attention(
+    windows: Iterable[int], T: int, device: torch.device
+) -> Attention:
     """Return FlexAttention, compiled on a GPU, with one block mask for each window."""
     flex = flex_attention
     if device.type == "cuda":
@@ -56,10 +58,17 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
     All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source: arXiv:2407.08608.
     """
     if (capability := gpu.compute_capability())[0] != 8 and capability != (9, 0):
-        raise RuntimeError("FlashAttention-3 needs a GPU of compute capability 8.x or 9.0")
-    pin = data_dir() / "flash_attention.txt"  # where the build lies that prepare.py fetched
+        raise RuntimeError(
+            "FlashAttention-3 needs a GPU of compute capability 8.x or 9.0"
+        )
+    pin = (
+        data_dir() / "flash_attention.txt"
+    )  # where the build lies that prepare.py fetched
     try:
-        from kernels import get_kernel, get_local_kernel  # here: the import takes a second
+        from kernels import (
+            get_kernel,
+            get_local_kernel,
+        )  # here: the import takes a second
 
         build = Path(pin.read_text("utf-8")) if pin.is_file() else pin
         if build.is_dir():
@@ -67,10 +76,15 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
         else:
             module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
             if file := getattr(module, "__file__", None):
-                with suppress(OSError), atomic_write(pin) as out:  # not a cache that is read-only
+                with (
+                    suppress(OSError),
+                    atomic_write(pin) as out,
+                ):  # not a cache that is read-only
                     out.write(str(Path(file).parent).encode())
         return getattr(module, "flash_attn_interface", module).flash_attn_func
-    except Exception as error:  # of five libraries; FlexAttention serves whatever went wrong
+    except (
+        Exception
+    ) as error:  # of five libraries; FlexAttention serves whatever went wrong
         text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({type(error).__name__}: {error})"
         raise RuntimeError(text.splitlines()[0]) from error
 
@@ -82,7 +96,9 @@ def build_flash_attention() -> Attention:
     def attend(q, k, v, window, scale):
         options = {"softmax_scale": scale, "causal": True, "window_size": (window - 1, 0)}
         y = flash_attn_func(q, k, v, **options)
-        return y[0] if isinstance(y, tuple) else y  # some builds return the log-sum-exp as well
+        return (
+            y[0] if isinstance(y, tuple) else y
+        )  # some builds return the log-sum-exp as well
 
     return attend
 
@@ -104,4 +120,6 @@ def choose_attention(name: str, windows: Iterable[int], T: int, device: torch.de
                 raise
             name, why = "flex", f"fallback: {error}"
     print(f"attention: {name} ({why})")
-    return name, masked_attention if name == "masked" else build_flex_attention(windows, T, device)
+    return name, masked_attention if name == "masked" else build_flex_attention(
+        windows, T, device
+    )

@@ -50,7 +50,10 @@ def prepare(
         if manifest.get("source", "hub") != source:
             manifest = {}
         if source != "hub":
-            print(f"shards: those of {source}; --source hub goes back to the hub's", flush=True)
+            print(
+                f"shards: those of {source}; --source hub goes back to the hub's",
+                flush=True,
+            )
             place = Path(source)
             names = list_source(place, None if num_shards == -1 else num_shards)
             revision, shards = source, describe_all(place, names)
@@ -67,8 +70,14 @@ def prepare(
                 revision, shards = ensure_shards(place, names, manifest, downloads)
         train = {place / name: shards[name] for name in names[:-1]}
         tokenizer = ensure_tokenizer(folder / "tokenizer", train)
-        rows = ensure_rows(folder, place, shards, tokenizer, manifest.get("rows", {}), workers)
-        about = {"rules": C.DATA_RULES, "revision": revision, "tokenizer": tokenizer.sha256}
+        rows = ensure_rows(
+            folder, place, shards, tokenizer, manifest.get("rows", {}), workers
+        )
+        about = {
+            "rules": C.DATA_RULES,
+            "revision": revision,
+            "tokenizer": tokenizer.sha256,
+        }
         about |= {} if source == "hub" else {"source": source}
         about |= {"shards": shards, "rows": rows}
         about |= {"key": content_key(about)}  # so that a change to any byte is noticed
@@ -103,10 +112,16 @@ def check(folder: Path) -> list[str]:
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer")
         if tokenizer.sha256 != manifest["tokenizer"]:
-            problems.append(f"the tokenizer in {folder / 'tokenizer'} is not that of the rows")
+            problems.append(
+                f"the tokenizer in {folder / 'tokenizer'} is not that of the rows"
+            )
     except ValueError as error:
         problems.append(str(error))
-    names = {row_name(*shard, manifest["tokenizer"]) for shard in manifest["shards"].items()}
+    names = {
+        row_name(*shard, manifest["tokenizer"]) for shard in manifest["shards"].items()
+    }
     if names != set(manifest["rows"]):
-        problems.append(f"the rows in {folder / 'rows'} are not of these shards and rules")
+        problems.append(
+            f"the rows in {folder / 'rows'} are not of these shards and rules"
+        )
     return problems

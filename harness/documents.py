@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import constants as C
 from harness.files import PREPARE, atomic_write, describe
 
-MAX_BATCH_BYTES = 1 << 28  # of text in PACK_BATCH_DOCS documents; what is larger is a lie or a bomb
+MAX_BATCH_BYTES = (
+    1 << 28
+)  # of text in PACK_BATCH_DOCS documents; what is larger is a lie or a bomb
 
 
 def write_smoke_shards(folder: Path, names: list[str]) -> dict[str, dict]:
@@ -23,7 +25,9 @@ def write_smoke_shards(folder: Path, names: list[str]) -> dict[str, dict]:
     random.Random(0).shuffle(documents)
     for k, name in enumerate(names):
         with atomic_write(folder / name) as file:
-            pq.write_table(pa.table({"text": documents[k :: len(names)]}), file, row_group_size=256)
+            pq.write_table(
+                pa.table({"text": documents[k :: len(names)]}), file, row_group_size=256
+            )
     return {name: describe(folder / name) for name in names}
 
 
@@ -38,7 +42,9 @@ def list_source(source: Path, num_shards: int | None) -> list[str]:
         what = "files *.parquet; give two or more, the last by name is for validation"
         raise ValueError(f"{source} holds {len(names)} {what}")
     if num_shards is not None and num_shards >= len(names):
-        raise ValueError(f"{source} holds {len(names) - 1} training shards, not {num_shards}")
+        raise ValueError(
+            f"{source} holds {len(names) - 1} training shards, not {num_shards}"
+        )
     names = [*names[:-1][:num_shards], names[-1]]
     for name in names:
         if not any(read_documents(source / name)):
@@ -56,7 +62,9 @@ def read_documents(path: Path) -> Iterator[list[str]]:
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as shard:
             schema, rows = shard.schema_arrow, 0
             if "text" not in schema.names:
-                raise ValueError(f"it has the columns {', '.join(schema.names)[:100] or 'none'}")
+                raise ValueError(
+                    f"it has the columns {', '.join(schema.names)[:100] or 'none'}"
+                )
             kind = schema.field("text").type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise ValueError(f"it is of type {kind}, not string")
@@ -69,16 +77,32 @@ def read_documents(path: Path) -> Iterator[list[str]]:
                     size = f"{column.total_uncompressed_size:,} bytes"
                     raise ValueError(f"{column.num_values} documents are {size}")
                 for batch in shard.iter_batches(
-                    C.PACK_BATCH_DOCS, row_groups=[group], columns=["text"], use_threads=False
+                    C.PACK_BATCH_DOCS,
+                    row_groups=[group],
+                    columns=["text"],
+                    use_threads=False,
                 ):
                     if batch.nbytes > MAX_BATCH_BYTES:
-                        raise ValueError(f"{batch.num_rows} documents are {batch.nbytes:,} bytes")
+                        raise ValueError(
+                            f"{batch.num_rows} documents are {batch.nbytes:,} bytes"
+                        )
                     if batch.column(0).null_count:
                         raise ValueError(f"{batch.column(0).null_count} nulls")
                     rows += batch.num_rows
                     yield batch.column(0).to_pylist()
             if rows != shard.metadata.num_rows:
-                raise ValueError(f"it says {shard.metadata.num_rows} rows and holds {rows}")
-    except (pa.ArrowException, KeyError, OSError, ValueError, MemoryError, OverflowError) as error:
-        text = f"{path} holds no good column `text` ({error}); delete it and run {PREPARE}"
+                raise ValueError(
+                    f"it says {shard.metadata.num_rows} rows and holds {rows}"
+                )
+    except (
+        pa.ArrowException,
+        KeyError,
+        OSError,
+        ValueError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        text = (
+            f"{path} holds no good column `text` ({error}); delete it and run {PREPARE}"
+        )
         raise ValueError(text) from error

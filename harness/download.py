@@ -24,7 +24,15 @@ from harness.jobs import Progress, describe_all, metric, run_jobs
 
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
 DOWNLOADS = 8  # side by side
-RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)  # waits before the tries for one shard, while nothing comes
+RETRY_SECONDS = (
+    0,
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+)  # waits before the tries for one shard, while nothing comes
 MAX_RETRY_AFTER = 600  # seconds that a server may ask to wait
 MAX_REDIRECTS = 5
 CHUNK = 1 << 14  # bytes that are lost at most when a connection breaks
@@ -49,8 +57,13 @@ class Busy(ConnectionError):
 def hub_endpoint() -> str:
     """Return the hub's address without a slash at its end; ValueError if it is none."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
-        raise ValueError("HF_ENDPOINT is no address like https://huggingface.co; mend or unset it")
+    if (
+        urlsplit(endpoint).scheme not in ("http", "https")
+        or not urlsplit(endpoint).hostname
+    ):
+        raise ValueError(
+            "HF_ENDPOINT is no address like https://huggingface.co; mend or unset it"
+        )
     return endpoint
 
 
@@ -59,7 +72,9 @@ def open_session(workers: int) -> requests.Session:
     hub_endpoint()  # before anything is tried again and again
     token = (os.environ.get("HF_TOKEN") or "").strip()
     if not re.fullmatch("[!-~]*", token):
-        raise ValueError("HF_TOKEN holds characters that no token has; set it anew or unset it")
+        raise ValueError(
+            "HF_TOKEN holds characters that no token has; set it anew or unset it"
+        )
 
     def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
         if token:
@@ -67,9 +82,13 @@ def open_session(workers: int) -> requests.Session:
         return request
 
     session = requests.Session()
-    session.auth = authorize  # requests takes it off for a new host; ~/.netrc does not replace it
+    session.auth = (
+        authorize  # requests takes it off for a new host; ~/.netrc does not replace it
+    )
     session.max_redirects = MAX_REDIRECTS
-    session.headers["Accept-Encoding"] = "identity"  # bytes and ranges are those of the file
+    session.headers["Accept-Encoding"] = (
+        "identity"  # bytes and ranges are those of the file
+    )
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=workers))
     return session
@@ -127,23 +146,32 @@ def persist(action: Callable, name: str, progress: Progress, size: Callable = la
             tries = 1 if size() > most else tries + 1
             most = max(most, size())
             if tries >= len(RETRY_SECONDS):
-                raise ConnectionError(f"{problem}; run {PREPARE} again, it goes on") from error
+                raise ConnectionError(
+                    f"{problem}; run {PREPARE} again, it goes on"
+                ) from error
             wait_seconds = max(RETRY_SECONDS[tries], getattr(error, "seconds", 0.0))
             progress.note(f"{problem}; again in {wait_seconds:.0f} s")
 
 
-def stat_shard(session: requests.Session, revision: str, name: str) -> tuple[str, str, dict]:
+def stat_shard(
+    session: requests.Session, revision: str, name: str
+) -> tuple[str, str, dict]:
     """Ask the hub about a shard; return its address, commit and {"size": bytes, "sha256": hex}."""
     endpoint = hub_endpoint()
     url = place = f"{endpoint}/datasets/{C.DATASET}/resolve/{revision}/{name}"
     for _ in range(MAX_REDIRECTS + 1):
         answer = session.head(place, allow_redirects=False, timeout=HTTP_TIMEOUT)
-        if answer.status_code == 404 and answer.headers.get("X-Error-Code") == "RevisionNotFound":
+        if (
+            answer.status_code == 404
+            and answer.headers.get("X-Error-Code") == "RevisionNotFound"
+        ):
             raise Refused(f"the hub has no revision {revision} of {C.DATASET} (any more)")
         check_status(answer)
         keys = ("X-Repo-Commit", "X-Linked-Size", "X-Linked-Etag")
         commit, size, sha256 = (answer.headers.get(key, "").strip('"') for key in keys)
-        if re.fullmatch("[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", f"{commit} {size} {sha256}"):
+        if re.fullmatch(
+            "[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", f"{commit} {size} {sha256}"
+        ):
             return url, commit, {"size": int(size), "sha256": sha256}
         place = urljoin(place, answer.headers.get("Location", "?"))
         if not answer.is_redirect or urlsplit(place)[:2] != urlsplit(endpoint)[:2]:
@@ -152,7 +180,9 @@ def stat_shard(session: requests.Session, revision: str, name: str) -> tuple[str
     raise requests.TooManyRedirects  # within the hub, as for a data set with a new name
 
 
-def fetch(session: requests.Session, url: str, part: Path, size: int, progress: Progress) -> None:
+def fetch(
+    session: requests.Session, url: str, part: Path, size: int, progress: Progress
+) -> None:
     """Add to `part` what it lacks of `size` bytes, or raise OSError and leave what has come."""
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
@@ -160,8 +190,13 @@ def fetch(session: requests.Session, url: str, part: Path, size: int, progress: 
         check_status(answer)
         host, chunks = urlsplit(answer.url).hostname, answer.iter_content(CHUNK)
         whole = answer.status_code == 200  # also when the server does not know ranges
-        if not whole and answer.headers.get("Content-Range") != f"bytes {start}-{size - 1}/{size}":
-            raise ConnectionError(f"{host} sent another part than bytes {start} to {size}")
+        if (
+            not whole
+            and answer.headers.get("Content-Range") != f"bytes {start}-{size - 1}/{size}"
+        ):
+            raise ConnectionError(
+                f"{host} sent another part than bytes {start} to {size}"
+            )
         if whole and (first := next(chunks, b""))[:4] != b"PAR1":
             raise ConnectionError(f"{host} sent no parquet: the login page of a network?")
         if whole:
@@ -179,7 +214,9 @@ def fetch(session: requests.Session, url: str, part: Path, size: int, progress: 
                 file.flush()
             os.fsync(file.fileno())
     if start < size:
-        raise ConnectionError(f"the connection to {host} ended after {start} of {size} bytes")
+        raise ConnectionError(
+            f"the connection to {host} ended after {start} of {size} bytes"
+        )
 
 
 def part_of(path: Path, remote: dict) -> Path:
@@ -238,7 +275,9 @@ def ensure_shards(
         except ConnectionError as error:
             if revision == C.REVISION or not isinstance(error.__cause__, Refused):
                 raise
-            advice = f"delete {folder.parent / 'manifest.json'} to go on with the present ones"
+            advice = (
+                f"delete {folder.parent / 'manifest.json'} to go on with the present ones"
+            )
             raise ConnectionError(f"{error}; {advice}: what is the same stays") from error
         revision = commit
         shards |= fetch_shards(session, folder, missing, revision, workers)
@@ -256,7 +295,9 @@ def fetch_shards(
     asking = Progress("asking the hub", " shards", len(names))
 
     def ask(name: str) -> tuple[str, dict, bool]:
-        url, _, remote = persist(partial(stat_shard, session, revision, name), name, asking)
+        url, _, remote = persist(
+            partial(stat_shard, session, revision, name), name, asking
+        )
         present = describe(folder / name) == remote
         asking.add(1)
         return url, remote, present

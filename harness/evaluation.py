@@ -23,21 +23,29 @@ def call_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
     tensor = isinstance(logits, torch.Tensor)
     if not tensor or logits.shape != expected or not logits.is_floating_point():
         got = f"{tuple(logits.shape)} {logits.dtype}" if tensor else type(logits).__name__
-        raise RuntimeError(f"evaluation refused: model(idx) gave {got}, not logits {expected}")
+        raise RuntimeError(
+            f"evaluation refused: model(idx) gave {got}, not logits {expected}"
+        )
     return logits
 
 
 def refuse_unless_finite(total: float | torch.Tensor) -> None:
     """Refuse, by RuntimeError, logits whose sum is not finite."""
     if not math.isfinite(total):
-        raise RuntimeError("evaluation refused: the model gave logits that are not finite")
+        raise RuntimeError(
+            "evaluation refused: the model gave logits that are not finite"
+        )
 
 
 def refuse_if_moved(a: torch.Tensor, b: torch.Tensor, what: str = RANDOM) -> None:
     """Refuse, by RuntimeError, logits `b` that are not `a` again up to rounding."""
-    moved = [float((p.float() - q.float()).abs().max()) for p, q in zip(a, b, strict=True)]
+    moved = [
+        float((p.float() - q.float()).abs().max()) for p, q in zip(a, b, strict=True)
+    ]
     if max(moved, default=0.0) > C.LOGIT_TOLERANCE:
-        raise RuntimeError(f"evaluation refused: the model {what}; moved {max(moved):.3g}")
+        raise RuntimeError(
+            f"evaluation refused: the model {what}; moved {max(moved):.3g}"
+        )
 
 
 @torch.no_grad()
@@ -54,17 +62,23 @@ def check_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
     for cut in (1, T // 3, T // 2, T - 1):
         changed = idx.clone()
         part = changed[::2, cut:]
-        shift = torch.randint(1, C.VOCAB_SIZE, part.shape, generator=generator, device=idx.device)
+        shift = torch.randint(
+            1, C.VOCAB_SIZE, part.shape, generator=generator, device=idx.device
+        )
         part.copy_((part + shift) % C.VOCAB_SIZE)  # never the same id
         logits = call_model(model, changed)
-        refuse_if_moved(base[::2, :cut], logits[::2, :cut], f"sees the future from {cut} on")
+        refuse_if_moved(
+            base[::2, :cut], logits[::2, :cut], f"sees the future from {cut} on"
+        )
         refuse_if_moved(base[1::2], logits[1::2], "mixes rows")
         del logits  # gigabytes, which the next call can use
     return base[:8].clone()  # not a view: the whole is gigabytes
 
 
 @torch.no_grad()
-def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_size: int) -> float:
+def evaluate_bpb(
+    model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_size: int
+) -> float:
     """Return the bits per byte of `model` over all of `rows`, whatever the batch size.
 
     rows: ids (R, T + 1); sizes: bytes of each token, (V,), 0 for special ones, which do not
@@ -77,11 +91,16 @@ def evaluate_bpb(model: Model, rows: torch.Tensor, sizes: torch.Tensor, batch_si
         batch = rows[start : start + batch_size].long()
         n = len(batch)
         # Every call has one shape; the rows that fill the last one up are not counted.
-        idx = torch.cat([batch, batch[:1].expand(batch_size - n, -1)])[:, :-1].contiguous()
+        idx = torch.cat([batch, batch[:1].expand(batch_size - n, -1)])[
+            :, :-1
+        ].contiguous()
         logits = call_model(model, idx)[:n]
         sums[2] += logits.sum(dtype=torch.float32)
         for part, ids in zip(logits.split(8), batch.split(8), strict=True):
-            part, y = part.float().flatten(0, 1), ids[:, 1:].flatten()  # (b * T, V), (b * T,)
+            part, y = (
+                part.float().flatten(0, 1),
+                ids[:, 1:].flatten(),
+            )  # (b * T, V), (b * T,)
             loss = F.cross_entropy(part, y, reduction="none").double() * (sizes[y] > 0)
             sums[:2] += torch.stack([loss.sum(), sizes[y].sum()])
         del logits, part, loss  # as above

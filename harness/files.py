@@ -14,7 +14,9 @@ try:
 except ImportError:  # Windows: no lock there
     fcntl = None
 
-PREPARE = ("AUTORESEARCH_SMOKE=1 " if C.SMOKE else "") + "uv run prepare.py"  # advice in errors
+PREPARE = (
+    "AUTORESEARCH_SMOKE=1 " if C.SMOKE else ""
+) + "uv run prepare.py"  # advice in errors
 
 
 @contextmanager
@@ -84,8 +86,13 @@ def lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"another prepare.py is at work in {folder}; waiting for its end", flush=True)
+                print(
+                    f"another prepare.py is at work in {folder}; waiting for its end",
+                    flush=True,
+                )
                 fcntl.flock(file, fcntl.LOCK_EX)
         except (OSError, AttributeError) as error:  # a folder to read only; no locks here
-            print(f"no lock on {folder} ({error}); do not prepare twice at once", flush=True)
+            print(
+                f"no lock on {folder} ({error}); do not prepare twice at once", flush=True
+            )
         yield

@@ -33,7 +33,9 @@ def choose_device(training: bool = True) -> torch.device:
         return torch.device("cpu")
     problem = "no CUDA GPU is available, and a full run needs one"
     if capability > (0, 0):
-        problem = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}."
+        problem = (
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}."
+        )
         problem += f"{capability[1]}, and training in bf16 needs 8.0 (Ampere) or higher"
     smoke = "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
     raise ValueError(f"{problem}; {smoke}")
@@ -52,7 +54,11 @@ def free_memory(device: torch.device) -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` is for want of memory, also where a library says so in its words."""
     said = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and said
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or isinstance(error, RuntimeError)
+        and said
+    )
 
 
 def largest_power_of_two(n: int) -> int:
@@ -81,7 +87,9 @@ def grad_accumulation(total_batch_size: int, limit: int, batch_size: int) -> int
     whole = limit * C.MAX_SEQ_LEN
     total = max(1, total_batch_size // whole) * whole
     if total != total_batch_size:
-        print(f"batch: TOTAL_BATCH_SIZE ({total_batch_size} tokens) is rounded to {total}")
+        print(
+            f"batch: TOTAL_BATCH_SIZE ({total_batch_size} tokens) is rounded to {total}"
+        )
     return total // (batch_size * C.MAX_SEQ_LEN)
 
 
@@ -98,7 +106,9 @@ def find_batch_size(
     size that cannot fit is not attempted, which would have to compile it. RuntimeError, of which
     torch.OutOfMemoryError is one, if a single row does not fit.
     """
-    size = largest_power_of_two(int(min(limit, (free_memory(device) - fixed_bytes) / row_bytes)))
+    size = largest_power_of_two(
+        int(min(limit, (free_memory(device) - fixed_bytes) / row_bytes))
+    )
     while True:
         try:
             attempt(size)
@@ -124,7 +134,9 @@ def explain_memory(run, error: BaseException) -> str:
     stack = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in stack if Path(frame.filename).name == "train.py"]
     line = f" (line {lines[-1]})" if lines else ""
-    said = ". ".join(str(error).split(". ")[1:3])  # how much of how much; advice on torch follows
+    said = ". ".join(
+        str(error).split(". ")[1:3]
+    )  # how much of how much; advice on torch follows
     return (
         f"train.py: out of GPU memory {where}{line}; {lower}lower DEPTH or N_EMBD, or end what "
         f"else uses the GPU ({said or error})"
@@ -140,6 +152,8 @@ def mark(device: torch.device) -> torch.cuda.Event | float:
     return event
 
 
-def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+def seconds_between(
+    start: torch.cuda.Event | float, end: torch.cuda.Event | float
+) -> float:
     """Return the seconds from one mark to another, which the device must have passed."""
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3

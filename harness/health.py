@@ -12,7 +12,9 @@ import torch
 # compiling is cool and clocks higher: over 300 s healthy H100s lost 8.5 and 10.1 % on products
 # and 0.1 % on copies (LOG.md), which do not depend on the clock of the cores.
 PRODUCT_TOLERANCE, COPY_TOLERANCE = 0.15, 0.03
-CONTEXT_BYTES = 2 << 30  # of GPU memory that is not torch's and still no other process: contexts
+CONTEXT_BYTES = (
+    2 << 30
+)  # of GPU memory that is not torch's and still no other process: contexts
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Health:
     company: str  # alone, shared (another process holds the GPU) or unknown
 
 
-def measure_rate(work: Callable[[], object], amount: float, seconds: float = 0.15) -> float:
+def measure_rate(
+    work: Callable[[], object], amount: float, seconds: float = 0.15
+) -> float:
     """Return `amount` of one work() over its time on the GPU, in a mean of about `seconds`."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -46,7 +50,10 @@ def measure_health(device: torch.device) -> Health:
     The ids of the matrices come from a generator of their own: torch's is left alone, and numbers
     that are all zero would cost less power than those of a model.
     """
-    n, generator = 8192, torch.Generator(device).manual_seed(0)  # three matrices of 128 MiB
+    n, generator = (
+        8192,
+        torch.Generator(device).manual_seed(0),
+    )  # three matrices of 128 MiB
     try:
         a, b = (
             torch.randn(n, n, dtype=torch.bfloat16, device=device, generator=generator)
@@ -96,7 +103,9 @@ def judge_health(before: Health, after: Health) -> tuple[str, list[str]]:
         ("matrix product", "TFLOP/s", before.tflops, after.tflops, PRODUCT_TOLERANCE),
         ("copy", "GB/s", before.gb_per_sec, after.gb_per_sec, COPY_TOLERANCE),
     ]
-    text = ", ".join(f"{first:.0f}/{last:.0f} {unit}" for _, unit, first, last, _ in rates)
+    text = ", ".join(
+        f"{first:.0f}/{last:.0f} {unit}" for _, unit, first, last, _ in rates
+    )
     warnings = [
         f"warning: the GPU's {what} went from {first:.0f} to {last:.0f} {unit} over the run "
         f"({100 * (last / first - 1):+.1f} %): throttled or shared, so do not trust the result; "

@@ -60,7 +60,11 @@ class Progress:
         now = time.monotonic()
         if now - self.shown_at >= (0.2 if self.terminal else LOG_SECONDS):
             self.shown_at = now
-            print(f"\r{self.line()}\x1b[K" if self.terminal else self.line(), end="", flush=True)
+            print(
+                f"\r{self.line()}\x1b[K" if self.terminal else self.line(),
+                end="",
+                flush=True,
+            )
             if not self.terminal:
                 print(flush=True)
 
@@ -108,7 +112,9 @@ def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress)
     finally:
         progress.stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        wait(futures, 1)  # so that they leave nothing behind; one that hangs is not waited for
+        wait(
+            futures, 1
+        )  # so that they leave nothing behind; one that hangs is not waited for
         if progress.terminal:
             print("\r\x1b[K", end="", flush=True)
 
@@ -121,4 +127,6 @@ def describe_all(folder: Path, names: list[str]) -> dict[str, dict]:
         progress.add(1)
         return describe(folder / name)
 
-    return run_jobs({name: partial(job, name) for name in names}, os.cpu_count(), progress)
+    return run_jobs(
+        {name: partial(job, name) for name in names}, os.cpu_count(), progress
+    )

@@ -27,7 +27,9 @@ class Rows:
     def __getitem__(self, index: int) -> np.ndarray:
         self.reads += 1
         k = bisect_right(self.ends, index)
-        return self.files[k][index - self.ends[k]]  # negative: counted from the file's end
+        return self.files[k][
+            index - self.ends[k]
+        ]  # negative: counted from the file's end
 
 
 def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[Batch]:
@@ -42,9 +44,13 @@ def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[
 
     def read() -> torch.Tensor:
         batch = np.stack([rows[i] for i in itertools.islice(order, batch_size)])
-        ids = torch.from_numpy(batch.view(np.int16))  # holds every id; uint16 has few operations
+        ids = torch.from_numpy(
+            batch.view(np.int16)
+        )  # holds every id; uint16 has few operations
         with torch.cuda.stream(stream):
-            return ids if stream is None else ids.pin_memory().to(device, non_blocking=True)
+            return (
+                ids if stream is None else ids.pin_memory().to(device, non_blocking=True)
+            )
 
     def hand_out(ids: torch.Tensor) -> Iterator[Batch]:
         while True:

@@ -28,10 +28,14 @@ def pack_rows(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterator[np
     """
     source, arrivals = iter(batches), itertools.count()
     documents: dict[int, np.ndarray] = {}  # arrival -> ids
-    sizes: list[tuple[int, int]] = []  # (length, -arrival), sorted: of equals the last came first
+    sizes: list[
+        tuple[int, int]
+    ] = []  # (length, -arrival), sorted: of equals the last came first
     row, filled = np.empty(capacity, np.uint16), 0
     while True:
-        while len(sizes) < C.PACK_BUFFER_DOCS and (batch := next(source, None)) is not None:
+        while (
+            len(sizes) < C.PACK_BUFFER_DOCS and (batch := next(source, None)) is not None
+        ):
             for ids in batch:
                 documents[arrival := next(arrivals)] = ids
                 insort(sizes, (len(ids), -arrival))
@@ -97,7 +101,9 @@ def ensure_rows(
 
     A file of the right name is right unless `known` tells otherwise. The last shard validates.
     """
-    names = {row_name(name, about, tokenizer.sha256): name for name, about in shards.items()}
+    names = {
+        row_name(name, about, tokenizer.sha256): name for name, about in shards.items()
+    }
     there = [name for name in names if (folder / "rows" / name).is_file()]
     rows = describe_all(folder / "rows", there)
     for name in there:
@@ -111,14 +117,23 @@ def ensure_rows(
         n_rows = C.EVAL_TOKENS // C.MAX_SEQ_LEN if name == val else None
         documents.total += pq.read_metadata(shard).num_rows
         jobs[name] = partial(
-            build_rows, shard, folder / "rows" / name, tokenizer, n_rows, progress=documents
+            build_rows,
+            shard,
+            folder / "rows" / name,
+            tokenizer,
+            n_rows,
+            progress=documents,
         )
     if known and not known.keys() & names.keys():
-        print("rows: of other shards, tokenizer or rules; they are packed anew", flush=True)
+        print(
+            "rows: of other shards, tokenizer or rules; they are packed anew", flush=True
+        )
     run_jobs(jobs, workers or os.cpu_count(), documents)
     rows |= describe_all(folder / "rows", list(jobs))
     rows = {n: {"split": "val" if n == val else "train", **rows[n]} for n in names}
-    tokens = sum(about["size"] // 2 for about in rows.values() if about["split"] == "train")
+    tokens = sum(
+        about["size"] // 2 for about in rows.values() if about["split"] == "train"
+    )
     if tokens == 0:
         raise ValueError(f"the training shards in {place} do not fill one row")
     seconds = time.monotonic() - documents.started_at

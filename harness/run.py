@@ -32,13 +32,17 @@ ROOT = Path(__file__).parent.parent
 class Clock:
     """Counts the time budget, in seconds, by what the device has finished; the host runs ahead."""
 
-    MAX_AHEAD = 2  # steps that the host may have queued: enough to hide launches, and no more
+    MAX_AHEAD = (
+        2  # steps that the host may have queued: enough to hide launches, and no more
+    )
 
     def __init__(self, budget: float, now: Callable[[], float] = time.perf_counter):
         self.budget, self.now, self.running = budget, now, False
         self.started_at: float | None = None
         self.seconds = 0.0  # from the start to the end of the last finished step
-        self.durations: deque[float] = deque(maxlen=8)  # of the last steps, to judge the next by
+        self.durations: deque[float] = deque(
+            maxlen=8
+        )  # of the last steps, to judge the next by
         self.queued: deque = deque()  # (CUDA event at its end, None on a CPU; step)
 
     def start(self) -> None:
@@ -73,7 +77,9 @@ class Step:
     progress: float  # share of the time budget gone when the device begins it, 0 to 1
     epoch: int  # 1 is the first
     batches: Iterator[Batch] = iter(())  # one for each micro-step
-    loss: torch.Tensor | float | None = None  # set by the loop: mean over all micro-steps, nats
+    loss: torch.Tensor | float | None = (
+        None  # set by the loop: mean over all micro-steps, nats
+    )
     lrm: float = 1.0  # set by the loop, for its step line
     tokens: int = 0
     seconds: float = 0.0
@@ -83,13 +89,21 @@ class Run:
     """One experiment under the rules, on what `prepare` wrote; ValueError says what is amiss."""
 
     def __init__(self, folder: Path, device: torch.device):
-        self.opened_at, self.device, self.commit = time.perf_counter(), device, git_commit()
+        self.opened_at, self.device, self.commit = (
+            time.perf_counter(),
+            device,
+            git_commit(),
+        )
         manifest, path = load_manifest(folder), folder / "manifest.json"
         if manifest.get("rules") != C.DATA_RULES:
-            raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
+            raise ValueError(
+                f"{path} is missing, damaged or of other rules; run {PREPARE}"
+            )
         self.tokenizer = Tokenizer.load(folder / "tokenizer")
         if manifest.get("tokenizer") != self.tokenizer.sha256:
-            raise ValueError(f"the rows in {folder} are of another tokenizer; run {PREPARE}")
+            raise ValueError(
+                f"the rows in {folder} are of another tokenizer; run {PREPARE}"
+            )
         hashes = [describe(ROOT / name) for name in ("constants.py", "prepare.py")]
         hashes += [describe(path) for path in sorted((ROOT / "harness").glob("*.py"))]
         hashes.append(self.tokenizer.sha256)
@@ -101,17 +115,27 @@ class Run:
                 raise ValueError(f"{path} is missing or cut short; run {PREPARE}")
             if entry["split"] == "val":
                 if describe(path)["sha256"] != entry["sha256"]:
-                    raise ValueError(f"{path} is damaged: its bytes changed; run {PREPARE}")
+                    raise ValueError(
+                        f"{path} is damaged: its bytes changed; run {PREPARE}"
+                    )
                 hashes.append(entry["sha256"])
         own = {"SEED", "SAVE", "STARTED_AT"}  # not rules, but of this run alone
         values = {k: vars(C)[k] for k in dir(C) if k.isupper() and k not in own}
-        self.rules = f"{'smoke' if C.SMOKE else 'full'}-{content_key(*hashes, values)[:8]}"
+        self.rules = (
+            f"{'smoke' if C.SMOKE else 'full'}-{content_key(*hashes, values)[:8]}"
+        )
         self.train_rows, self.val_rows = Rows(paths["train"]), Rows(paths["val"])
         self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
-        self.clock, self.seed, self.cuda = Clock(C.TIME_BUDGET), C.SEED, device.type == "cuda"
+        self.clock, self.seed, self.cuda = (
+            Clock(C.TIME_BUDGET),
+            C.SEED,
+            device.type == "cuda",
+        )
         self.tokens, self.num_steps, self.batch_size, self.val_bpb = 0, 0, 0, math.nan
         self.evaluated = self.printed = False
-        self.finished: deque[Step] = deque()  # steps that the device is through with, for the log
+        self.finished: deque[Step] = (
+            deque()
+        )  # steps that the device is through with, for the log
         self.random_ids = torch.Generator(device).manual_seed(C.SEED)
         torch.manual_seed(C.SEED)
         self.import_seconds = self.opened_at - C.STARTED_AT
@@ -122,7 +146,9 @@ class Run:
     def random_batch(self, batch_size: int) -> Batch:
         """Return random ids for warm-up; torch's own generator is left alone."""
         shape = (batch_size, C.MAX_SEQ_LEN + 1)
-        ids = torch.randint(C.VOCAB_SIZE, shape, generator=self.random_ids, device=self.device)
+        ids = torch.randint(
+            C.VOCAB_SIZE, shape, generator=self.random_ids, device=self.device
+        )
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def steps(self, batch_size: int, grad_accum_steps: int) -> Iterator[Step]:
@@ -134,13 +160,19 @@ class Run:
         if self.clock.started_at is not None:
             raise RuntimeError("the clock has been started; one run trains once")
         if torch.initial_seed() != self.seed:
-            raise RuntimeError("train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)")
+            raise RuntimeError(
+                "train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)"
+            )
         batches = load_batches(self.train_rows, batch_size, self.device)
         self.watch.look()
         if (waited := time.perf_counter() - self.opened_at) > C.STARTUP_LIMIT:
-            raise RuntimeError(f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less")
+            raise RuntimeError(
+                f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less"
+            )
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
-        self.compile_seconds = self.startup_seconds - self.import_seconds - self.open_seconds
+        self.compile_seconds = (
+            self.startup_seconds - self.import_seconds - self.open_seconds
+        )
         self.batch_size = batch_size
         self.clock.start()
         return self._steps(batches, batch_size * C.MAX_SEQ_LEN, grad_accum_steps)
@@ -152,7 +184,9 @@ class Run:
             step.batches = self._batches(step, batches, tokens, count)
             yield step
             if step.loss is None:
-                raise RuntimeError(f"step {step.number} ended without a loss; set step.loss")
+                raise RuntimeError(
+                    f"step {step.number} ended without a loss; set step.loss"
+                )
             step.loss = torch.as_tensor(step.loss).detach().to("cpu", non_blocking=True)
             event = torch.cuda.current_stream().record_event() if self.cuda else None
             self.num_steps += 1
@@ -160,16 +194,26 @@ class Run:
             self._settle(Clock.MAX_AHEAD if self.cuda else 0)
         self._settle(0)
         if self.cuda:
-            torch.cuda.synchronize(self.device)  # what ran beside the steps counts as well
+            torch.cuda.synchronize(
+                self.device
+            )  # what ran beside the steps counts as well
             self.clock.seconds = self.clock.now() - self.clock.started_at
         self.clock.running = False
-        if (late := self.clock.seconds - C.TIME_BUDGET) > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
-            raise RuntimeError(f"the last step ended {late:.1f} s late; the run is void, repeat it")
+        if (
+            late := self.clock.seconds - C.TIME_BUDGET
+        ) > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
+            raise RuntimeError(
+                f"the last step ended {late:.1f} s late; the run is void, repeat it"
+            )
 
-    def _batches(self, step: Step, batches: Iterator, tokens: int, count: int) -> Iterator[Batch]:
+    def _batches(
+        self, step: Step, batches: Iterator, tokens: int, count: int
+    ) -> Iterator[Batch]:
         for _ in range(count):
             if self.num_steps != step.number or not self.clock.running:
-                raise RuntimeError(f"step {step.number} is over; its batches cannot be had now")
+                raise RuntimeError(
+                    f"step {step.number} is over; its batches cannot be had now"
+                )
             step.tokens += tokens
             self.tokens += tokens
             start, batch = gpu.mark(self.device), next(batches)
@@ -181,7 +225,9 @@ class Run:
             step.loss = float(step.loss)
             if not math.isfinite(step.loss):
                 what = f"training loss is {step.loss} at step {step.number} (lrm {step.lrm:.2f})"
-                raise RuntimeError(f"{what}; the run is void, lower a learning rate or revert")
+                raise RuntimeError(
+                    f"{what}; the run is void, lower a learning rate or revert"
+                )
             self.finished.append(step)
 
     def evaluate(self, model: Model) -> float:
@@ -191,28 +237,44 @@ class Run:
         That is tried on random ids: a model that runs out of memory has not seen the text.
         """
         if self.clock.running or not self.num_steps or self.evaluated:
-            raise RuntimeError("evaluate after training, once, and do not break out of run.steps")
+            raise RuntimeError(
+                "evaluate after training, once, and do not break out of run.steps"
+            )
         self.evaluated = True  # also if the model is refused: it has seen validation text
-        sizes = torch.from_numpy(self.tokenizer.token_bytes).to(self.device)  # waits for the GPU
+        sizes = torch.from_numpy(self.tokenizer.token_bytes).to(
+            self.device
+        )  # waits for the GPU
         late = self.clock.now() - self.clock.started_at - self.clock.seconds
         extra = self.train_rows.reads + self.val_rows.reads - self.tokens // C.MAX_SEQ_LEN
-        if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > self.batch_size:  # read ahead
+        if (
+            late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > self.batch_size
+        ):  # read ahead
             what = f"{late:.1f} s and {extra - self.batch_size} rows were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
         self.watch.look()
-        start, ids = time.perf_counter(), np.concatenate(self.val_rows.files).view(np.int16)
+        start, ids = (
+            time.perf_counter(),
+            np.concatenate(self.val_rows.files).view(np.int16),
+        )
         rows = torch.from_numpy(ids).to(self.device)
         batch_size = gpu.find_batch_size(
             lambda size: check_model(model, self.random_batch(size)[0]),
-            limit=min(max(self.batch_size, 2), C.EVAL_ROWS),  # two show whether rows are mixed
-            row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,  # logits in float32, about thrice
+            limit=min(
+                max(self.batch_size, 2), C.EVAL_ROWS
+            ),  # two show whether rows are mixed
+            row_bytes=3
+            * 4
+            * C.MAX_SEQ_LEN
+            * C.VOCAB_SIZE,  # logits in float32, about thrice
             device=self.device,
         )
         self.val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
         self.eval_seconds = time.perf_counter() - start
         return self.val_bpb
 
-    def print_summary(self, num_params: int, depth: int, flops_per_token: float, attention: str):
+    def print_summary(
+        self, num_params: int, depth: int, flops_per_token: float, attention: str
+    ):
         """Print the result, once and last of all; RuntimeError if there is none."""
         if not math.isfinite(self.val_bpb) or self.printed:
             raise RuntimeError("there is no result to print; evaluate first, print once")

@@ -60,7 +60,11 @@ class Tokenizer:
         try:
             about = json.loads((folder / "tokenizer.json").read_text("utf-8"))
             body = (folder / "ranks.tiktoken").read_bytes()
-            made = (hashlib.sha256(body).hexdigest(), about["pattern"], *about["special_tokens"])
+            made = (
+                hashlib.sha256(body).hexdigest(),
+                about["pattern"],
+                *about["special_tokens"],
+            )
             if made != (about["ranks_sha256"], C.SPLIT_PATTERN, *C.SPECIAL_TOKENS):
                 raise ValueError("its files are not of one making, or of other rules")
             pairs = (line.split() for line in body.splitlines())
@@ -101,10 +105,14 @@ def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
 
     bpe, n_ranks = rustbpe.Tokenizer(), C.VOCAB_SIZE - len(C.SPECIAL_TOKENS)
     train = partial(bpe.train_from_iterator, texts(), n_ranks, pattern=C.SPLIT_PATTERN)
-    run_jobs({"": train}, 1, progress)  # on a thread, so that Ctrl-C need not wait for the merges
+    run_jobs(
+        {"": train}, 1, progress
+    )  # on a thread, so that Ctrl-C need not wait for the merges
     ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
     if len(ranks) != n_ranks:
-        raise ValueError(f"{chars:,} characters give {len(ranks)} of {n_ranks} tokens; use more")
+        raise ValueError(
+            f"{chars:,} characters give {len(ranks)} of {n_ranks} tokens; use more"
+        )
     body = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
     sha256 = hashlib.sha256(body).hexdigest()
     about = {"pattern": C.SPLIT_PATTERN, "special_tokens": C.SPECIAL_TOKENS, "key": key}
@@ -113,5 +121,7 @@ def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(json.dumps(about | {"ranks_sha256": sha256}, indent=1).encode())
     text = f"trained on {chars:,} characters, of {C.TOKENIZER_CHARS:,} wanted"
-    print(f"tokenizer: {text}, {time.monotonic() - progress.started_at:.1f} s", flush=True)
+    print(
+        f"tokenizer: {text}, {time.monotonic() - progress.started_at:.1f} s", flush=True
+    )
     return Tokenizer.load(folder)

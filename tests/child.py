@@ -23,13 +23,17 @@ def context() -> multiprocessing.context.BaseContext:
     """Return what such processes are made with; the server is up then."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["child"])
-    with pytest.MonkeyPatch.context() as patch:  # how the server finds what it is to import
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # how the server finds what it is to import
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
     return made
 
 
-def _run(cache: Path, url: str, argv: list[str], log: Path, slow: float, file_limit: int) -> None:
+def _run(
+    cache: Path, url: str, argv: list[str], log: Path, slow: float, file_limit: int
+) -> None:
     os.environ |= {"AUTORESEARCH_CACHE": str(cache), "HF_ENDPOINT": url}
     with open(log, "wb", 0) as file:
         os.dup2(file.fileno(), 1)

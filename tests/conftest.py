@@ -13,10 +13,20 @@ from pathlib import Path
 CACHE = Path(tempfile.mkdtemp(prefix="autoresearch-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 PROXIES = [f"{kind}_proxy" for kind in ("http", "https", "all")]
-for name in ["AUTORESEARCH_SEED", "HF_TOKEN", "HF_ENDPOINT", *PROXIES, *map(str.upper, PROXIES)]:
+for name in [
+    "AUTORESEARCH_SEED",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    *PROXIES,
+    *map(str.upper, PROXIES),
+]:
     os.environ.pop(name, None)
 # Before the first import of constants, which reads them once.
-os.environ |= {"AUTORESEARCH_SMOKE": "1", "AUTORESEARCH_CACHE": str(CACHE), "HF_HUB_OFFLINE": "1"}
+os.environ |= {
+    "AUTORESEARCH_SMOKE": "1",
+    "AUTORESEARCH_CACHE": str(CACHE),
+    "HF_HUB_OFFLINE": "1",
+}
 
 import pyarrow as pa  # noqa: E402  (importable only after the environment is set)
 import pyarrow.parquet as pq  # noqa: E402
@@ -66,7 +76,10 @@ def own_exit_status():
 @pytest.fixture(scope="session", autouse=True)
 def only_localhost():
     """Fail a test that connects to, or looks up, any host but 127.0.0.1."""
-    patch, allowed = pytest.MonkeyPatch(), {"127.0.0.1", b"127.0.0.1", "localhost", "", None}
+    patch, allowed = (
+        pytest.MonkeyPatch(),
+        {"127.0.0.1", b"127.0.0.1", "localhost", "", None},
+    )
 
     def guard(function, host_of):
         def guarded(*args, **kwargs):
@@ -81,8 +94,12 @@ def only_localhost():
         return address[0] if sock.family in (socket.AF_INET, socket.AF_INET6) else None
 
     for name in ("connect", "connect_ex"):
-        patch.setattr(socket.socket, name, guard(getattr(socket.socket, name), host_of_socket))
-    patch.setattr(socket, "getaddrinfo", guard(socket.getaddrinfo, lambda host, *_, **__: host))
+        patch.setattr(
+            socket.socket, name, guard(getattr(socket.socket, name), host_of_socket)
+        )
+    patch.setattr(
+        socket, "getaddrinfo", guard(socket.getaddrinfo, lambda host, *_, **__: host)
+    )
     yield
     patch.undo()
 
@@ -90,7 +107,9 @@ def only_localhost():
 def write_shard(path: Path, documents: list[str], row_group_size: int = 100) -> Path:
     """Write a shard as the data set's are: parquet, one column `text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": pa.array(documents, pa.string())}), path, row_group_size)
+    pq.write_table(
+        pa.table({"text": pa.array(documents, pa.string())}), path, row_group_size
+    )
     return path
 
 
@@ -98,9 +117,16 @@ def make_documents(seed: int, count: int) -> list[str]:
     """Return random documents of 1 to some 300 words; words recur, as BPE needs it."""
     rng = random.Random(seed)
     words = [
-        "".join(rng.choices(script, k=rng.randint(1, 7))) for script in SCRIPTS for _ in range(60)
+        "".join(rng.choices(script, k=rng.randint(1, 7)))
+        for script in SCRIPTS
+        for _ in range(60)
     ]
-    words += [str(rng.randint(0, 10**6)) for _ in range(60)] + ["I'm", "they'll", "WE'VE", "don't"]
+    words += [str(rng.randint(0, 10**6)) for _ in range(60)] + [
+        "I'm",
+        "they'll",
+        "WE'VE",
+        "don't",
+    ]
     spaces = [" "] * 12 + [", ", ".\n", "\n\n", "  ", "\t", "\r\n"]
     documents = []
     for _ in range(count):
@@ -115,7 +141,12 @@ def corpus() -> list[str]:
     """Documents of every awkward kind: empty, very long, many scripts, special-looking; 600."""
     documents = make_documents(seed=0, count=580)
     documents += [*SPECIAL_LOOKING, "", "", " ", "\n", "\0", "\x7f\x1b[0m", "x"]
-    documents += ["\ufeff", "\ufffd", "e\u0301 \u200d\u202e zero width", "\U0010ffff\ue000"]
+    documents += [
+        "\ufeff",
+        "\ufffd",
+        "e\u0301 \u200d\u202e zero width",
+        "\U0010ffff\ue000",
+    ]
     documents += ["a" * 1000, "é" * 700, "1234567890" * 9, "\r\n" * 9]
     documents += ["".join(make_documents(seed=1, count=400))]
     random.Random(0).shuffle(documents)
@@ -127,7 +158,9 @@ def tiny_tokenizer(corpus: list[str], tmp_path_factory) -> prepare.Tokenizer:
     """A tokenizer of C.VOCAB_SIZE ids, trained on `corpus`."""
     folder = tmp_path_factory.mktemp("tiny")
     shard = write_shard(folder / C.SHARD_NAME.format(0), corpus)
-    return prepare.ensure_tokenizer(folder / "tokenizer", {shard: prepare.describe(shard)})
+    return prepare.ensure_tokenizer(
+        folder / "tokenizer", {shard: prepare.describe(shard)}
+    )
 
 
 @pytest.fixture(scope="session")

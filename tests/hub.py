@@ -23,8 +23,12 @@ from pathlib import Path
 from socketserver import TCPServer
 from typing import NamedTuple
 
-FILE_URL = re.compile(r"/datasets/[^/]+/[^/]+/resolve/(?P<revision>[^/]+)/(?P<name>[^/?]+)")
-HTML = b"<!doctype html><title>Sign in</title><p>Accept the terms of this network to go on."
+FILE_URL = re.compile(
+    r"/datasets/[^/]+/[^/]+/resolve/(?P<revision>[^/]+)/(?P<name>[^/?]+)"
+)
+HTML = (
+    b"<!doctype html><title>Sign in</title><p>Accept the terms of this network to go on."
+)
 # What can be ordered with `fail`, and which of the two servers does it unless told otherwise.
 FAULTS = {
     "401": "hub",
@@ -59,17 +63,27 @@ class Hub:
     """Two servers on 127.0.0.1, `url` and `cdn_url`, for the shards anywhere below `folder`."""
 
     def __init__(self, folder: Path | str, port: int = 0):
-        self.files = {path.name: path for path in sorted(Path(folder).rglob("shard_*.parquet"))}
-        listing = "".join(f"{name} {path.stat().st_size}\n" for name, path in self.files.items())
-        self.commit = hashlib.sha1(listing.encode()).hexdigest()  # what revision `main` stands for
+        self.files = {
+            path.name: path for path in sorted(Path(folder).rglob("shard_*.parquet"))
+        }
+        listing = "".join(
+            f"{name} {path.stat().st_size}\n" for name, path in self.files.items()
+        )
+        self.commit = hashlib.sha1(
+            listing.encode()
+        ).hexdigest()  # what revision `main` stands for
         self.requests: list[Request] = []
-        self.faults: list[list] = []  # [kind, file name or None, server, how many times yet]
+        self.faults: list[
+            list
+        ] = []  # [kind, file name or None, server, how many times yet]
         self.retry_after: str | None = None  # header of 429 and 500
         self.rate = math.inf  # bytes a second that the CDN sends to each client
         self.closing = threading.Event()  # ends what stalls
         self.lock = threading.Lock()
         self.servers = [self._listen("hub", port), self._listen("cdn", 0)]
-        self.url, self.cdn_url = (f"http://127.0.0.1:{s.server_port}" for s in self.servers)
+        self.url, self.cdn_url = (
+            f"http://127.0.0.1:{s.server_port}" for s in self.servers
+        )
 
     def _listen(self, server: str, port: int) -> "Server":
         handler = type("Handler", (_Handler,), {"hub": self, "server_kind": server})
@@ -77,7 +91,9 @@ class Hub:
 
     def __enter__(self) -> "Hub":
         for server in self.servers:
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            threading.Thread(
+                target=server.serve_forever, args=(0.01,), daemon=True
+            ).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -87,7 +103,11 @@ class Hub:
             server.server_close()
 
     def fail(
-        self, kind: str, name: str | None = None, times: float = 1, server: str | None = None
+        self,
+        kind: str,
+        name: str | None = None,
+        times: float = 1,
+        server: str | None = None,
     ) -> None:
         """Let the next `times` requests fail: for file `name` (None: any), at "hub" or "cdn".
 
@@ -121,11 +141,15 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's also asks the name service about the host
+        TCPServer.server_bind(
+            self
+        )  # HTTPServer's also asks the name service about the host
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client may go when it likes
+        if not isinstance(
+            sys.exc_info()[1], ConnectionError
+        ):  # the client may go when it likes
             super().handle_error(request, client_address)
 
 
@@ -159,13 +183,17 @@ class _Handler(BaseHTTPRequestHandler):
         found, hub = FILE_URL.fullmatch(self.path.partition("?")[0]), self.hub
         name = found["name"] if found else self.path.partition("?")[0].rpartition("/")[2]
         headers = {key.lower(): value for key, value in self.headers.items()}
-        hub.requests.append(Request(self.server_kind, self.command, self.path, name, headers))
+        hub.requests.append(
+            Request(self.server_kind, self.command, self.path, name, headers)
+        )
         fault, path = hub.next_fault(self.server_kind, name), hub.files.get(name)
         if fault in ("429", "500"):
             after = {"Retry-After": hub.retry_after} if hub.retry_after else {}
             self.reply(int(fault), b"not now\n", after)
         elif fault == "401":
-            self.reply(401, b"Invalid username or password.\n", {"X-Error-Code": "RepoNotFound"})
+            self.reply(
+                401, b"Invalid username or password.\n", {"X-Error-Code": "RepoNotFound"}
+            )
         elif fault in ("loop", "moved"):
             owner = "/datasets/moved/" if fault == "moved" else "/datasets/karpathy/"
             place = self.path.replace("/datasets/karpathy/", owner)
@@ -183,7 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
             digest = sha256(path, stat.st_size, stat.st_mtime_ns)
             about = {"X-Repo-Commit": hub.commit, "X-Linked-Size": stat.st_size}
             about |= {"X-Linked-Etag": f'"{digest}"'}
-            about |= {"Location": f"{hub.cdn_url}/blobs/{digest}/{name}?signature={digest[:8]}"}
+            about |= {
+                "Location": f"{hub.cdn_url}/blobs/{digest}/{name}?signature={digest[:8]}"
+            }
             self.reply(302, b"Found. Redirecting.\n", about)
 
     def reply(self, status: int, body: bytes, headers: dict | None = None) -> None:
@@ -203,7 +233,9 @@ class _Handler(BaseHTTPRequestHandler):
         if start >= size:
             return self.reply(416, b"", {"Content-Range": f"bytes */{size}"})
         if fault == "changed":
-            body = body[: size // 2] + bytes([body[size // 2] ^ 1]) + body[size // 2 + 1 :]
+            body = (
+                body[: size // 2] + bytes([body[size // 2] ^ 1]) + body[size // 2 + 1 :]
+            )
         if fault == "endless":
             body += bytes(50_000_000)
         self.send_response(206 if start else 200)
@@ -218,7 +250,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         half = fault in ("truncated", "unsized", "stall", "reset")
         self.close_connection = half or fault == "endless"
-        self.send_slowly(memoryview(body)[start : (start + size + 1) // 2 if half else None])
+        self.send_slowly(
+            memoryview(body)[start : (start + size + 1) // 2 if half else None]
+        )
         if fault == "stall":
             self.hub.closing.wait(30)
         elif fault == "reset":  # no FIN: what the client has not read yet is lost as well
@@ -239,7 +273,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve shards as the Hugging Face hub does.")
+    parser = argparse.ArgumentParser(
+        description="Serve shards as the Hugging Face hub does."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()

@@ -14,7 +14,9 @@ def pack_by_lengths(batches: list[np.ndarray], capacity: int, buffer_docs: int):
         if not len(sizes):
             return rows
         fitting = np.where(sizes <= space, sizes, 0)
-        k = int(fitting.argmax() if fitting.any() else sizes.argmin())  # both take the first
+        k = int(
+            fitting.argmax() if fitting.any() else sizes.argmin()
+        )  # both take the first
         taken = min(int(sizes[k]), space)
         row.append((int(numbers[k]), taken))
         space -= taken

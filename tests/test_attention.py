@@ -41,7 +41,9 @@ def by_hand(q, k, v, window: int, scale: float) -> list:
 def test_masked_attention_is_the_definition(window, scale):
     q, k, v = qkv(2, 7, 4, 6)
     expected = torch.tensor(by_hand(q, k, v, window, scale))
-    assert torch.allclose(attention.masked_attention(q, k, v, window, scale), expected, atol=1e-5)
+    assert torch.allclose(
+        attention.masked_attention(q, k, v, window, scale), expected, atol=1e-5
+    )
 
 
 def test_a_window_of_one_token_returns_its_value():
@@ -58,7 +60,9 @@ def test_flex_attention_agrees_with_the_definition():
     for window in windows:
         y = attend(q, k, v, window, 0.3)
         assert y.shape == (1, T, 4, 16)
-        assert torch.allclose(y, attention.masked_attention(q, k, v, window, 0.3), atol=1e-5)
+        assert torch.allclose(
+            y, attention.masked_attention(q, k, v, window, 0.3), atol=1e-5
+        )
 
 
 # ---- Choice -------------------------------------------------------------------------------------
@@ -66,21 +70,27 @@ def test_flex_attention_agrees_with_the_definition():
 def flex(monkeypatch):
     """Stands in for FlexAttention, whose block masks would be built on a GPU."""
     built = object()
-    monkeypatch.setattr(attention, "build_flex_attention", lambda windows, T, device: built)
+    monkeypatch.setattr(
+        attention, "build_flex_attention", lambda windows, T, device: built
+    )
     return built
 
 
 GPU = types.SimpleNamespace(type="cuda")
 
 
-def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(monkeypatch, capsys, flex):
+def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(
+    monkeypatch, capsys, flex
+):
     def load():
         raise RuntimeError("the hub could not be reached")
 
     monkeypatch.setattr(prepare, "load_flash_attention", load)
     assert attention.choose_attention("auto", [8], 8, GPU) == ("flex", flex)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "flex" in line and "fallback" in line and "the hub could not be reached" in line
+    assert (
+        "flex" in line and "fallback" in line and "the hub could not be reached" in line
+    )
 
 
 def test_flash_attention_asked_for_by_name_never_falls_back(monkeypatch):
@@ -92,7 +102,9 @@ def test_flash_attention_asked_for_by_name_never_falls_back(monkeypatch):
         attention.choose_attention("fa3", [8], 8, GPU)
 
 
-def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(monkeypatch, capsys):
+def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(
+    monkeypatch, capsys
+):
     calls = []
 
     def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
@@ -108,7 +120,10 @@ def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(monkeypatc
 
 
 def test_a_cpu_uses_the_plain_softmax(capsys):
-    assert attention.choose_attention("auto", [8], 8, CPU) == ("masked", attention.masked_attention)
+    assert attention.choose_attention("auto", [8], 8, CPU) == (
+        "masked",
+        attention.masked_attention,
+    )
     assert "attention: masked (no GPU)" in capsys.readouterr().out
 
 
@@ -133,7 +148,9 @@ def test_without_a_gpu_flash_attention_says_so(monkeypatch):
 def flash_attention():
     try:
         return attention.build_flash_attention()
-    except RuntimeError as error:  # no network, or a GPU it has no build for: flex serves there
+    except (
+        RuntimeError
+    ) as error:  # no network, or a GPU it has no build for: flex serves there
         pytest.skip(str(error))
 
 
@@ -159,7 +176,10 @@ def test_kernels_agree_with_the_definition_forward_and_backward(name, heads, D):
         assert got.dtype == torch.bfloat16 and got.shape == expected.shape
         (expected * weights).sum().backward()
         (got.float() * weights).sum().backward()
-        pairs = [(expected, got), *((e.grad, h.grad) for e, h in zip(exact, half, strict=True))]
+        pairs = [
+            (expected, got),
+            *((e.grad, h.grad) for e, h in zip(exact, half, strict=True)),
+        ]
         for e, h in pairs:
             error = (e - h.float()).norm() / e.norm().clamp_min(1e-3 * e.numel() ** 0.5)
             assert error < 0.02, (window, float(error))
@@ -170,16 +190,22 @@ def test_a_kernel_that_was_fetched_is_loaded_again_without_the_hub(monkeypatch, 
     build = tmp_path / "repository" / "build" / "torch-cuda"
     build.mkdir(parents=True)
     (build / "__init__.py").write_text("from . import flash_attn_interface\n")
-    (build / "flash_attn_interface.py").write_text("def flash_attn_func(): return 'fetched'\n")
+    (build / "flash_attn_interface.py").write_text(
+        "def flash_attn_func(): return 'fetched'\n"
+    )
     metadata = '{"name": "flash-attn3", "id": "flash_attn3_test", "version": 1, '
-    metadata += '"license": "BSD-3-Clause", "python-depends": [], "backend": {"type": "cuda"}}'
+    metadata += (
+        '"license": "BSD-3-Clause", "python-depends": [], "backend": {"type": "cuda"}}'
+    )
     (build / "metadata.json").write_text(metadata)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(RuntimeError, match="flash-attn3 could not be loaded"):
         prepare.load_flash_attention()  # never fetched, and no hub
-    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={build.parent.parent}")
+    monkeypatch.setenv(
+        "LOCAL_KERNELS", f"kernels-community/flash-attn3={build.parent.parent}"
+    )
     assert prepare.load_flash_attention()() == "fetched"
     monkeypatch.delenv("LOCAL_KERNELS")
     assert prepare.load_flash_attention()() == "fetched"

@@ -56,21 +56,29 @@ def slow_sums(model, rows: torch.Tensor) -> tuple[float, int]:
 # ---- The number ---------------------------------------------------------------------------------
 def test_bits_per_byte_by_hand():
     # Three tokens at 1/2, 1/4 and 1/8 cost 1 + 2 + 3 bits; they spell four bytes.
-    assert prepare.bits_per_byte(-math.log(1 / 2 * 1 / 4 * 1 / 8), 4) == pytest.approx(1.5)
+    assert prepare.bits_per_byte(-math.log(1 / 2 * 1 / 4 * 1 / 8), 4) == pytest.approx(
+        1.5
+    )
     assert prepare.bits_per_byte(0.0, 9) == 0.0
 
 
 def test_a_uniform_model_costs_log2_of_the_vocabulary_a_token(rows):
-    targets = [target for row in rows.tolist() for target in row[1:] if target not in SPECIAL]
+    targets = [
+        target for row in rows.tolist() for target in row[1:] if target not in SPECIAL
+    ]
     nbytes = sum(SIZES[target].item() for target in targets)
     expected = math.log2(V) * len(targets) / nbytes
-    assert prepare.evaluate_bpb(uniform, rows, SIZES, 2) == pytest.approx(expected, rel=1e-6)
+    assert prepare.evaluate_bpb(uniform, rows, SIZES, 2) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_a_known_model_agrees_with_a_slow_loop(rows):
     nats, nbytes = slow_sums(causal, rows)
     expected = nats / nbytes / math.log(2)
-    assert prepare.evaluate_bpb(causal, rows, SIZES, 3) == pytest.approx(expected, rel=1e-5)
+    assert prepare.evaluate_bpb(causal, rows, SIZES, 3) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
@@ -82,7 +90,9 @@ def test_rows_may_have_any_integer_type(rows, dtype):
 def test_special_tokens_count_in_neither_sum(rows):
     before = prepare.evaluate_bpb(uniform, rows, SIZES, 2)
     more = torch.cat([rows, torch.full((4, T + 1), SPECIAL[1])])
-    assert prepare.evaluate_bpb(uniform, more, SIZES, 2) == pytest.approx(before, rel=1e-9)
+    assert prepare.evaluate_bpb(uniform, more, SIZES, 2) == pytest.approx(
+        before, rel=1e-9
+    )
 
 
 def test_the_first_id_of_a_row_is_no_target(rows):
@@ -93,10 +103,14 @@ def test_the_first_id_of_a_row_is_no_target(rows):
 
 
 def test_every_batch_size_gives_the_same_value(rows):
-    values = [prepare.evaluate_bpb(causal, rows, SIZES, size) for size in (1, 3, R, R + 4)]
+    values = [
+        prepare.evaluate_bpb(causal, rows, SIZES, size) for size in (1, 3, R, R + 4)
+    ]
     assert values == pytest.approx([values[0]] * 4, rel=1e-7)
     # The last batch of 3 holds one row; its fillers would be seen if they counted.
-    assert values[0] != pytest.approx(prepare.evaluate_bpb(causal, rows[:6], SIZES, 3), rel=1e-4)
+    assert values[0] != pytest.approx(
+        prepare.evaluate_bpb(causal, rows[:6], SIZES, 3), rel=1e-4
+    )
 
 
 def test_every_call_has_one_shape_so_that_nothing_is_compiled_twice(rows):
@@ -129,7 +143,9 @@ def test_half_precision_logits_are_summed_in_float32(rows):
 
     nats, nbytes = slow_sums(model, rows)
     expected = nats / nbytes / math.log(2)
-    assert prepare.evaluate_bpb(model, rows, SIZES, 3) == pytest.approx(expected, rel=1e-5)
+    assert prepare.evaluate_bpb(model, rows, SIZES, 3) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 # ---- Refusals -----------------------------------------------------------------------------------
@@ -204,7 +220,9 @@ def test_refuses_a_model_that_learns_slowly_from_what_it_is_shown(rows):
 def test_refuses_a_model_that_drifts_too_slowly_to_be_seen_before_the_end(rows):
     calls = []
 
-    def model(idx):  # moves by less than the tolerance in all calls of the first check together
+    def model(
+        idx,
+    ):  # moves by less than the tolerance in all calls of the first check together
         calls.append(idx)
         return causal(idx) + 0.15 * C.LOGIT_TOLERANCE * len(calls)
 
@@ -222,7 +240,10 @@ def test_refuses_dropout_left_on(rows):
 @pytest.mark.parametrize(
     "model, what",
     [
-        (lambda idx: causal(idx)[..., :-1], rf"4, {T}, {V - 1}[])].* not logits \(4, {T}, {V}\)"),
+        (
+            lambda idx: causal(idx)[..., :-1],
+            rf"4, {T}, {V - 1}[])].* not logits \(4, {T}, {V}\)",
+        ),
         (lambda idx: causal(idx)[:, -1:], rf"4, 1, {V}[])].* not logits"),
         (lambda idx: causal(idx).mean(), r"\(\[?\]?\).*, not logits"),
         (lambda idx: 1.5, "gave float"),
@@ -237,7 +258,9 @@ def test_refuses_what_is_no_logits_and_says_what_it_got(rows, model, what):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["everywhere", "in the last row"])
-def test_refuses_logits_that_are_not_finite_even_for_an_id_that_is_no_target(rows, value, where):
+def test_refuses_logits_that_are_not_finite_even_for_an_id_that_is_no_target(
+    rows, value, where
+):
     last = rows[-1, :-1]
 
     def model(idx):
@@ -251,7 +274,9 @@ def test_refuses_logits_that_are_not_finite_even_for_an_id_that_is_no_target(row
 
 def test_a_causal_model_passes_whatever_its_precision(rows):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        value = prepare.evaluate_bpb(lambda idx, dtype=dtype: causal(idx).to(dtype), rows, SIZES, 2)
+        value = prepare.evaluate_bpb(
+            lambda idx, dtype=dtype: causal(idx).to(dtype), rows, SIZES, 2
+        )
         assert math.isfinite(value)
 
 

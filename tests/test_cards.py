@@ -17,8 +17,18 @@ SMALL = "DEPTH=1,N_EMBD=32,HEAD_DIM=16,NGRAM_ROWS=2**6,TOTAL_BATCH_SIZE=2**9"
 def lines(prepared, tmp_path_factory) -> list[str]:
     cache = tmp_path_factory.mktemp("cache")
     (cache / "smoke").symlink_to(prepared)
-    env = {"AUTORESEARCH_SMOKE": "1", "AUTORESEARCH_SAVE": "0", "AUTORESEARCH_CACHE": str(cache)}
-    command = [sys.executable, str(SCRIPT), f"8:0.5:{SMALL}", "8:1:DEPHT=6", "8:1:N_EMBD=7"]
+    env = {
+        "AUTORESEARCH_SMOKE": "1",
+        "AUTORESEARCH_SAVE": "0",
+        "AUTORESEARCH_CACHE": str(cache),
+    }
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        f"8:0.5:{SMALL}",
+        "8:1:DEPHT=6",
+        "8:1:N_EMBD=7",
+    ]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()

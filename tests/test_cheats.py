@@ -24,7 +24,11 @@ import prepare
 ROOT = Path(C.__file__).parent
 SMALLER = [
     ("constants.py", "TIME_BUDGET = 20 if SMOKE", "TIME_BUDGET = 0.5 if SMOKE"),
-    ("constants.py", "OVERRUN_TOLERANCE = 1.0 if SMOKE", "OVERRUN_TOLERANCE = 4.0 if SMOKE"),
+    (
+        "constants.py",
+        "OVERRUN_TOLERANCE = 1.0 if SMOKE",
+        "OVERRUN_TOLERANCE = 4.0 if SMOKE",
+    ),
     ("constants.py", "EVAL_TOKENS = 2**16 if SMOKE", "EVAL_TOKENS = 2**13 if SMOKE"),
     ("train.py", "NGRAM_ROWS = 4, 128, 32, 2**11", "NGRAM_ROWS = 2, 32, 16, 2**6"),
     # On a busy machine the budget holds one step, after which layers that began as nothing would
@@ -75,7 +79,9 @@ def cheat(*edit: str):
 
 def apply(folder: Path, name: str, old: str, new: str) -> None:
     text = (folder / name).read_text("utf-8")
-    assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times; mend the cheat"
+    assert text.count(old) == 1, (
+        f"{name} holds {old!r} {text.count(old)} times; mend the cheat"
+    )
     (folder / name).write_text(text.replace(old, new), "utf-8")
 
 
@@ -105,9 +111,14 @@ def runs(request, cache, tmp_path_factory) -> dict[str, tuple[int, str]]:
     folders = [str(folder / name) for name in ("honest", *selected)]
     env = os.environ | {"AUTORESEARCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUNNER, *folders]
-    text = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        command, env=env, check=True, capture_output=True, text=True
+    ).stdout
     paths = {Path(path): status for path, status in json.loads(text).items()}
-    return {path.name: (status, (path / "run.log").read_text()) for path, status in paths.items()}
+    return {
+        path.name: (status, (path / "run.log").read_text())
+        for path, status in paths.items()
+    }
 
 
 @pytest.fixture
@@ -152,7 +163,11 @@ def test_a_mask_that_sees_the_future(result):
     stopped(result, "evaluation refused: the model sees the future")
 
 
-@cheat("train.py", "F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))", "F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1))")
+@cheat(
+    "train.py",
+    "F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))",
+    "F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1))",
+)
 def test_keys_taken_from_the_token_behind(result):
     """Gain: a key tells what follows its token, so the last query finds what it is to predict."""
     stopped(result, "evaluation refused: the model sees the future")
@@ -204,13 +219,17 @@ def test_a_refused_evaluation_that_is_tried_again(result):
 @cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model(idx)[..., :512])")
 def test_logits_of_the_wrong_vocabulary(result):
     """Gain: the probability that belongs to rare ids goes to the others."""
-    stopped(result, r"evaluation refused: .*\(4, 256, 512\) .*, not logits \(4, 256, 1024\)")
+    stopped(
+        result, r"evaluation refused: .*\(4, 256, 512\) .*, not logits \(4, 256, 1024\)"
+    )
 
 
 @cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model.loss(idx, idx) / 9)")
 def test_a_returned_loss_instead_of_logits(result):
     """Gain: the model names its own loss, over whatever it likes."""
-    stopped(result, r"evaluation refused: model\(idx\) gave \(\) torch.float32, not logits")
+    stopped(
+        result, r"evaluation refused: model\(idx\) gave \(\) torch.float32, not logits"
+    )
 
 
 FEW_ROWS = """def uniform(idx):
@@ -228,14 +247,19 @@ def test_fewer_evaluation_tokens_through_the_batch_size(result, cache):
     """
     folder = cache / "smoke"
     rows = prepare.load_manifest(folder)["rows"]
-    (val,) = (folder / "rows" / name for name, about in rows.items() if about["split"] == "val")
+    (val,) = (
+        folder / "rows" / name for name, about in rows.items() if about["split"] == "val"
+    )
     ids = np.fromfile(val, "<u2").reshape(32, C.MAX_SEQ_LEN + 1)[:, 1:]
     sizes = prepare.Tokenizer.load(folder / "tokenizer").token_bytes
     expected = [
-        math.log2(C.VOCAB_SIZE) * (sizes[k] > 0).sum() / sizes[k].sum() for k in (ids, ids[:30])
+        math.log2(C.VOCAB_SIZE) * (sizes[k] > 0).sum() / sizes[k].sum()
+        for k in (ids, ids[:30])
     ]
     status, log = result
-    assert status == 0 and float(values(log)["val_bpb"]) == pytest.approx(expected[0], abs=2e-6)
+    assert status == 0 and float(values(log)["val_bpb"]) == pytest.approx(
+        expected[0], abs=2e-6
+    )
     assert expected[0] != pytest.approx(expected[1], abs=1e-4)
 
 
@@ -265,7 +289,9 @@ EARLY = f"""early = prepare.load_batches(run.train_rows, batch_size, device)
 @cheat("train.py", STEPS, EARLY)
 def test_training_before_the_clock_starts(result):
     """Gain: as much again as the start-up limit allows, five minutes of it."""
-    stopped(result, r"evaluation refused: \d+\.\d s and 44 rows were used outside the clock")
+    stopped(
+        result, r"evaluation refused: \d+\.\d s and 44 rows were used outside the clock"
+    )
 
 
 LATE = f"""import time
@@ -278,10 +304,16 @@ LATE = f"""import time
 @cheat("train.py", EVALUATE, LATE)
 def test_training_after_the_clock_has_stopped(result):
     """Gain: any time at all, on batches that were kept."""
-    stopped(result, r"evaluation refused: \d+\.\d s and 0 rows were used outside the clock")
+    stopped(
+        result, r"evaluation refused: \d+\.\d s and 0 rows were used outside the clock"
+    )
 
 
-@cheat("train.py", EVALUATE, f"train_step(model, optimizers, step.batches, 2)\n    {EVALUATE}")
+@cheat(
+    "train.py",
+    EVALUATE,
+    f"train_step(model, optimizers, step.batches, 2)\n    {EVALUATE}",
+)
 def test_a_batch_after_the_clock_has_stopped(result):
     """Gain: tokens that the budget does not hold."""
     stopped(result, "its batches cannot be had now|no gradient for")
@@ -295,7 +327,11 @@ def test_an_edited_constant(result, runs):
     assert values(result[1])["commit"].endswith("+dirty")
 
 
-@cheat("train.py", "import prepare\n", "import constants, prepare\nconstants.TIME_BUDGET = 1\n")
+@cheat(
+    "train.py",
+    "import prepare\n",
+    "import constants, prepare\nconstants.TIME_BUDGET = 1\n",
+)
 def test_a_constant_changed_in_memory(result, runs):
     """Gain: the same, with every fixed file as it was."""
     shows(result, runs["honest"])
@@ -358,7 +394,9 @@ TRAINS = "step.loss = train_step("
 
 
 @cheat(
-    "train.py", TRAINS, f"import os, signal; os.kill(os.getpid(), signal.SIGINT)\n        {TRAINS}"
+    "train.py",
+    TRAINS,
+    f"import os, signal; os.kill(os.getpid(), signal.SIGINT)\n        {TRAINS}",
 )
 def test_an_interrupted_run(result):
     """Gain: none, but Ctrl-C must leave no result."""
@@ -366,7 +404,9 @@ def test_an_interrupted_run(result):
 
 
 @cheat(
-    "train.py", TRAINS, f"import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n        {TRAINS}"
+    "train.py",
+    TRAINS,
+    f"import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n        {TRAINS}",
 )
 def test_a_run_that_is_ended_by_a_time_limit(result):
     """Gain: none, but SIGTERM must leave no result."""

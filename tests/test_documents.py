@@ -37,7 +37,9 @@ def test_batches_hold_128_documents_and_never_span_row_groups(tmp_path):
 
 @pytest.mark.parametrize("group", [1, 100, 127, 128, 129, 256, 1000])
 def test_every_row_group_starts_a_batch(tmp_path, group):
-    path = write_shard(tmp_path / "shard_00000.parquet", ["x"] * 600, row_group_size=group)
+    path = write_shard(
+        tmp_path / "shard_00000.parquet", ["x"] * 600, row_group_size=group
+    )
     sizes = [len(batch) for batch in prepare.read_documents(path)]
     starts = {sum(sizes[:k]) for k in range(len(sizes))}
     assert starts >= set(range(0, 600, group))
@@ -70,7 +72,13 @@ def damage(kind: str, tmp_path) -> bytes:
 
 @pytest.mark.parametrize(
     "kind",
-    ["column of another name", "page of a web server", "empty", "cut short", "overwritten"],
+    [
+        "column of another name",
+        "page of a web server",
+        "empty",
+        "cut short",
+        "overwritten",
+    ],
 )
 def test_damaged_shard_is_an_error_that_names_it_and_says_what_to_do(tmp_path, kind):
     path = tmp_path / "shard_00003.parquet"
@@ -78,7 +86,11 @@ def test_damaged_shard_is_an_error_that_names_it_and_says_what_to_do(tmp_path, k
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         flat(prepare.read_documents(path))
     message = str(error.value)
-    assert "`text`" in message and "delete it and run" in message and "uv run prepare.py" in message
+    assert (
+        "`text`" in message
+        and "delete it and run" in message
+        and "uv run prepare.py" in message
+    )
 
 
 def varint(n: int) -> bytes:
@@ -115,7 +127,10 @@ def lie(kind: str, path) -> None:
     documents = [random.Random(k).randbytes(40).hex() for k in range(1237)]
     pq.write_table(pa.table({"text": documents}), path, **plain)
     column = pq.read_metadata(path).row_group(0).column(0)
-    packed, page = column.total_compressed_size, 1237 * 84  # a page: lengths of 4 bytes, texts
+    packed, page = (
+        column.total_compressed_size,
+        1237 * 84,
+    )  # a page: lengths of 4 bytes, texts
     # Two levels' bytes are before them; their number is what makes the page header fit.
     page += next(n for n in range(64) if varint(page + n) in path.read_bytes()[4:40])
     footer, pages = {
@@ -214,14 +229,18 @@ def row_texts(folder, split: str) -> list[str]:
     for name, about in rows.items():
         if about["split"] == split:
             body = (folder / "rows" / name).read_bytes()
-            texts.append(tokenizer.encoding.decode(struct.unpack(f"<{len(body) // 2}H", body)))
+            texts.append(
+                tokenizer.encoding.decode(struct.unpack(f"<{len(body) // 2}H", body))
+            )
     return texts
 
 
 def test_validation_text_reaches_neither_tokenizer_nor_training_rows(
     shard_folder, tmp_path, monkeypatch, full_rules
 ):
-    documents = [f"{MARKER} {MARKER}{k} {text}" for k, text in enumerate(make_documents(7, 200))]
+    documents = [
+        f"{MARKER} {MARKER}{k} {text}" for k, text in enumerate(make_documents(7, 200))
+    ]
     folder = prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch)
     assert all(MARKER in text for text in row_texts(folder, "val"))
     train = row_texts(folder, "train")

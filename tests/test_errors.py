@@ -47,7 +47,11 @@ def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
     env = os.environ | {"AUTORESEARCH_SMOKE": "0", "CUDA_VISIBLE_DEVICES": ""}
     env["AUTORESEARCH_CACHE"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, train.__file__], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, train.__file__],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -62,13 +66,25 @@ def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
         (True, None, True, "cpu"),
         (False, (8, 0), True, "cuda"),
         (False, (12, 0), False, "cuda"),
-        (False, None, True, "no CUDA GPU is available, and a full run needs one; AUTORESEARCH_SM"),
+        (
+            False,
+            None,
+            True,
+            "no CUDA GPU is available, and a full run needs one; AUTORESEARCH_SM",
+        ),
         (False, None, False, "cpu"),
-        (False, (7, 5), True, r"^Tesla T4 has compute capability 7.5, .* needs 8.0 .*; AUTORES"),
+        (
+            False,
+            (7, 5),
+            True,
+            r"^Tesla T4 has compute capability 7.5, .* needs 8.0 .*; AUTORES",
+        ),
         (False, (7, 5), False, "cpu"),
     ],
 )
-def test_the_device_is_chosen_by_what_is_there(monkeypatch, smoke, capability, training, expected):
+def test_the_device_is_chosen_by_what_is_there(
+    monkeypatch, smoke, capability, training, expected
+):
     monkeypatch.setattr(C, "SMOKE", smoke)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -106,7 +122,9 @@ def test_no_data_and_no_network(full, monkeypatch, tmp_path):
 )
 def test_an_unknown_value_in_the_environment_is_named(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{name}='{value}' is not a whole number from 0 to"):
+    with pytest.raises(
+        ValueError, match=f"{name}='{value}' is not a whole number from 0 to"
+    ):
         runpy.run_path(C.__file__)
 
 
@@ -152,7 +170,9 @@ def test_a_knob_that_cannot_work_is_named(cache, monkeypatch, knobs, what):
 # ---- Artifacts ----------------------------------------------------------------------------------
 def rows_of(cache: Path, split: str) -> Path:
     rows = prepare.load_manifest(cache)["rows"]
-    return next(cache / "rows" / name for name, about in rows.items() if about["split"] == split)
+    return next(
+        cache / "rows" / name for name, about in rows.items() if about["split"] == split
+    )
 
 
 def change_a_byte(path: Path) -> Path:
@@ -180,7 +200,9 @@ def garbage(path: Path) -> Path:
 DAMAGES = {
     "manifest that is no JSON": lambda cache: garbage(cache / "manifest.json"),
     "tokenizer.json gone": lambda cache: remove(cache / "tokenizer" / "tokenizer.json"),
-    "tokenizer.json is no JSON": lambda cache: garbage(cache / "tokenizer" / "tokenizer.json"),
+    "tokenizer.json is no JSON": lambda cache: garbage(
+        cache / "tokenizer" / "tokenizer.json"
+    ),
     "ranks gone": lambda cache: remove(cache / "tokenizer" / "ranks.tiktoken"),
     "ranks changed": lambda cache: change_a_byte(cache / "tokenizer" / "ranks.tiktoken"),
     "validation rows changed": lambda cache: change_a_byte(rows_of(cache, "val")),
@@ -199,7 +221,9 @@ def test_a_damaged_artifact_is_named_with_what_to_do(cache, damage):
     assert str(path) in said or str(path.parent) in said
 
 
-@pytest.mark.parametrize("damage", ["ranks changed", "validation rows changed", "ranks gone"])
+@pytest.mark.parametrize(
+    "damage", ["ranks changed", "validation rows changed", "ranks gone"]
+)
 def test_the_advice_of_the_error_repairs_it(cache, damage, capsys):
     before = prepare.Run(cache, torch.device("cpu")).rules
     DAMAGES[damage](cache)
@@ -214,7 +238,9 @@ def test_data_prepared_under_other_rules_is_refused(cache, monkeypatch):
 
 
 def test_a_folder_with_nothing_in_it_is_refused(tmp_path):
-    with pytest.raises((FileNotFoundError, ValueError), match="manifest.json.*run .*prepare.py"):
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match="manifest.json.*run .*prepare.py"
+    ):
         prepare.Run(tmp_path, torch.device("cpu"))
 
 
@@ -244,7 +270,9 @@ def test_a_tokenizer_retrained_under_old_rows_is_refused(cache):
         prepare.Run(cache, torch.device("cpu"))
 
 
-def test_preparation_that_fails_in_torch_or_threads_does_not_say_prepared(monkeypatch, capsys):
+def test_preparation_that_fails_in_torch_or_threads_does_not_say_prepared(
+    monkeypatch, capsys
+):
     def fail(*_):
         raise RuntimeError("can't start new thread")
 
@@ -259,14 +287,20 @@ def test_a_manifest_with_half_an_entry_is_a_sentence_not_a_key_error(cache, entr
     manifest = json.loads((cache / "manifest.json").read_text())
     manifest["rows"][next(iter(manifest["rows"]))] = entry
     (cache / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="manifest.json is missing, damaged or of other rules"):
+    with pytest.raises(
+        ValueError, match="manifest.json is missing, damaged or of other rules"
+    ):
         prepare.Run(cache, torch.device("cpu"))
 
 
-def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(prepared, tmp_path):
+def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(
+    prepared, tmp_path
+):
     # At exit torch waits for its compile workers, for up to 300 s if they are still starting.
     code = "import prepare, torch; run = prepare.open_run(torch.device('cpu'));"
-    code += "from torch._inductor.async_compile import maybe_warm_pool; maybe_warm_pool();"
+    code += (
+        "from torch._inductor.async_compile import maybe_warm_pool; maybe_warm_pool();"
+    )
     code += "raise ValueError('a mistake')"
     shutil.copytree(prepared, tmp_path / "smoke")
     env = os.environ | {

@@ -37,11 +37,18 @@ class Bench:
     """A cache to prepare in child processes, what a good preparation of it holds, and a hub."""
 
     def __init__(self, folder: Path, good: Path, hub):
-        self.cache, self.good, self.hub, self.log = folder / "cache", good, hub, folder / "log"
+        self.cache, self.good, self.hub, self.log = (
+            folder / "cache",
+            good,
+            hub,
+            folder / "log",
+        )
         self.folder = self.cache / "climbmix"
 
     def start(self, *argv: str, log: str = "log", **how):
-        return child.start(self.cache, self.hub.url, self.log.with_name(log), *argv, **how)
+        return child.start(
+            self.cache, self.hub.url, self.log.with_name(log), *argv, **how
+        )
 
     def run(self, *argv: str, **how) -> tuple[int, str]:
         """Prepare; return exit status and output."""
@@ -59,7 +66,11 @@ class Bench:
     def check_whole(self) -> None:
         """Whatever has its name has its bytes."""
         good = listing(self.good)
-        there = {n: b for n, b in listing(self.folder).items() if not n.endswith((".tmp", ".part"))}
+        there = {
+            n: b
+            for n, b in listing(self.folder).items()
+            if not n.endswith((".tmp", ".part"))
+        }
         assert there.items() <= good.items()
 
 
@@ -110,7 +121,9 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(bench, p
         bench.hub.rate = float("inf")
         assert bench.run()[0] == 0
         assert listing(bench.folder) == listing(bench.good)
-    assert killed >= 7 and (parts or phase == "tokenizer")  # in the midst of it, not after
+    assert killed >= 7 and (
+        parts or phase == "tokenizer"
+    )  # in the midst of it, not after
 
 
 # ---- Interrupted --------------------------------------------------------------------------------
@@ -150,7 +163,9 @@ def test_ctrl_c_ends_the_command_itself(bench):
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
     assert time.monotonic() - start < 2 and process.returncode == 130
-    assert said.splitlines()[-1].startswith("prepare.py: interrupted; run uv run prepare.py again")
+    assert said.splitlines()[-1].startswith(
+        "prepare.py: interrupted; run uv run prepare.py again"
+    )
     assert "Traceback" not in said
 
 
@@ -188,7 +203,10 @@ def tmpfs(folder: Path, options: str) -> Iterator[None]:
     """Mount a file system in memory; skip the test where that is not allowed."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
         pytest.skip("mounting is not allowed here")
     try:
         yield
@@ -203,7 +221,10 @@ def test_file_that_cannot_grow_is_named_with_what_to_do(bench, phase, limit):
     last = said.splitlines()[-1]
     assert last.startswith("prepare.py: ") and "File too large" in last
     assert str(bench.folder / {"download": "shards", "rows": "rows"}[phase]) in last
-    assert f"free some space or move AUTORESEARCH_CACHE, and run {prepare.PREPARE} again" in last
+    assert (
+        f"free some space or move AUTORESEARCH_CACHE, and run {prepare.PREPARE} again"
+        in last
+    )
     bench.check_whole()
     assert not [name for name in listing(bench.folder) if name.endswith(".tmp")]
     assert bench.run()[0] == 0

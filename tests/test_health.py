@@ -20,15 +20,25 @@ GPU = torch.device("cuda")
 
 # ---- Words and warnings -------------------------------------------------------------------------
 def test_a_steady_gpu_that_nobody_shares_is_told_without_a_warning():
-    text, warnings = judge_health(Health(742.4, 3920.2, "alone"), Health(738.6, 3914.9, "alone"))
+    text, warnings = judge_health(
+        Health(742.4, 3920.2, "alone"), Health(738.6, 3914.9, "alone")
+    )
     assert text == "742/739 TFLOP/s, 3920/3915 GB/s, alone" and warnings == []
 
 
 @pytest.mark.parametrize(
     "tflops, gb_per_sec, what",
     [
-        (84.0, 1000.0, ["matrix product went from 100 to 84 TFLOP/s over the run (-16.0 %)"]),
-        (116.0, 1000.0, ["matrix product went from 100 to 116 TFLOP/s over the run (+16.0 %)"]),
+        (
+            84.0,
+            1000.0,
+            ["matrix product went from 100 to 84 TFLOP/s over the run (-16.0 %)"],
+        ),
+        (
+            116.0,
+            1000.0,
+            ["matrix product went from 100 to 116 TFLOP/s over the run (+16.0 %)"],
+        ),
         (100.0, 969.0, ["copy went from 1000 to 969 GB/s over the run (-3.1 %)"]),
         (100.0, 950.0, ["copy went from 1000 to 950 GB/s over the run (-5.0 %)"]),
         (50.0, 500.0, ["(-50.0 %)", "(-50.0 %)"]),
@@ -38,7 +48,9 @@ def test_a_steady_gpu_that_nobody_shares_is_told_without_a_warning():
     ],
 )
 def test_a_change_beyond_that_of_a_healthy_gpu_is_warned_of(tflops, gb_per_sec, what):
-    _, warnings = judge_health(Health(100, 1000, "alone"), Health(tflops, gb_per_sec, "alone"))
+    _, warnings = judge_health(
+        Health(100, 1000, "alone"), Health(tflops, gb_per_sec, "alone")
+    )
     assert len(warnings) == len(what)
     for warning, part in zip(warnings, what, strict=True):
         assert warning.startswith("warning: the GPU's ") and part in warning
@@ -57,14 +69,17 @@ def test_a_change_beyond_that_of_a_healthy_gpu_is_warned_of(tflops, gb_per_sec, 
 def test_the_worse_of_both_moments_counts(before, after, word):
     text, warnings = judge_health(Health(1, 1, before), Health(1, 1, after))
     assert text.endswith(f", {word}")
-    assert [w.startswith("warning: another process holds") for w in warnings] == [True] * (
-        word == "shared"
-    )
+    assert [w.startswith("warning: another process holds") for w in warnings] == [
+        True
+    ] * (word == "shared")
 
 
 def test_what_could_not_be_measured_is_nan():
     nothing = Health(math.nan, math.nan, "unknown")
-    assert judge_health(nothing, nothing) == ("nan/nan TFLOP/s, nan/nan GB/s, unknown", [])
+    assert judge_health(nothing, nothing) == (
+        "nan/nan TFLOP/s, nan/nan GB/s, unknown",
+        [],
+    )
 
 
 # ---- Other processes ----------------------------------------------------------------------------
@@ -100,7 +115,10 @@ def smi(monkeypatch, tmp_path, script: str | None) -> list[int]:
     "script, pids",
     [
         ("echo 123; echo 4567", [123, 4567]),
-        ('echo "$*" | grep -q -- "--id=GPU-12345678-aaaa-bbbb-cccc-1234567890ab" && echo 7', [7]),
+        (
+            'echo "$*" | grep -q -- "--id=GPU-12345678-aaaa-bbbb-cccc-1234567890ab" && echo 7',
+            [7],
+        ),
         ("", []),
         ("echo '[Not Supported]'; echo N/A", []),
         ("echo No devices were found; exit 6", []),
@@ -113,7 +131,9 @@ def test_processes_are_read_from_nvidia_smi(monkeypatch, tmp_path, script, pids)
 
 def test_an_nvidia_smi_that_hangs_is_not_waited_for(monkeypatch, tmp_path):
     run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: run(*a, **k | {"timeout": 0.2}))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: run(*a, **k | {"timeout": 0.2})
+    )
     assert smi(monkeypatch, tmp_path, "exec sleep 60") == []
 
 
@@ -131,10 +151,14 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
     looks = [Health(100, 1000, "alone"), Health(80, 1000, "shared")]
     most = [9 << 20]  # of the warm-up
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: most.append(0))
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: most.append(0)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: most[-1])
-    monkeypatch.setattr(gpu, "measure_health", lambda device: looks[len(run.watch.health)])
+    monkeypatch.setattr(
+        gpu, "measure_health", lambda device: looks[len(run.watch.health)]
+    )
     run.cuda, run.watch.device = True, GPU
     run.watch.look()
     most[-1] = 5 << 20  # of training

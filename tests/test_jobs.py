@@ -117,7 +117,9 @@ def test_a_long_wait_ends_when_another_job_fails():
 
     with pytest.raises(OSError, match="no space"):
         run_jobs({"a": lambda: progress.pause(30), "b": fail}, 2, progress)
-    assert time.monotonic() - start < 0.9  # one second is what it would wait for a job that hangs
+    assert (
+        time.monotonic() - start < 0.9
+    )  # one second is what it would wait for a job that hangs
 
 
 def test_lost_connection_of_one_leaves_the_others_at_work():
@@ -137,5 +139,9 @@ def test_lost_connection_of_one_leaves_the_others_at_work():
 
 def test_counts_of_many_threads_add_up():
     progress = quiet()
-    run_jobs({k: lambda: [progress.add(1) for _ in range(20_000)] for k in range(8)}, 8, progress)
+    run_jobs(
+        {k: lambda: [progress.add(1) for _ in range(20_000)] for k in range(8)},
+        8,
+        progress,
+    )
     assert progress.done == 160_000

@@ -12,14 +12,24 @@ from torch._inductor.utils import fresh_cache
 
 import train
 
-SIZES = [(512, 128, 256), (1000, 96, 200), (77, 40, 136), (4096, 640, 2560)]  # rows, width, hidden
+SIZES = [
+    (512, 128, 256),
+    (1000, 96, 200),
+    (77, 40, 136),
+    (4096, 640, 2560),
+]  # rows, width, hidden
 
 
-def operands(rows: int, width: int, hidden: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def operands(
+    rows: int, width: int, hidden: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
     """Return x (rows, width), the two matrices of the MLP and a gradient of its result."""
     torch.manual_seed(0)
     x, gradient = torch.randn(2, rows, width)
-    fc, proj = torch.randn(hidden, width) * width**-0.5, torch.randn(width, hidden) * hidden**-0.5
+    fc, proj = (
+        torch.randn(hidden, width) * width**-0.5,
+        torch.randn(width, hidden) * hidden**-0.5,
+    )
     return [t.to("cuda", dtype) for t in (x, fc, proj, gradient)]
 
 
@@ -28,7 +38,9 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 5e-3), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 5e-3), (torch.float32, 2e-6)]
+)
 @pytest.mark.parametrize("rows, width, hidden", SIZES)
 def test_the_fused_mlp_and_its_gradients_are_those_of_plain_torch(
     rows, width, hidden, dtype, tolerance
@@ -43,7 +55,10 @@ def test_the_fused_mlp_and_its_gradients_are_those_of_plain_torch(
     x, fc, proj = exact
     expected = F.relu(x @ fc.T).square() @ proj.T
     expected.backward(gradient.double())
-    pairs = [(y, expected), *((a.grad, b.grad) for a, b in zip(fused, exact, strict=True))]
+    pairs = [
+        (y, expected),
+        *((a.grad, b.grad) for a, b in zip(fused, exact, strict=True)),
+    ]
     errors = [relative_error(got.detach(), e.detach()) for got, e in pairs]
     assert max(errors) < tolerance, errors
 
@@ -59,7 +74,9 @@ def test_the_model_with_the_fused_mlp_is_the_model_without_it():
             idx = torch.randint(512, (4, 256))
         model.init_weights(0.7, train.LAMBDA_INIT)
         for block in model.h:
-            torch.nn.init.normal_(block.mlp.c_proj.weight, std=0.05)  # not zero, as at the start
+            torch.nn.init.normal_(
+                block.mlp.c_proj.weight, std=0.05
+            )  # not zero, as at the start
             block.mlp.fused = block.mlp.fused and fused
         loss = model.loss(idx, idx)
         loss.backward()
@@ -70,7 +87,9 @@ def test_the_model_with_the_fused_mlp_is_the_model_without_it():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_kernel_compiles_for_hopper_and_fits_its_shared_memory(backward, monkeypatch, tmp_path):
+def test_the_kernel_compiles_for_hopper_and_fits_its_shared_memory(
+    backward, monkeypatch, tmp_path
+):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,7 +113,9 @@ def test_an_edited_gradient_is_not_taken_from_the_cache_of_the_one_before():
     def gradient(turned: bool) -> tuple:
         """Compile x @ a with a gradient, right if `turned`; return that and what the cache said."""
 
-        class Product(torch.autograd.Function):  # needs no kernel, which takes long to compile
+        class Product(
+            torch.autograd.Function
+        ):  # needs no kernel, which takes long to compile
             @staticmethod
             def forward(ctx, x, a):
                 ctx.save_for_backward(a)
@@ -109,7 +130,11 @@ def test_an_edited_gradient_is_not_taken_from_the_cache_of_the_one_before():
         counters.clear()
         x = torch.eye(2, requires_grad=True)
         torch.compile(Product.apply, fullgraph=True)(x, a).backward(torch.eye(2))
-        said = [key for key in counters["aot_autograd"] if key.endswith(("hit", "miss", "bypass"))]
+        said = [
+            key
+            for key in counters["aot_autograd"]
+            if key.endswith(("hit", "miss", "bypass"))
+        ]
         return x.grad.tolist(), *said
 
     name = "autograd_cache_allow_custom_autograd_functions"  # train.py sets it for its own process

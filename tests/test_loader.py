@@ -57,7 +57,9 @@ def run(prepared, monkeypatch, seconds) -> prepare.Run:
     return run
 
 
-def train(run: prepare.Run, seconds: Seconds, batch_size: int = 2, **kwargs) -> list[prepare.Step]:
+def train(
+    run: prepare.Run, seconds: Seconds, batch_size: int = 2, **kwargs
+) -> list[prepare.Step]:
     """Go through all steps of a run, one second each; return them."""
     steps = []
     for step in run.steps(batch_size, kwargs.get("grad_accum_steps", 1)):
@@ -89,7 +91,9 @@ def test_y_is_x_shifted_by_one(rows):
 def test_the_largest_ids_survive_the_way_to_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(C, "MAX_SEQ_LEN", T)
     path = tmp_path / "rows.u16"
-    path.write_bytes(np.arange(8186, 8192, dtype="<u2").tobytes())  # as large as ids here can be
+    path.write_bytes(
+        np.arange(8186, 8192, dtype="<u2").tobytes()
+    )  # as large as ids here can be
     x, y = next(prepare.load_batches(prepare.Rows([path]), 1, CPU))
     assert y[0].tolist() == [8187, 8188, 8189, 8190, 8191]
 
@@ -103,7 +107,9 @@ def test_later_epochs_are_other_permutations_and_the_same_every_time(rows):
     orders = []
     for batch_size in (1, 7):  # whatever the batch size
         batches = prepare.load_batches(rows, batch_size, CPU)
-        read = [n for b in itertools.islice(batches, 21 // batch_size) for n in row_numbers(b)]
+        read = [
+            n for b in itertools.islice(batches, 21 // batch_size) for n in row_numbers(b)
+        ]
         orders.append([read[0:7], read[7:14], read[14:21]])
     assert orders[0] == orders[1]
     first, second, third = orders[0]
@@ -112,7 +118,9 @@ def test_later_epochs_are_other_permutations_and_the_same_every_time(rows):
 
 
 def test_a_batch_straddles_the_end_of_an_epoch(rows):
-    batches = [row_numbers(b) for b in itertools.islice(prepare.load_batches(rows, 4, CPU), 7)]
+    batches = [
+        row_numbers(b) for b in itertools.islice(prepare.load_batches(rows, 4, CPU), 7)
+    ]
     read = [n for batch in batches for n in batch]
     assert read[:7] == list(range(7))
     assert all(sorted(read[k : k + 7]) == list(range(7)) for k in (7, 14, 21))
@@ -169,7 +177,9 @@ def test_the_wait_for_a_slow_disk_is_counted():
 @pytest.mark.gpu
 def test_an_idle_gpu_waits_for_a_slow_disk_and_a_busy_one_does_not():
     assert all(0.04 <= wait < 0.5 for wait in waits(torch.device("cuda"))[1:])
-    busy = waits(torch.device("cuda"), lambda: torch.cuda._sleep(400_000_000))  # 0.2 s at 2 GHz
+    busy = waits(
+        torch.device("cuda"), lambda: torch.cuda._sleep(400_000_000)
+    )  # 0.2 s at 2 GHz
     assert max(busy[1:]) < 0.004
 
 
@@ -182,7 +192,9 @@ def test_a_run_hands_out_the_training_rows_in_order(run, seconds):
         seconds.time += 1.0
     assert len(read) == 3 * 8
     read = torch.cat(read).numpy()
-    assert np.array_equal(read, np.stack([run.train_rows[i] for i in range(2 * 3 * 8)])[:, :-1])
+    assert np.array_equal(
+        read, np.stack([run.train_rows[i] for i in range(2 * 3 * 8)])[:, :-1]
+    )
 
 
 def test_no_batch_after_its_step(run):
@@ -191,7 +203,9 @@ def test_no_batch_after_its_step(run):
     next(first.batches)
     first.loss = 1.0
     next(steps)
-    with pytest.raises(RuntimeError, match="step 0 is over; its batches cannot be had now"):
+    with pytest.raises(
+        RuntimeError, match="step 0 is over; its batches cannot be had now"
+    ):
         next(first.batches)
 
 
@@ -200,7 +214,9 @@ def test_no_batch_after_the_clock_has_stopped(run, seconds):
         next(step.batches)
         step.loss = 1.0
         seconds.time += 1.0
-    with pytest.raises(RuntimeError, match="step 7 is over; its batches cannot be had now"):
+    with pytest.raises(
+        RuntimeError, match="step 7 is over; its batches cannot be had now"
+    ):
         next(step.batches)
 
 
@@ -238,8 +254,12 @@ def test_a_step_without_a_loss_is_an_error(run):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(run, seconds, bad):
-    with pytest.raises(RuntimeError, match=f"loss is {bad} at step 3 .lrm 0.25.; the run is void"):
+def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(
+    run, seconds, bad
+):
+    with pytest.raises(
+        RuntimeError, match=f"loss is {bad} at step 3 .lrm 0.25.; the run is void"
+    ):
         for step in run.steps(2, 1):
             step.loss, step.lrm = torch.tensor(bad if step.number == 3 else 1.0), 0.25
             seconds.time += 1.0
@@ -250,7 +270,11 @@ def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(run, sec
 
 def test_every_step_is_reported_with_its_loss_and_tokens(run, seconds):
     train(run, seconds, loss=torch.tensor(2.5), grad_accum_steps=3)
-    assert [step.number for step in run.finished] == list(range(run.num_steps)) == list(range(8))
+    assert (
+        [step.number for step in run.finished]
+        == list(range(run.num_steps))
+        == list(range(8))
+    )
     assert {step.loss for step in run.finished} == {2.5}
     assert {step.tokens for step in run.finished} == {3 * 2 * C.MAX_SEQ_LEN}
 
@@ -270,7 +294,9 @@ def test_tokens_and_epochs_are_counted(run, seconds):
     steps = train(run, seconds, batch_size)
     assert run.tokens == len(steps) * batch_size * C.MAX_SEQ_LEN
     rows_before = [k * batch_size for k in range(len(steps))]
-    assert [step.epoch for step in steps] == [1 + n // len(run.train_rows) for n in rows_before]
+    assert [step.epoch for step in steps] == [
+        1 + n // len(run.train_rows) for n in rows_before
+    ]
     assert steps[-1].epoch > 1
 
 
@@ -331,6 +357,8 @@ def test_the_seed_of_the_rules_seeds_torch(prepared, monkeypatch):
 
 def test_the_first_batch_is_read_before_the_clock_starts(run, monkeypatch):
     read, row = [], prepare.Rows.__getitem__
-    monkeypatch.setattr(prepare.Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i))
+    monkeypatch.setattr(
+        prepare.Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i)
+    )
     run.steps(2, 1)
     assert read == [0, 1]

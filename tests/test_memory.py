@@ -43,14 +43,21 @@ class Memory:
         (1, 3, [2, 1]),
     ],
 )
-def test_the_largest_power_of_two_that_fits_is_found_by_halving(fits, limit, tried, capsys):
+def test_the_largest_power_of_two_that_fits_is_found_by_halving(
+    fits, limit, tried, capsys
+):
     memory = Memory(fits)
     assert gpu.find_batch_size(memory, limit, 1.0, CPU) == tried[-1]
     assert memory.tried == tried
-    assert capsys.readouterr().out.count(" rows do not fit in memory, trying ") == len(tried) - 1
+    assert (
+        capsys.readouterr().out.count(" rows do not fit in memory, trying ")
+        == len(tried) - 1
+    )
 
 
-@pytest.mark.parametrize("free, first", [(1e9, 128), (127.9, 64), (64.0, 64), (3.0, 2), (0.1, 1)])
+@pytest.mark.parametrize(
+    "free, first", [(1e9, 128), (127.9, 64), (64.0, 64), (3.0, 2), (0.1, 1)]
+)
 def test_what_cannot_fit_is_not_tried(monkeypatch, free, first):
     monkeypatch.setattr(gpu, "free_memory", lambda device: free)
     memory = Memory(1000)
@@ -63,7 +70,9 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, free, first):
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+        ),
     ],
 )
 def test_want_of_memory_that_a_library_puts_in_its_own_words_halves_the_batch_too(error):
@@ -82,7 +91,9 @@ def test_another_error_of_an_attempt_is_not_taken_for_want_of_memory():
         gpu.find_batch_size(attempt, 8, 1.0, CPU)
 
 
-def test_what_is_taken_for_any_number_of_rows_is_left_out_of_what_rows_can_take(monkeypatch):
+def test_what_is_taken_for_any_number_of_rows_is_left_out_of_what_rows_can_take(
+    monkeypatch,
+):
     monkeypatch.setattr(gpu, "free_memory", lambda device: 100.0)
     for fixed, first in ((0, 64), (60, 32), (99.5, 1), (200, 1)):
         memory = Memory(1000)
@@ -109,7 +120,9 @@ def test_everything_of_a_failed_attempt_is_let_go_before_the_next():
     assert gpu.find_batch_size(attempt, 8, 1.0, CPU) == 1
 
 
-def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_share(monkeypatch):
+def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_share(
+    monkeypatch,
+):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
@@ -162,8 +175,12 @@ def test_the_losses_do_not_depend_on_the_accumulation():
             x, y = tiny_batch(8)
             x, y = (x + number) % 50, (y + number) % 50  # another batch each time
             batches = zip(x.chunk(count), y.chunk(count), strict=True)
-            losses[count].append(train.train_step(model, optimizers, batches, count).item())
-    assert len(set(losses[1])) == 3 and max(losses[1]) - min(losses[1]) > 1e-2  # it does move
+            losses[count].append(
+                train.train_step(model, optimizers, batches, count).item()
+            )
+    assert (
+        len(set(losses[1])) == 3 and max(losses[1]) - min(losses[1]) > 1e-2
+    )  # it does move
     assert losses[2] == pytest.approx(losses[1], rel=2e-4)
     assert losses[8] == pytest.approx(losses[1], rel=2e-4)
 
@@ -183,7 +200,9 @@ def some_model(idx: torch.Tensor) -> torch.Tensor:
     return weights[idx] @ weights.T
 
 
-@pytest.mark.parametrize("fits, rows, calls", [(1000, 4, 4), (5, 16, 4), (1, 4, 1), (1000, 1, 2)])
+@pytest.mark.parametrize(
+    "fits, rows, calls", [(1000, 4, 4), (5, 16, 4), (1, 4, 1), (1000, 1, 2)]
+)
 def test_the_evaluation_finds_its_batch_and_its_result_does_not_depend_on_it(
     prepared, monkeypatch, fits, rows, calls
 ):
@@ -202,14 +221,18 @@ def test_the_evaluation_finds_its_batch_and_its_result_does_not_depend_on_it(
     assert set(sizes) == {calls}
 
 
-def test_the_evaluation_has_no_more_rows_at_once_than_the_rules_say(prepared, monkeypatch):
+def test_the_evaluation_has_no_more_rows_at_once_than_the_rules_say(
+    prepared, monkeypatch
+):
     monkeypatch.setattr(C, "EVAL_ROWS", 8)
     run, sizes = a_trained_run(prepared, monkeypatch, 64), set()
     run.evaluate(lambda idx: sizes.add(len(idx)) or some_model(idx))
     assert sizes == {8}
 
 
-def test_a_model_that_runs_out_of_memory_has_not_seen_validation_text(prepared, monkeypatch):
+def test_a_model_that_runs_out_of_memory_has_not_seen_validation_text(
+    prepared, monkeypatch
+):
     run, seen = a_trained_run(prepared, monkeypatch, 4), []
 
     def model(idx):
@@ -267,7 +290,10 @@ CUDA_SAYS = (
             "at step 12 with 64 rows a micro-step; set DEVICE_BATCH_SIZE below 64, or lower DEPTH",
         ),
         ({"batch_size": 1}, "at step 0 with 1 rows a micro-step; lower DEPTH or N_EMBD"),
-        ({"batch_size": 64, "evaluated": True}, "in the evaluation; lower DEPTH or N_EMBD"),
+        (
+            {"batch_size": 64, "evaluated": True},
+            "in the evaluation; lower DEPTH or N_EMBD",
+        ),
     ],
 )
 def test_out_of_memory_is_one_line_that_says_what_to_lower(prepared, state, what):
@@ -315,7 +341,9 @@ def test_a_batch_is_found_in_the_memory_that_a_process_may_use():
             tried.append(size)
             torch.empty(size << 28, dtype=torch.uint8, device=GPU).zero_()
 
-        row_bytes = 2**28 / 2.1  # an estimate that is too low, as the memory of 16 rows of 4 GiB
+        row_bytes = (
+            2**28 / 2.1
+        )  # an estimate that is too low, as the memory of 16 rows of 4 GiB
         assert gpu.find_batch_size(attempt, 128, row_bytes, GPU) in (8, 16)
         assert tried[0] <= 32 and len(tried) > 1
         assert torch.cuda.memory_allocated() == before

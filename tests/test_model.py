@@ -17,13 +17,22 @@ import train
 from train import GPT, GPTConfig, RotaryNorm
 
 V, T = 50, 16  # ids, tokens a row
-LAMBDAS = {"resid_lambda": (1.0, 1.0), "x0_lambda": (0.1, 0.1), "ngram_lambda": (0.1, 0.1)}
+LAMBDAS = {
+    "resid_lambda": (1.0, 1.0),
+    "x0_lambda": (0.1, 0.1),
+    "ngram_lambda": (0.1, 0.1),
+}
 
 
 def config(**changes) -> GPTConfig:
     values = {"sequence_len": T, "vocab_size": V, "n_layer": 3, "n_embd": 32}
     values |= {"head_dim": 8, "window_pattern": "SL", "short_window": 4}
-    values |= {"rope_base": 10_000, "softcap": 15.0, "attention_gain": 1.3, "ngram_rows": 64}
+    values |= {
+        "rope_base": 10_000,
+        "softcap": 15.0,
+        "attention_gain": 1.3,
+        "ngram_rows": 64,
+    }
     return GPTConfig(**(values | changes))
 
 
@@ -108,7 +117,10 @@ def test_parameters_and_flops_by_hand():
     assert model.num_params() == 3 * layer + gates + head + tables + scalars == 45129
     # Three times two FLOPs for a weight; scores and mix, each 2 * 32 a key, forward and backward.
     keys = 4 + 16 + 16
-    assert model.flops_per_token() == 6 * (3 * layer + gates + head) + 3 * (2 * 2 * 32) * keys
+    assert (
+        model.flops_per_token()
+        == 6 * (3 * layer + gates + head) + 3 * (2 * 2 * 32) * keys
+    )
 
 
 # ---- Windows ------------------------------------------------------------------------------------
@@ -213,7 +225,9 @@ def test_ngram_embeddings_are_a_row_of_the_last_two_ids_and_one_of_the_last_thre
     two, three = (moved[..., i].nonzero().tolist() for i in range(2))
     assert two == [[0, 5], [0, 6]] and three == [[0, 5], [0, 6], [0, 7]]
     assert torch.equal(rows[0] != rows[1], moved)
-    assert torch.equal(model.embed(idx[:, :1])[1], ngram[:, :1])  # a row may be as short as that
+    assert torch.equal(
+        model.embed(idx[:, :1])[1], ngram[:, :1]
+    )  # a row may be as short as that
 
 
 @torch.no_grad()
@@ -243,7 +257,9 @@ def test_half_of_a_key_is_of_the_token_before_and_nothing_else_of_the_layer():
         attention.project(changed, idx, model.cos, model.sin),
         strict=True,
     )
-    q, k, v, gate = ((a != b).flatten(2).any(-1)[0].nonzero().flatten().tolist() for a, b in parts)
+    q, k, v, gate = (
+        (a != b).flatten(2).any(-1)[0].nonzero().flatten().tolist() for a, b in parts
+    )
     assert q == v == [5] and set(gate) <= {5} and k == [5, 6]
     # Before rotation and norm: of a head's 8 dimensions those of the slower two of four angles.
     keys = attention.c_k(x).view(2, T, 4, 8)
@@ -258,14 +274,18 @@ def test_half_of_a_key_is_of_the_token_before_and_nothing_else_of_the_layer():
 def test_a_gate_scales_what_a_head_of_attention_adds():
     model, idx, x = fresh(), some_ids(), torch.randn(2, T, 32)
     attention = model.h[1].attn
-    assert torch.equal(attention.project(x, idx, model.cos, model.sin)[3], torch.ones(2, T, 4))
+    assert torch.equal(
+        attention.project(x, idx, model.cos, model.sin)[3], torch.ones(2, T, 4)
+    )
     attention.gate.weight.normal_(std=100)
     gate = attention.project(x, idx, model.cos, model.sin)[3]
     assert gate.min() < 0.1 and 1.9 < gate.max() <= 2.0
     block, y = model.h[1], torch.randn(2, T, 4, 8)
     block.mlp.c_proj.weight.zero_()
     block.attn.c_proj.weight.copy_(torch.eye(32))
-    assert torch.allclose(block.after(x, y, gate), x + (y * gate[..., None]).flatten(2), atol=1e-5)
+    assert torch.allclose(
+        block.after(x, y, gate), x + (y * gate[..., None]).flatten(2), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("n_layer", [1, 2, 5, 6])
@@ -422,14 +442,18 @@ def test_all_layers_share_the_graphs_they_are_compiled_to(monkeypatch):
 
     # As on a GPU: every function is compiled, here to what it was before.
     source = Path(train.__file__).read_text("utf-8")
-    source = source.replace("(fused if args[1].is_cuda else function)(*args)", "fused(*args)")
+    source = source.replace(
+        "(fused if args[1].is_cuda else function)(*args)", "fused(*args)"
+    )
     module = types.ModuleType("train_compiled")
     monkeypatch.setattr(torch, "compile", counted)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(builtins.compile(source, train.__file__, "exec"), module.__dict__)
     torch._dynamo.reset()
     parts = config(n_layer=7, n_embd=64, head_dim=16, window_pattern="SSL")
-    model = module.GPT(module.GPTConfig(**vars(parts)), train.masked_attention, torch.float32)
+    model = module.GPT(
+        module.GPTConfig(**vars(parts)), train.masked_attention, torch.float32
+    )
     model.init_weights(0.7, LAMBDAS)
     optimizers, idx = module.build_optimizers(model), some_ids()
     for progress in (0.0, 0.3, 0.6):
@@ -470,10 +494,17 @@ def test_a_configuration_that_cannot_work_names_the_knob(changes, what):
 
 def test_importing_train_prints_nothing_writes_nothing_and_leaves_the_gpu_alone(tmp_path):
     code = "import train, torch; assert not torch.cuda.is_initialized()"
-    env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent), "HOME": str(tmp_path)}
+    env = os.environ | {
+        "PYTHONPATH": str(Path(train.__file__).parent),
+        "HOME": str(tmp_path),
+    }
     env |= {"AUTORESEARCH_CACHE": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []

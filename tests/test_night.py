@@ -130,7 +130,9 @@ class Agent:
     ) -> bool:
         """Do steps 4 and 5; return whether there was a result."""
         command = self.commands("timeout", limit="timeout -k 1 2").lstrip()
-        printed = self.sh(f"AUTORESEARCH_SEED={seed} {command}" if seed != 42 else command)
+        printed = self.sh(
+            f"AUTORESEARCH_SEED={seed} {command}" if seed != 42 else command
+        )
         lines = printed.splitlines()
         values = dict(line.split(": ", 1) for line in lines if ": " in line)
         void = ", void" if "warning" in values else ""
@@ -166,7 +168,9 @@ class Agent:
         *_, last = (row[4] for row in rows if row[0] == new)
         idea = last.rpartition(", seed")[0]
         if last.endswith(", void"):
-            assert "run the same commit again" in (self.folder / "program.md").read_text("utf-8")
+            assert "run the same commit again" in (self.folder / "program.md").read_text(
+                "utf-8"
+            )
             self.run_and_log(idea)
         best = [row[0] for row in rows if row[3] == "keep"][-1]
         (means, noise), keep = self.statistics(), False
@@ -248,8 +252,14 @@ def agent(repository, tmp_path):
     uv.parent.mkdir()
     uv.write_text(f'#!/bin/sh\nshift\nexec "{sys.executable}" "$@"\n')
     uv.chmod(uv.stat().st_mode | stat.S_IEXEC)
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "AUTORESEARCH_"))}
-    env |= {"PATH": f"{uv.parent}:{env['PATH']}", "HOME": str(tmp_path), "GIT_PAGER": "cat"}
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "AUTORESEARCH_"))
+    }
+    env |= {
+        "PATH": f"{uv.parent}:{env['PATH']}",
+        "HOME": str(tmp_path),
+        "GIT_PAGER": "cat",
+    }
     for role in ("GIT_AUTHOR", "GIT_COMMITTER"):
         env |= {f"{role}_NAME": "night", f"{role}_EMAIL": "night@localhost"}
     return lambda die_at="": Agent(tmp_path / "clone", env, die_at)
@@ -282,13 +292,18 @@ def test_after_the_night_branch_refs_and_log_are_what_they_should_be(agent, die_
     # Every commit that was ever run is there, with its train.py: two of the idea with a slip.
     ran = [(idea, text) for idea, *texts in PLAN if idea != "a typo" for text in texts]
     attempts = [
-        line.split(" ", 1) for line in git(worker.commands("git log --no-walk")).splitlines()
+        line.split(" ", 1)
+        for line in git(worker.commands("git log --no-walk")).splitlines()
     ]
-    commits = {(idea, git(f"git show {commit}:train.py")): commit for commit, idea in attempts}
+    commits = {
+        (idea, git(f"git show {commit}:train.py")): commit for commit, idea in attempts
+    }
     assert set(commits) == set(ran) and len(attempts) == len(ran)
 
     start = git("git rev-parse --short autoresearch/nov24~3").strip()
-    hashes = {"baseline": start} | {idea: commits[idea, text] for idea, text in reversed(ran)}
+    hashes = {"baseline": start} | {
+        idea: commits[idea, text] for idea, text in reversed(ran)
+    }
     mended = commits[ran[6]]
     assert ran[6][0] == "a slip" and mended != hashes["a slip"]
     log = """
@@ -329,7 +344,11 @@ def test_the_notebook_reads_the_log_of_such_a_night(agent, monkeypatch):
     matplotlib.pyplot.close("all")
     # A slip and its mended commit are two experiments.
     assert (len(names["log"]), len(names["tries"]), names["n_kept"]) == (17, 10, 3)
-    assert list(names["chain"].description.iloc[1:]) == ["wider MLP", "rates x 1.5", "depth 10"]
+    assert list(names["chain"].description.iloc[1:]) == [
+        "wider MLP",
+        "rates x 1.5",
+        "depth 10",
+    ]
     assert list(names["chain"].runs) == [3, 2, 2, 1]
     assert names["noise"] == pytest.approx(worker.statistics()[1], abs=1e-6)
     assert names["best"] == pytest.approx(0.43) and len(names["hours"]) == 10

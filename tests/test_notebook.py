@@ -40,7 +40,13 @@ NIGHT = [
     (9, 0.0, 0.0, "crash", "fp8 head: NaN at step 3"),
     (10, 0.4352, 58.8, "keep", "embedding lr x 1.5, $\\beta_2$ 0.95 -> 0.9"),
     (11, 0.4355, 57.2, "discard", "no learnt residual scale: 12 lines fewer"),
-    (11, 0.4356, 57.2, "keep", "no learnt residual scale: 12 lines fewer, repeat, seed 43"),
+    (
+        11,
+        0.4356,
+        57.2,
+        "keep",
+        "no learnt residual scale: 12 lines fewer, repeat, seed 43",
+    ),
     (12, 0.4361, 58.8, "discard", "QK-norm gain 1.2"),
     (13, 0.4334, 57.3, "keep", "256 more hidden units in every second MLP"),
     (14, 0.4337, 57.3, "discard", "weight decay 0.2 -> 0.15"),
@@ -56,7 +62,13 @@ def write_night(folder):
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*arguments):
-        run = {"cwd": folder, "env": env, "check": True, "capture_output": True, "text": True}
+        run = {
+            "cwd": folder,
+            "env": env,
+            "check": True,
+            "capture_output": True,
+            "text": True,
+        }
         return subprocess.run(["git", *arguments], **run).stdout.strip()
 
     git("init", "--quiet")
@@ -65,7 +77,9 @@ def write_night(folder):
     for number in sorted({row[0] for row in NIGHT}):
         for role in ("GIT_AUTHOR", "GIT_COMMITTER"):
             env |= {f"{role}_NAME": "night", f"{role}_EMAIL": "night@localhost"}
-            env[f"{role}_DATE"] = f"{1_763_935_200 + 420 * number} +0000"  # every seven minutes
+            env[f"{role}_DATE"] = (
+                f"{1_763_935_200 + 420 * number} +0000"  # every seven minutes
+            )
         git("commit", "--quiet", "--allow-empty", "--message", f"idea {number}")
         commits[number] = git("rev-parse", "--short", "HEAD")
     rows = [(commits[number], *rest) for number, *rest in NIGHT]
@@ -108,7 +122,9 @@ def test_format():
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     for cell in cells():
         assert cell["cell_type"] in ("code", "markdown") and cell["id"]
-        assert cell["cell_type"] == "markdown" or {"outputs", "execution_count"} <= set(cell)
+        assert cell["cell_type"] == "markdown" or {"outputs", "execution_count"} <= set(
+            cell
+        )
     assert len({cell["id"] for cell in cells()}) == len(cells())
 
 
@@ -130,11 +146,21 @@ def test_stored_outputs_are_complete():
 def test_no_machine_paths():
     text = NOTEBOOK.read_text(encoding="utf-8")
     images = re.compile(r'"image/png": "[^"]*"')
-    assert not re.search(r"/(home|root|work|tmp|Users|usr|var)/|[A-Z]:\\\\", images.sub("", text))
+    assert not re.search(
+        r"/(home|root|work|tmp|Users|usr|var)/|[A-Z]:\\\\", images.sub("", text)
+    )
 
 
 def test_only_the_analysis_group_is_imported():
-    allowed = {"math", "re", "subprocess", "pathlib", "statistics", "matplotlib", "pandas"}
+    allowed = {
+        "math",
+        "re",
+        "subprocess",
+        "pathlib",
+        "statistics",
+        "matplotlib",
+        "pandas",
+    }
     found = re.findall(r"^(?:from|import) (\w+)", "\n".join(sources()), re.MULTILINE)
     assert set(found) <= allowed
 
@@ -154,7 +180,9 @@ def test_nothing_logged(execute, text):
 
 
 def test_crashes_only(execute):
-    names = execute(to_log([(f"abc000{i}", 0, 0, "crash", "out of memory") for i in range(3)]))
+    names = execute(
+        to_log([(f"abc000{i}", 0, 0, "crash", "out of memory") for i in range(3)])
+    )
     assert list(names["experiments"].status) == ["crash"] * 3
     assert math.isnan(names["noise"])
 
@@ -176,7 +204,9 @@ def test_odd_descriptions_stay_one_row_each(execute):
         "#",
         "\\",
     ]
-    rows = [(f"12e45{i:02d}", 0.44 - i / 1000, 50, "keep", text) for i, text in enumerate(odd)]
+    rows = [
+        (f"12e45{i:02d}", 0.44 - i / 1000, 50, "keep", text) for i, text in enumerate(odd)
+    ]
     names = execute(to_log(rows))
     assert list(names["log"].description) == odd
     assert list(names["log"].commit) == [row[0] for row in rows]
@@ -201,7 +231,9 @@ def test_baseline_that_crashed(execute):
 
 
 def test_nothing_kept(execute):
-    rows = [(f"abc000{i}", 0.44 + i / 1000, 58.7, "discard", f"idea {i}") for i in range(4)]
+    rows = [
+        (f"abc000{i}", 0.44 + i / 1000, 58.7, "discard", f"idea {i}") for i in range(4)
+    ]
     names = execute(to_log(rows))
     assert names["n_kept"] == 0 and names["start"] == 0.44
 
@@ -210,14 +242,21 @@ def test_night(execute, tmp_path):
     write_night(tmp_path)
     names = execute()
     assert (len(names["log"]), len(names["tries"]), names["n_kept"]) == (20, 14, 5)
-    groups = [[0.4418, 0.4425, 0.4413], [0.4391, 0.4396], [0.4379, 0.4383], [0.4355, 0.4356]]
+    groups = [
+        [0.4418, 0.4425, 0.4413],
+        [0.4391, 0.4396],
+        [0.4379, 0.4383],
+        [0.4355, 0.4356],
+    ]
     squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups)
     assert names["noise"] == pytest.approx(math.sqrt(squares / 5))
     chain = names["chain"]
     assert chain.gain.iloc[1] == pytest.approx(statistics.fmean(groups[0]) - 0.43935)
     assert list(chain.clear.iloc[1:]) == [True, True, True, False, True]
     assert names["best"] == 0.4334 and names["ceiling"] < 0.5127
-    assert len(names["hours"]) == 14 and names["hours"].max() == pytest.approx(13 * 7 / 60)
+    assert len(names["hours"]) == 14 and names["hours"].max() == pytest.approx(
+        13 * 7 / 60
+    )
 
 
 def test_keep_after_a_provisional_discard(execute):
@@ -236,7 +275,9 @@ def test_keep_after_a_provisional_discard(execute):
 def test_expected_best_of_n_draws(execute):
     expected_best = execute()["expected_best"]
     assert expected_best(0) == expected_best(1) == 0
-    assert expected_best(10) == pytest.approx(1.5388, rel=0.01)  # tables of normal order statistics
+    assert expected_best(10) == pytest.approx(
+        1.5388, rel=0.01
+    )  # tables of normal order statistics
     assert expected_best(100) == pytest.approx(2.5076, rel=0.01)
 
 
@@ -252,7 +293,11 @@ def renew_outputs():
     for cell in notebook.cells:
         cell.metadata.clear()  # times of execution
     notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
     nbformat.write(notebook, NOTEBOOK)

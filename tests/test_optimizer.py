@@ -26,13 +26,21 @@ def tiny_batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def muon_group(params, **changes) -> dict:
-    group = {"params": params, "lr": 0.1, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
+    group = {
+        "params": params,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "beta2": 0.9,
+        "weight_decay": 0.0,
+    }
     return group | changes
 
 
 def random_params(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes
+    ]
 
 
 # ---- Rates and decays ---------------------------------------------------------------------------
@@ -114,7 +122,9 @@ def test_a_row_that_is_read_once_moves_once_however_small_its_gradient():
             steps.append(p.detach().clone())
     first, second, third = steps[:3]
     assert torch.equal(first, torch.zeros(2, 8)) and torch.equal(second, third)
-    assert torch.allclose(second[1], torch.tensor(-0.1 / 0.05**0.5)) and not second[0].any()
+    assert (
+        torch.allclose(second[1], torch.tensor(-0.1 / 0.05**0.5)) and not second[0].any()
+    )
     assert torch.allclose(steps[4], second, rtol=1e-4)
 
 
@@ -122,7 +132,11 @@ def test_a_row_that_is_read_once_moves_once_however_small_its_gradient():
 def conditioned(shape: tuple[int, int], smallest: float) -> torch.Tensor:
     """Return a matrix whose singular values fall from 1 to `smallest`, on a logarithmic scale."""
     U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    return U @ torch.diag(torch.logspace(0, torch.log10(torch.tensor(smallest)), min(shape))) @ Vh
+    return (
+        U
+        @ torch.diag(torch.logspace(0, torch.log10(torch.tensor(smallest)), min(shape)))
+        @ Vh
+    )
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 32), (256, 16)])
@@ -133,7 +147,9 @@ def test_the_polar_factor_is_that_of_an_svd(shape, smallest):
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     got = train.polar_express(17 * G[None])[0].float()
     values = torch.linalg.svdvals(got)
-    well = S > 0.02 * S.norm()  # five steps lift what is not lost in the norm of the matrix
+    well = (
+        S > 0.02 * S.norm()
+    )  # five steps lift what is not lost in the norm of the matrix
     assert well.sum() > len(S) / 2 and values.max() < 1.3
     assert torch.linalg.svdvals(U[:, well].T @ got @ Vh[well].T).min() > 0.7
     agreement = torch.diagonal(U[:, well].T @ got @ Vh[well].T)
@@ -190,7 +206,11 @@ def test_muon_is_the_slow_loop_over_single_matrices(monkeypatch, shape):
     optimizer = Muon([muon_group(params)])
     generator = torch.Generator().manual_seed(1)
     for momentum, lr, decay in ((0.0, 0.1, 0.0), (0.9, 0.05, 0.5), (0.95, 0.2, 1.0)):
-        optimizer.param_groups[0] |= {"momentum": momentum, "lr": lr, "weight_decay": decay}
+        optimizer.param_groups[0] |= {
+            "momentum": momentum,
+            "lr": lr,
+            "weight_decay": decay,
+        }
         for i, p in enumerate(params):
             p.grad = 10.0**-i * torch.randn(shape, generator=generator)
             args = (expected[i], p.grad, states[i], momentum, 0.9, lr, decay)
@@ -289,7 +309,9 @@ def test_every_parameter_is_in_exactly_one_group():
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert len(grouped) == len(set(grouped))
-    assert all(p.ndim == 2 for group in optimizers[-1].param_groups for p in group["params"])
+    assert all(
+        p.ndim == 2 for group in optimizers[-1].param_groups for p in group["params"]
+    )
 
 
 # ---- Steps --------------------------------------------------------------------------------------
@@ -380,7 +402,13 @@ def test_warm_up_puts_weights_and_state_back_bit_for_bit(trained, monkeypatch):
 
     monkeypatch.setattr(model, "trunk", watched)
     train.warm_up(RUN, model, optimizers, 2)
-    assert moved == [False, False, True, True, True]  # two steps of two, then what they made
+    assert moved == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]  # two steps of two, then what they made
     after = snapshot(model, optimizers)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(p.grad is None for p in model.parameters())
@@ -402,7 +430,9 @@ def test_a_warm_up_before_any_step_leaves_a_run_as_it_would_be_without(monkeypat
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_warm_up_that_does_not_fit_leaves_nothing_behind(trained, monkeypatch, fails_at):
+def test_a_warm_up_that_does_not_fit_leaves_nothing_behind(
+    trained, monkeypatch, fails_at
+):
     model, optimizers = trained
     before = snapshot(model, optimizers)
     calls = spoil(monkeypatch, model, fails_at)

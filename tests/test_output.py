@@ -14,7 +14,9 @@ import constants as C
 import prepare
 import train
 
-FIRST_NINE = "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M"
+FIRST_NINE = (
+    "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M"
+)
 FIRST_NINE = f"{FIRST_NINE} num_steps num_params_M depth".split()
 STEP_LINE = re.compile(
     r"step \d{5} \(\d+\.\d%\) \| loss: \d+\.\d{4} \| lrm: \d\.\d\d \| dt: \d+ms \| "
@@ -37,7 +39,9 @@ def summary(prepared) -> str:
     run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
     lines = []
     patch.setattr("builtins.print", lambda *args, **kwargs: lines.append(*args))
-    run.print_summary(num_params=1_234_567, depth=3, flops_per_token=1e9, attention="masked")
+    run.print_summary(
+        num_params=1_234_567, depth=3, flops_per_token=1e9, attention="masked"
+    )
     patch.undo()
     (text,) = lines
     return text
@@ -51,7 +55,13 @@ def test_the_summary_has_its_keys_in_order_the_familys_nine_first(summary):
     keys = [line.split(":")[0] for line in summary.splitlines()]
     assert keys == [line.split(":")[0] for line in C.SUMMARY.splitlines()]
     assert keys[:10] == ["---", *FIRST_NINE] and keys[10:12] == ["tok_per_sec", "tflops"]
-    ours = {"tok_per_sec", "startup_seconds", "import_seconds", "open_seconds", "compile_seconds"}
+    ours = {
+        "tok_per_sec",
+        "startup_seconds",
+        "import_seconds",
+        "open_seconds",
+        "compile_seconds",
+    }
     ours |= {"data_wait_percent", "eval_seconds", "epochs", "attention", "gpu", "seed"}
     assert ours | {"commit", "rules"} <= set(keys) and len(set(keys)) == len(keys)
 
@@ -69,7 +79,9 @@ def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
     assert values["num_steps"] == "8" and values["depth"] == "3"
     assert values["training_seconds"] == "8.0" and values["num_params_M"] == "1.2"
     assert values["tok_per_sec"] == str(tokens // 8)
-    assert values["tflops"] == f"{tokens / 8 * 1e9 / 1e12:.2f}" == "1.54"  # 1e9 FLOPs a token
+    assert (
+        values["tflops"] == f"{tokens / 8 * 1e9 / 1e12:.2f}" == "1.54"
+    )  # 1e9 FLOPs a token
     assert values["total_tokens_M"] == f"{tokens / 1e6:.1f}"
     manifest = prepare.load_manifest(prepared)["rows"]
     sizes = [about["size"] for about in manifest.values() if about["split"] == "train"]
@@ -78,8 +90,12 @@ def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
     assert values["attention"] == "masked" and values["seed"] == str(C.SEED)
     assert float(values["eval_seconds"]) >= 0 and float(values["startup_seconds"]) > 0
     assert float(values["total_seconds"]) >= float(values["startup_seconds"])
-    parts = sum(float(values[f"{part}_seconds"]) for part in ("import", "open", "compile"))
-    assert parts == pytest.approx(float(values["startup_seconds"]), abs=0.2)  # four roundings
+    parts = sum(
+        float(values[f"{part}_seconds"]) for part in ("import", "open", "compile")
+    )
+    assert parts == pytest.approx(
+        float(values["startup_seconds"]), abs=0.2
+    )  # four roundings
     assert 0 < float(values["data_wait_percent"]) < 100  # of pretended seconds
 
 
@@ -88,7 +104,9 @@ def test_the_bits_per_byte_of_the_summary_are_those_of_a_guess(summary, prepared
     targets = np.concatenate([row[1:] for row in run.val_rows])
     assert len(targets) == C.EVAL_TOKENS
     text = targets[targets < C.BOS_ID]
-    nbytes = sum(len(run.tokenizer.encoding.decode_single_token_bytes(int(i))) for i in text)
+    nbytes = sum(
+        len(run.tokenizer.encoding.decode_single_token_bytes(int(i))) for i in text
+    )
     expected = math.log2(C.VOCAB_SIZE) * len(text) / nbytes
     assert float(parse(summary)["val_bpb"]) == pytest.approx(expected, abs=2e-6)
 
@@ -171,11 +189,16 @@ def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(
     prepared, monkeypatch
 ):
     monkeypatch.setattr(C, "TIME_BUDGET", 1.0)
-    for model in (lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE), lambda idx: "refused"):
+    for model in (
+        lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE),
+        lambda idx: "refused",
+    ):
         run = prepare.Run(prepared, torch.device("cpu"))
         for step in run.steps(2, 1):
             step.loss = float(len(list(step.batches)))
-        with contextlib.suppress(RuntimeError):  # a refused model has seen the text as well
+        with contextlib.suppress(
+            RuntimeError
+        ):  # a refused model has seen the text as well
             run.evaluate(model)
         with pytest.raises(RuntimeError, match="evaluate after training, once"):
             run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))

@@ -26,14 +26,25 @@ def toml(name: str) -> dict:
 
 def test_run_time_dependencies_are_those_that_the_scripts_import():
     declared = {
-        re.split(r"[^\w-]", d)[0] for d in toml("pyproject.toml")["project"]["dependencies"]
+        re.split(r"[^\w-]", d)[0]
+        for d in toml("pyproject.toml")["project"]["dependencies"]
     }
-    assert declared == {"torch", "numpy", "pyarrow", "requests", "rustbpe", "tiktoken", "kernels"}
+    assert declared == {
+        "torch",
+        "numpy",
+        "pyarrow",
+        "requests",
+        "rustbpe",
+        "tiktoken",
+        "kernels",
+    }
 
 
 def test_tests_come_with_a_plain_uv_run_and_the_notebook_does_not():
     groups = toml("pyproject.toml")["dependency-groups"]
-    assert any(d.startswith("pytest") for d in groups["dev"])  # the group that uv installs unasked
+    assert any(
+        d.startswith("pytest") for d in groups["dev"]
+    )  # the group that uv installs unasked
     assert not any(re.match("pandas|matplotlib", d) for d in groups["dev"])
     assert any(d.startswith("pandas") for d in groups["analysis"])
 
@@ -57,12 +68,29 @@ def test_torch_is_pinned_to_the_version_that_was_measured():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_nothing_is_unpickled_and_no_text_is_executed(name):
     tree = ast.parse((ROOT / name).read_text("utf-8"))
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported = {
+        a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not {i.partition(".")[0] for i in imported} & {"pickle", "shelve", "dill", "joblib"}
+    assert not {i.partition(".")[0] for i in imported} & {
+        "pickle",
+        "shelve",
+        "dill",
+        "joblib",
+    }
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    called = [ast.unparse(n.func) for n in calls if "allow_pickle=False" not in ast.unparse(n)]
-    unsafe = {"torch.load", "np.load", "eval", "exec", "compile", "pickle.load", "__import__"}
+    called = [
+        ast.unparse(n.func) for n in calls if "allow_pickle=False" not in ast.unparse(n)
+    ]
+    unsafe = {
+        "torch.load",
+        "np.load",
+        "eval",
+        "exec",
+        "compile",
+        "pickle.load",
+        "__import__",
+    }
     assert not unsafe & set(called)
 
 

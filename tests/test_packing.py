@@ -19,7 +19,9 @@ import prepare
 BOS = 1020
 
 
-def pack_literally(batches, capacity: int, buffer_docs: int, n_rows: float = float("inf")):
+def pack_literally(
+    batches, capacity: int, buffer_docs: int, n_rows: float = float("inf")
+):
     """The protocol in plain lists and full scans: batches of documents in, rows out."""
     batches, buffer, rows, row = iter(batches), [], [], []
     while len(rows) < n_rows:
@@ -52,8 +54,14 @@ def random_batches(seed: int, capacity: int, count: int = 400) -> list[list[list
     common = [1, 2, capacity // 3, capacity // 2, capacity - 1, capacity, capacity + 1]
     documents = []
     for _ in range(count):
-        drawn = [rng.choice(common), rng.randint(1, capacity), rng.randint(1, 4 * capacity)]
-        documents.append([BOS, *(rng.randrange(BOS) for _ in range(rng.choice(drawn) - 1))])
+        drawn = [
+            rng.choice(common),
+            rng.randint(1, capacity),
+            rng.randint(1, 4 * capacity),
+        ]
+        documents.append(
+            [BOS, *(rng.randrange(BOS) for _ in range(rng.choice(drawn) - 1))]
+        )
     batches = []
     while documents:
         n = rng.randint(1, 30)
@@ -68,8 +76,22 @@ def test_five_documents_worked_by_hand(monkeypatch):
     a, b, c = [0, 1, 2, 3], [0, 4], [0, 5, 6, 7, 8, 9, 10]
     d, e = [0, 11, 12], [0, 13, 14, 15]
     assert pack([[a], [b], [c], [d], [e]], 6) == [
-        [0, 1, 2, 3, 0, 4],  # of a, b, c the longest that fits 6 is a; of b, c, d in 2 it is b
-        [0, 13, 14, 15, 0, 11],  # of c, d, e the longest that fits 6 is e; none fits 2: d is cut
+        [
+            0,
+            1,
+            2,
+            3,
+            0,
+            4,
+        ],  # of a, b, c the longest that fits 6 is a; of b, c, d in 2 it is b
+        [
+            0,
+            13,
+            14,
+            15,
+            0,
+            11,
+        ],  # of c, d, e the longest that fits 6 is e; none fits 2: d is cut
         [0, 5, 6, 7, 8, 9],  # c alone is left, and it is longer than a row
     ]
 
@@ -129,18 +151,26 @@ def test_rows_equal_the_literal_protocol(monkeypatch, seed, buffer_docs):
     assert rows == pack_literally(batches, capacity, buffer_docs)
 
 
-@pytest.mark.parametrize("count, longest, capacity", [(1_000_000, 24, 8193), (20_000, 6000, 2049)])
+@pytest.mark.parametrize(
+    "count, longest, capacity", [(1_000_000, 24, 8193), (20_000, 6000, 2049)]
+)
 def test_rows_of_a_million_short_documents_and_of_long_ones(count, longest, capacity):
-    lengths = np.random.default_rng(0).integers(1, longest, count)  # 1 is an empty document
+    lengths = np.random.default_rng(0).integers(
+        1, longest, count
+    )  # 1 is an empty document
     firsts = np.arange(count) % 65521  # the first id tells which document it is
-    documents = (np.full(n, first, np.uint16) for n, first in zip(lengths, firsts, strict=True))
+    documents = (
+        np.full(n, first, np.uint16) for n, first in zip(lengths, firsts, strict=True)
+    )
     batches = iter(lambda: [*itertools.islice(documents, 128)], [])
     rows = [row.copy() for row in prepare.pack_rows(batches, capacity)]
     parts = np.split(lengths, range(128, count, 128))
     expected = pack_by_lengths(parts, capacity, 1000)
     assert len(rows) == len(expected) > 1000
     for row, parts in zip(rows, expected, strict=True):
-        assert np.array_equal(row, np.repeat([firsts[k] for k, _ in parts], [n for _, n in parts]))
+        assert np.array_equal(
+            row, np.repeat([firsts[k] for k, _ in parts], [n for _, n in parts])
+        )
 
 
 def test_every_row_opens_with_bos_and_is_full():
@@ -152,7 +182,9 @@ def test_every_row_opens_with_bos_and_is_full():
 
 def test_every_placed_id_is_of_a_prefix_of_a_document_used_once():
     rng = random.Random(3)
-    documents = [[BOS, *([k] * rng.randint(1, 60))] for k in range(300)]  # ids tell the document
+    documents = [
+        [BOS, *([k] * rng.randint(1, 60))] for k in range(300)
+    ]  # ids tell the document
     rows = pack([documents[:150], documents[150:]], 32)
     assert len(rows) > 200
     used = set()
@@ -164,7 +196,9 @@ def test_every_placed_id_is_of_a_prefix_of_a_document_used_once():
                 assert row[start:end] == document[: end - start]
                 assert row[start + 1] not in used
                 used.add(row[start + 1])
-                assert end - start == len(document) or end == len(row)  # cropped at the end only
+                assert end - start == len(document) or end == len(
+                    row
+                )  # cropped at the end only
     assert len(used) > 200
 
 
@@ -181,7 +215,9 @@ def batches_by_hand(folder, name: str) -> list[list[list[int]]]:
     for group in range(shard.num_row_groups):
         texts = shard.read_row_group(group)["text"].to_pylist()
         for start in range(0, len(texts), 128):
-            documents = [[len(ranks), *bpe.encode_ordinary(t)] for t in texts[start : start + 128]]
+            documents = [
+                [len(ranks), *bpe.encode_ordinary(t)] for t in texts[start : start + 128]
+            ]
             batches.append(documents)
     return batches
 
@@ -195,7 +231,9 @@ def read_rows(path) -> list[list[int]]:
 
 
 def row_file(folder, number: int):
-    (path,) = (folder / "rows").glob(C.SHARD_NAME.format(number).replace(".parquet", ".*.u16"))
+    (path,) = (folder / "rows").glob(
+        C.SHARD_NAME.format(number).replace(".parquet", ".*.u16")
+    )
     return path
 
 
@@ -204,7 +242,9 @@ def test_validation_rows_equal_the_literal_protocol(prepared):
     batches = batches_by_hand(prepared, C.SHARD_NAME.format(C.VAL_SHARD))
     rows = read_rows(row_file(prepared, C.VAL_SHARD))
     assert len(rows) == n_rows == 256
-    assert rows == pack_literally(itertools.cycle(batches), C.MAX_SEQ_LEN + 1, 1000, n_rows)
+    assert rows == pack_literally(
+        itertools.cycle(batches), C.MAX_SEQ_LEN + 1, 1000, n_rows
+    )
 
 
 def test_training_rows_equal_the_literal_protocol_over_the_whole_shard(prepared):
@@ -222,11 +262,15 @@ def test_validation_shard_starts_over_when_it_runs_out(tiny_tokenizer, tmp_path)
     prepare.build_rows(shard, tmp_path / "rows.u16", tiny_tokenizer, n_rows)
     rows = read_rows(tmp_path / "rows.u16")
     assert len(rows) == n_rows
-    assert rows == pack_literally(itertools.cycle(one_pass), C.MAX_SEQ_LEN + 1, 1000, n_rows)
+    assert rows == pack_literally(
+        itertools.cycle(one_pass), C.MAX_SEQ_LEN + 1, 1000, n_rows
+    )
 
 
 def test_more_validation_rows_begin_with_the_same_ones(tiny_tokenizer, tmp_path):
-    shard = write_shard(tmp_path / "shard_06542.parquet", make_documents(seed=21, count=300))
+    shard = write_shard(
+        tmp_path / "shard_06542.parquet", make_documents(seed=21, count=300)
+    )
     for n_rows in (3, 10):
         prepare.build_rows(shard, tmp_path / f"{n_rows}.u16", tiny_tokenizer, n_rows)
     few, many = (tmp_path / "3.u16").read_bytes(), (tmp_path / "10.u16").read_bytes()

@@ -112,7 +112,9 @@ def test_a_card_that_is_not_in_the_table_has_no_peak(name):
 
 def test_every_card_of_the_table_is_tested():
     tested = {f"NVIDIA GeForce {card}" for card in GEFORCE} | set(SERVERS)
-    assert len({gpu.peak_flops(name) for name in tested}) == len({*gpu.PEAK_TFLOPS.values()})
+    assert len({gpu.peak_flops(name) for name in tested}) == len(
+        {*gpu.PEAK_TFLOPS.values()}
+    )
     for card in gpu.PEAK_TFLOPS:
         assert any(card in name for name in tested), card
 

@@ -17,13 +17,19 @@ ROW_BYTES = 2 * (C.MAX_SEQ_LEN + 1)
 
 def listing(folder: Path) -> dict[str, bytes]:
     """Return name -> bytes of every file below `folder`, hidden ones included."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """Return name -> (inode, time of change): another one shows that a file was written."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+    return {
+        str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files
+    }
 
 
 def manifest_of(folder: Path) -> dict:
@@ -31,7 +37,9 @@ def manifest_of(folder: Path) -> dict:
 
 
 def row_path(folder: Path, number: int) -> Path:
-    (path,) = (folder / "rows").glob(C.SHARD_NAME.format(number).replace(".parquet", ".*.u16"))
+    (path,) = (folder / "rows").glob(
+        C.SHARD_NAME.format(number).replace(".parquet", ".*.u16")
+    )
     return path
 
 
@@ -59,10 +67,15 @@ def test_manifest_describes_every_shard_and_row_file(original):
         files = listing(original / kind)
         described = {n: (a["size"], a["sha256"]) for n, a in manifest[kind].items()}
         assert described == {
-            name: (len(body), hashlib.sha256(body).hexdigest()) for name, body in files.items()
+            name: (len(body), hashlib.sha256(body).hexdigest())
+            for name, body in files.items()
         }
     assert len(manifest["revision"]) == 40
-    assert sorted(a["split"] for a in manifest["rows"].values()) == ["train", "train", "val"]
+    assert sorted(a["split"] for a in manifest["rows"].values()) == [
+        "train",
+        "train",
+        "val",
+    ]
     assert manifest["rows"][row_path(original, C.VAL_SHARD).name]["split"] == "val"
 
 
@@ -82,7 +95,9 @@ def test_prepared_folder_holds_nothing_else(original):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_rows_are_the_same_for_any_number_of_workers(original, hub, tmp_path, full_rules, workers):
+def test_rows_are_the_same_for_any_number_of_workers(
+    original, hub, tmp_path, full_rules, workers
+):
     prepare.prepare(tmp_path / "other", num_shards=2, workers=workers)
     assert listing(tmp_path / "other") == listing(original)
 
@@ -109,7 +124,9 @@ def test_preparing_smoke_data_twice_gives_the_same_bytes(prepared, tmp_path):
 def test_one_shard_more_adds_one_row_file_and_leaves_the_others(
     tmp_path, hub, full_rules, monkeypatch
 ):
-    monkeypatch.setattr(C, "TOKENIZER_SHARDS", 2)  # so that the third is not for the tokenizer
+    monkeypatch.setattr(
+        C, "TOKENIZER_SHARDS", 2
+    )  # so that the third is not for the tokenizer
     folder = tmp_path / "folder"
     prepare.prepare(folder, num_shards=2, workers=2)
     before = stamps(folder)
@@ -177,7 +194,8 @@ def test_damaged_shard_is_fetched_again(folder, original, damage):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "{", "[]", "null", "{}", '{"rules": 1}', "\x00", '{"shards": []}', "7"]
+    "text",
+    [None, "", "{", "[]", "null", "{}", '{"rules": 1}', "\x00", '{"shards": []}', "7"],
 )
 def test_preparing_again_mends_a_missing_or_damaged_manifest(folder, original, text):
     if text is None:
@@ -198,7 +216,9 @@ def test_manifest_with_any_byte_changed_is_not_believed(original, tmp_path):
         changed = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         (tmp_path / "manifest.json").write_bytes(changed)
         read = prepare.load_manifest(tmp_path)
-        assert read == {} or {**read, "key": 0} == {**whole, "key": 0} or "key" not in read
+        assert (
+            read == {} or {**read, "key": 0} == {**whole, "key": 0} or "key" not in read
+        )
         if "key" not in read and read:  # its own name was hit: all the rest is right
             del whole["key"]
             assert len(read) == len(whole) + 1 and whole.items() <= read.items()
@@ -208,10 +228,14 @@ def test_manifest_with_any_byte_changed_is_not_believed(original, tmp_path):
 def test_damaged_manifest_costs_no_download_and_no_packing(folder, original, hub, capsys):
     body = (folder / "manifest.json").read_bytes()
     (folder / "manifest.json").write_bytes(body.replace(b'"size": ', b'"size": 1', 1))
-    before = stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
+    before = (
+        stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
+    )
     prepare.prepare(folder, num_shards=2, workers=2)
     assert listing(folder) == listing(original)
-    after = stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
+    after = (
+        stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
+    )
     assert before == after and hub.count("cdn", "GET") == 0
 
 
@@ -238,7 +262,11 @@ def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
     assert "2 files, 1 packed in" in said
     prepare.prepare(folder, num_shards=2, workers=2)
     said = capsys.readouterr().out
-    assert "trained anew" not in said and "packed anew" not in said and ", 0 packed in" in said
+    assert (
+        "trained anew" not in said
+        and "packed anew" not in said
+        and ", 0 packed in" in said
+    )
     monkeypatch.setattr(C, "DATA_RULES", [*C.DATA_RULES, 1])
     prepare.prepare(folder, num_shards=2, workers=2)
     said = capsys.readouterr().out
@@ -313,7 +341,9 @@ def test_interrupted_training_of_the_tokenizer_leaves_nothing_half(
         patch.setattr(prepare.os, "replace", stop_at_the_second_file)
         with pytest.raises(Interrupted):
             prepare.prepare(folder, num_shards=2, workers=1)
-    assert not any(name.endswith(".tmp") or name == "manifest.json" for name in listing(folder))
+    assert not any(
+        name.endswith(".tmp") or name == "manifest.json" for name in listing(folder)
+    )
     prepare.prepare(folder, num_shards=2, workers=1)
     assert listing(folder) == listing(original)
 
@@ -339,7 +369,9 @@ def test_shard_without_documents_is_an_error_and_no_endless_search(
 
 def test_training_shards_that_fill_no_row_are_an_error(tmp_path, monkeypatch, full_rules):
     served = tmp_path / "served"
-    rare = "".join(chr(0x4E00 + k) for k in range(400))  # one short document, many byte pairs
+    rare = "".join(
+        chr(0x4E00 + k) for k in range(400)
+    )  # one short document, many byte pairs
     write_shard(served / C.SHARD_NAME.format(0), [rare])
     write_shard(served / prepare.VAL_NAME, [rare])
     monkeypatch.setattr(C, "MAX_SEQ_LEN", 4096)

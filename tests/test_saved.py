@@ -15,7 +15,9 @@ import sample
 import train
 
 CPU = torch.device("cpu")
-CONFIG = train.GPTConfig(C.MAX_SEQ_LEN, C.VOCAB_SIZE, 2, 32, 16, "SL", 32, 10_000.0, 15.0, 1.3, 64)
+CONFIG = train.GPTConfig(
+    C.MAX_SEQ_LEN, C.VOCAB_SIZE, 2, 32, 16, "SL", 32, 10_000.0, 15.0, 1.3, 64
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,9 @@ def test_what_is_saved_is_the_model_in_a_format_without_pickle(run, model, file)
     with zipfile.ZipFile(file) as archive:  # numpy's format, by hand
         assert archive.testzip() is None
         bodies = {name: archive.read(name) for name in archive.namelist()}
-    assert all(body.startswith(b"\x93NUMPY") and b"'|O'" not in body for body in bodies.values())
+    assert all(
+        body.startswith(b"\x93NUMPY") and b"'|O'" not in body for body in bodies.values()
+    )
     about = json.loads(str(np.load(file, allow_pickle=False)["about.json"]))
     assert about["config"] == dataclasses.asdict(CONFIG) and about["val_bpb"] == 1.25
     assert about["rules"] == run.rules and about["commit"] == run.commit
@@ -66,7 +70,9 @@ def test_what_is_saved_is_the_model_in_a_format_without_pickle(run, model, file)
     assert all((arrays[k] == expected[k].detach().numpy()).all() for k in expected)
 
 
-def test_the_next_run_writes_over_it_and_sweeps_up_what_a_killed_one_left(run, model, file):
+def test_the_next_run_writes_over_it_and_sweeps_up_what_a_killed_one_left(
+    run, model, file
+):
     sample.save(run, model, CONFIG)
     before, left = file.read_bytes(), file.with_name(".model.npz.123.tmp")
     left.write_bytes(b"half")
@@ -82,7 +88,9 @@ def test_weights_in_half_precision_are_saved_as_floats_and_a_compiled_model_by_i
     names = set(model.state_dict())
     sample.save(run, torch.compile(model.bfloat16()), CONFIG)
     arrays = {k: v for k, v in np.load(file).items() if k != "about.json"}
-    assert set(arrays) == names and {a.dtype for a in arrays.values()} == {np.dtype("float32")}
+    assert set(arrays) == names and {a.dtype for a in arrays.values()} == {
+        np.dtype("float32")
+    }
 
 
 def test_saving_can_be_turned_off_and_that_is_no_rule(run, model, file, monkeypatch):
@@ -100,10 +108,15 @@ def test_a_model_that_cannot_be_saved_costs_a_line_and_no_result(
         (tmp_path / "checkout").write_text("a file where the folder should be")
     sample.save(run, model, config)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"the model was not saved in {file} (") and "result stands" in line
+    assert (
+        line.startswith(f"the model was not saved in {file} (")
+        and "result stands" in line
+    )
 
 
-def test_a_full_disk_leaves_the_model_of_the_run_before(run, model, file, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_model_of_the_run_before(
+    run, model, file, monkeypatch, capsys
+):
     sample.save(run, model, CONFIG)
     before = file.read_bytes()
 
@@ -120,7 +133,9 @@ def test_a_full_disk_leaves_the_model_of_the_run_before(run, model, file, monkey
 def test_train_py_saves_before_the_summary_which_is_printed_last():
     text = Path(train.__file__).read_text("utf-8")
     assert (
-        text.index("run.evaluate(") < text.index("sample.save(") < text.index("run.print_summary(")
+        text.index("run.evaluate(")
+        < text.index("sample.save(")
+        < text.index("run.print_summary(")
     )
 
 
@@ -151,7 +166,9 @@ def test_a_text_is_continued_by_the_saved_weights_the_same_each_time(
     assert outs[0] == run.tokenizer.encoding.decode_bytes(ids[1:]) + b"\n"
 
 
-def test_ctrl_c_ends_the_text_without_a_traceback(run, model, file, monkeypatch, capfdbinary):
+def test_ctrl_c_ends_the_text_without_a_traceback(
+    run, model, file, monkeypatch, capfdbinary
+):
     def interrupted(*args):
         yield b"one"
         raise KeyboardInterrupt
@@ -163,13 +180,17 @@ def test_ctrl_c_ends_the_text_without_a_traceback(run, model, file, monkeypatch,
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_no_room_on_the_gpu_is_one_sentence_in_whoevers_words(run, model, file, error, monkeypatch):
+def test_no_room_on_the_gpu_is_one_sentence_in_whoevers_words(
+    run, model, file, error, monkeypatch
+):
     def full(*args):
         raise error("CUDA error: CUBLAS_STATUS_ALLOC_FAILED; out of memory")
 
     sample.save(run, model, CONFIG)
     monkeypatch.setattr(train, "build_training", full)
-    with pytest.raises(SystemExit, match="no room on the GPU .*; CUDA_VISIBLE_DEVICES= in front"):
+    with pytest.raises(
+        SystemExit, match="no room on the GPU .*; CUDA_VISIBLE_DEVICES= in front"
+    ):
         train.main(["--sample", "count: "])
 
 
@@ -183,7 +204,9 @@ def one_id(wanted: int):
     return model
 
 
-def test_a_text_ends_with_its_document_or_when_there_is_enough(tiny_tokenizer, monkeypatch):
+def test_a_text_ends_with_its_document_or_when_there_is_enough(
+    tiny_tokenizer, monkeypatch
+):
     end = sample.continue_text(one_id(tiny_tokenizer.bos_id), tiny_tokenizer, "a", CPU)
     assert list(end) == []
     monkeypatch.setattr(sample, "SAMPLE_TOKENS", 5)
@@ -212,7 +235,10 @@ def test_a_damaged_model_is_one_sentence(run, model, file, damage):
         about = {"about.json": np.array('{"config": {}}')} if damage == "half" else {}
         np.savez(file, wte=np.zeros(3), **about)
     said = sentence(["--sample", "a"])
-    assert said.startswith(f"train.py: {file} is damaged (") and "run uv run train.py" in said
+    assert (
+        said.startswith(f"train.py: {file} is damaged (")
+        and "run uv run train.py" in said
+    )
 
 
 def test_nothing_is_unpickled_from_it(run, file, tmp_path):
@@ -231,7 +257,9 @@ def test_nothing_is_unpickled_from_it(run, file, tmp_path):
     [{"n_layer": 3}, {"n_embd": 64}, {"n_experts": 8}, {"head_dim": 3}],
     ids=["layers", "width", "new knob", "impossible"],
 )
-def test_a_model_of_another_train_py_is_one_sentence_with_its_commit(run, model, file, change):
+def test_a_model_of_another_train_py_is_one_sentence_with_its_commit(
+    run, model, file, change
+):
     run.commit = "abc1234"
     sample.save(run, model, CONFIG)
     with np.load(file) as saved:
@@ -240,7 +268,9 @@ def test_a_model_of_another_train_py_is_one_sentence_with_its_commit(run, model,
     about["config"] |= change
     np.savez(file, **arrays, **{"about.json": np.array(json.dumps(about))})
     said = sentence(["--sample", "a"])
-    assert said.startswith(f"train.py: {file} is of another train.py, that of commit abc1234 (")
+    assert said.startswith(
+        f"train.py: {file} is of another train.py, that of commit abc1234 ("
+    )
 
 
 def test_a_model_of_another_tokenizer_is_one_sentence(run, model, file):
@@ -267,4 +297,6 @@ def test_a_text_is_continued_on_a_gpu_as_on_a_cpu(run):
     assert len(out) > 0
     idx = torch.tensor([run.tokenizer.encode("def main").tolist()])
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        torch.testing.assert_close(on_gpu(idx.to(device)).cpu(), model(idx), atol=0.3, rtol=0.05)
+        torch.testing.assert_close(
+            on_gpu(idx.to(device)).cpu(), model(idx), atol=0.3, rtol=0.05
+        )

@@ -49,8 +49,12 @@ def test_momentum_rises_from_its_low_to_its_high_value_and_stays(monkeypatch, ra
     monkeypatch.setattr(train, "MOMENTUM_WARMUP_RATIO", ratio)
     values = [train.muon_momentum(p) for p in SHARES]
     assert values == sorted(values)
-    assert values[0] == pytest.approx(0.5 if ratio else 0.9) and values[-1] == pytest.approx(0.9)
-    assert all(v == pytest.approx(0.9) for p, v in zip(SHARES, values, strict=True) if p >= ratio)
+    assert values[0] == pytest.approx(0.5 if ratio else 0.9) and values[
+        -1
+    ] == pytest.approx(0.9)
+    assert all(
+        v == pytest.approx(0.9) for p, v in zip(SHARES, values, strict=True) if p >= ratio
+    )
 
 
 def test_the_schedules_reach_every_group(monkeypatch):
@@ -59,7 +63,13 @@ def test_the_schedules_reach_every_group(monkeypatch):
     monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.0)
     monkeypatch.setattr(train, "MATRIX_WEIGHT_DECAY", 0.4)
     matrix, vector = torch.zeros(4, 4), torch.zeros(4)
-    muon = {"params": [matrix], "lr": 2.0, "momentum": 0.0, "beta2": 0.9, "weight_decay": 0.0}
+    muon = {
+        "params": [matrix],
+        "lr": 2.0,
+        "momentum": 0.0,
+        "beta2": 0.9,
+        "weight_decay": 0.0,
+    }
     optimizers = torch.optim.AdamW([vector], lr=3.0, weight_decay=0.7), train.Muon([muon])
     (first,), (second,) = (optimizer.param_groups for optimizer in optimizers)
     first["initial_lr"], second["initial_lr"] = 3.0, 2.0

@@ -72,7 +72,9 @@ def nowhere(monkeypatch) -> str:
 def waits(monkeypatch) -> list[float]:
     """The seconds that downloads would have waited, in a list that grows; nobody waits."""
     seen = []
-    monkeypatch.setattr(download.Progress, "pause", lambda self, seconds: seen.append(seconds))
+    monkeypatch.setattr(
+        download.Progress, "pause", lambda self, seconds: seen.append(seconds)
+    )
     return seen
 
 
@@ -81,7 +83,9 @@ def large_hub(tmp_path_factory, hub, monkeypatch) -> Iterator[hub_module.Hub]:
     """A hub whose shard is many times what is written at once."""
     text = random.Random(0).randbytes(300_000).hex()
     folder = tmp_path_factory.mktemp("large")
-    write_shard(folder / NAMES[0], [text[k : k + 1000] for k in range(0, len(text), 1000)])
+    write_shard(
+        folder / NAMES[0], [text[k : k + 1000] for k in range(0, len(text), 1000)]
+    )
     with hub_module.Hub(folder) as large:
         monkeypatch.setenv("HF_ENDPOINT", large.url)
         yield large
@@ -147,7 +151,9 @@ def test_server_that_asks_to_wait_is_given_its_time(
 def test_server_that_asks_for_hours_ends_it_with_that_number(hub, tmp_path):
     hub.retry_after = "7200"
     hub.fail("429")
-    with pytest.raises(ConnectionError, match="answered 429 and asks to come back in 7200 s"):
+    with pytest.raises(
+        ConnectionError, match="answered 429 and asks to come back in 7200 s"
+    ):
         get(NAMES[0], tmp_path)
 
 
@@ -165,7 +171,9 @@ def test_clock_that_jumps_changes_no_wait(hub, tmp_path, waits, monkeypatch):
 
 # ---- Where it broke, it goes on -----------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["truncated", "unsized", "reset", "stall"])
-def test_download_goes_on_where_it_broke_however_often(large_hub, tmp_path, monkeypatch, kind):
+def test_download_goes_on_where_it_broke_however_often(
+    large_hub, tmp_path, monkeypatch, kind
+):
     monkeypatch.setattr(download, "HTTP_TIMEOUT", (5, 0.2))
     body = large_hub.files[NAMES[0]].read_bytes()
     large_hub.fail(kind, times=5)  # more than the tries that may fail in a row
@@ -173,7 +181,9 @@ def test_download_goes_on_where_it_broke_however_often(large_hub, tmp_path, monk
     assert (tmp_path / NAMES[0]).read_bytes() == body
     ranges = [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"]
     starts = [0] + [int(re.fullmatch(r"bytes=(\d+)-", text)[1]) for text in ranges[1:]]
-    assert len(starts) == 6 and starts == sorted(set(starts)) and starts[1] > len(body) // 4
+    assert (
+        len(starts) == 6 and starts == sorted(set(starts)) and starts[1] > len(body) // 4
+    )
     assert listing(tmp_path) == [NAMES[0]]
 
 
@@ -217,13 +227,17 @@ def test_part_of_another_content_is_not_gone_on_with(large_hub, tmp_path):
     other = download.part_of(tmp_path / NAMES[0], {"sha256": "0" * 64})
     other.write_bytes(b"PAR1 of an older revision")
     get(NAMES[0], tmp_path)
-    assert [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"] == [None]
+    assert [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"] == [
+        None
+    ]
     assert listing(tmp_path) == [NAMES[0]]
 
 
 def test_endless_body_does_not_fill_the_disk(hub, tmp_path, monkeypatch):
     sizes, real = [], download.describe
-    monkeypatch.setattr(download, "describe", lambda p: sizes.append(size_of(p)) or real(p))
+    monkeypatch.setattr(
+        download, "describe", lambda p: sizes.append(size_of(p)) or real(p)
+    )
     hub.fail("endless", times=math.inf)
     with pytest.raises(ConnectionError, match="SHA-256|more than"):
         get(NAMES[0], tmp_path)
@@ -345,7 +359,9 @@ def test_token_goes_to_the_hub_and_never_to_the_cdn(hub, tmp_path, monkeypatch):
     download.ensure_shards(tmp_path / "shards", NAMES, {})
     sent = {(r.server, r.headers.get("authorization")) for r in hub.requests}
     assert ("hub", "Bearer hf_secret") in sent
-    assert not any(auth and "hf_secret" in auth for server, auth in sent if server == "cdn")
+    assert not any(
+        auth and "hf_secret" in auth for server, auth in sent if server == "cdn"
+    )
     assert {auth for server, auth in sent if server == "hub"} == {"Bearer hf_secret"}
     assert not any("hf_secret" in r.path for r in hub.requests)
     assert any("/moved/" in r.path for r in hub.requests)
@@ -358,10 +374,14 @@ def test_token_appears_in_no_message(hub, cache, monkeypatch, capfd, kind, serve
     with pytest.raises(SystemExit) as end:
         prepare.main(["--num-shards", "1"])
     said = str(end.value.code) + "".join(capfd.readouterr())
-    assert "hf_secret" not in said and "signature" not in said  # nor the CDN's signed address
+    assert (
+        "hf_secret" not in said and "signature" not in said
+    )  # nor the CDN's signed address
 
 
-@pytest.mark.parametrize("token", ["hf_se\ncret", "hf_se cret", "hf_secr\N{HORIZONTAL ELLIPSIS}t"])
+@pytest.mark.parametrize(
+    "token", ["hf_se\ncret", "hf_se cret", "hf_secr\N{HORIZONTAL ELLIPSIS}t"]
+)
 def test_token_that_no_header_can_hold_is_an_error_that_does_not_show_it(
     hub, cache, monkeypatch, token
 ):
@@ -397,7 +417,9 @@ def test_commit_that_is_gone_from_the_hub_is_said_with_what_to_do(hub, cache):
     prepare.main(["--num-shards", "1"])
     old, hub.commit = hub.commit, "b" * 40  # the history was rewritten
     prepare.main(["--num-shards", "1"])  # nothing is missing: nobody is asked
-    with pytest.raises(SystemExit, match=f"no revision {old} .*; delete .*manifest.json") as end:
+    with pytest.raises(
+        SystemExit, match=f"no revision {old} .*; delete .*manifest.json"
+    ) as end:
         prepare.main(["--num-shards", "2"])
     hub.requests.clear()
     Path(re.search(r"delete (\S+)", end.value.code)[1]).unlink()
@@ -481,7 +503,9 @@ def test_command_downloads_and_prepares_from_the_hub(hub, cache, capsys):
 
 
 @pytest.mark.parametrize("kind, server", AT_ONCE + IN_THE_END)
-def test_command_fails_with_one_sentence_when_a_shard_is_missing(hub, cache, kind, server):
+def test_command_fails_with_one_sentence_when_a_shard_is_missing(
+    hub, cache, kind, server
+):
     hub.fail(kind, NAMES[1], times=math.inf, server=server)
     with pytest.raises(SystemExit) as end:
         prepare.main(["--num-shards", "2"])
@@ -530,11 +554,16 @@ def test_all_shards_means_all_but_the_validation_shard(cache, monkeypatch):
     monkeypatch.setattr(prepare, "ensure_shards", ensure_shards)
     with pytest.raises(SystemExit):
         prepare.main(["--num-shards", "-1"])
-    assert len(asked) == 6543 and asked[-2:] == ["shard_06541.parquet", "shard_06542.parquet"]
+    assert len(asked) == 6543 and asked[-2:] == [
+        "shard_06541.parquet",
+        "shard_06542.parquet",
+    ]
 
 
 # ---- The stand-in itself ------------------------------------------------------------------------
-def test_stand_in_serves_a_folder_and_those_below_from_the_command_line(shard_folder, tmp_path):
+def test_stand_in_serves_a_folder_and_those_below_from_the_command_line(
+    shard_folder, tmp_path
+):
     shutil.copytree(shard_folder, tmp_path / "some" / "where")
     command = [sys.executable, hub_module.__file__, str(tmp_path), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

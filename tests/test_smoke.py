@@ -22,9 +22,15 @@ KEYS = re.findall(r"^(\w+): ", C.SUMMARY, re.MULTILINE)
 
 def environment(folder: Path) -> dict[str, str]:
     """Return an environment in which the network and the home directory cannot be used."""
-    nowhere = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "HF_ENDPOINT")}
+    nowhere = {
+        name: "http://127.0.0.1:9"
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "HF_ENDPOINT")
+    }
     env = os.environ | nowhere | {"AUTORESEARCH_SMOKE": "1", "PYTHONUNBUFFERED": "1"}
-    return env | {"AUTORESEARCH_CACHE": str(folder / "cache"), "HOME": str(folder / "home")}
+    return env | {
+        "AUTORESEARCH_CACHE": str(folder / "cache"),
+        "HOME": str(folder / "home"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,13 @@ def job(tmp_path_factory) -> subprocess.CompletedProcess:
     (folder / "checkout").mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder / "checkout")
-    command, env = [sys.executable, str(folder / "checkout" / "train.py")], environment(folder)
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    command, env = (
+        [sys.executable, str(folder / "checkout" / "train.py")],
+        environment(folder),
+    )
+    done = subprocess.run(
+        command, env=env, cwd=folder, capture_output=True, text=True, timeout=300
+    )
     done.folder = folder
     return done
 
@@ -84,24 +95,33 @@ def test_the_model_has_learned(job, values):
 
 
 def test_the_log_is_short_whole_lines_that_a_pager_can_read(job):
-    assert "\r" not in job.stdout and "\x1b" not in job.stdout and job.stdout.endswith("\n")
+    assert (
+        "\r" not in job.stdout and "\x1b" not in job.stdout and job.stdout.endswith("\n")
+    )
     assert len(job.stdout) < 20_000
     steps = [line for line in job.stdout.splitlines() if line.startswith("step ")]
     assert len(steps) >= 2 and all(map(STEP_LINE.fullmatch, steps))
     shares = [float(re.search(r"\((.*)%\)", line)[1]) for line in steps]
-    assert shares[0] == 0.0 and shares == sorted(shares) and len(set(shares)) == len(shares)
+    assert (
+        shares[0] == 0.0 and shares == sorted(shares) and len(set(shares)) == len(shares)
+    )
 
 
 def test_nothing_is_written_outside_the_cache_but_the_model(job):
     assert {path.name for path in job.folder.iterdir()} == {"cache", "checkout"}
     there = {path.name for path in (job.folder / "checkout").iterdir()}
-    assert there - {"__pycache__"} == {path.name for path in ROOT.glob("*.py")} | {"smoke.npz"}
+    assert there - {"__pycache__"} == {path.name for path in ROOT.glob("*.py")} | {
+        "smoke.npz"
+    }
     ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
     assert {"model.npz", "smoke.npz"} <= {*ignored}
 
 
 def test_the_model_continues_a_text(job, values):
-    text, command = "def main(", [sys.executable, str(job.folder / "checkout" / "train.py")]
+    text, command = (
+        "def main(",
+        [sys.executable, str(job.folder / "checkout" / "train.py")],
+    )
     done = subprocess.run(
         [*command, "--sample", text],
         env=environment(job.folder),
@@ -130,4 +150,6 @@ def test_a_second_run_starts_at_once(job):
         process.kill()
     assert said[-1].startswith("model:") and not any("prepar" in line for line in said)
     assert time.monotonic() - started < 60
-    assert before == {path: path.stat().st_mtime_ns for path in (job.folder / "cache").rglob("*")}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (job.folder / "cache").rglob("*")
+    }

@@ -16,7 +16,11 @@ import prepare
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def manifest_of(folder: Path) -> dict:
@@ -55,7 +59,9 @@ def test_own_shards_are_prepared_the_last_by_name_for_validation(own, cache):
     prepare.main(["--source", str(own)])
     manifest = manifest_of(cache)
     assert list(manifest["shards"]) == ["a.parquet", "b part.parquet", "z.parquet"]
-    splits = {name.partition(".")[0]: row["split"] for name, row in manifest["rows"].items()}
+    splits = {
+        name.partition(".")[0]: row["split"] for name, row in manifest["rows"].items()
+    }
     assert splits == {"a": "train", "b part": "train", "z": "val"}
     assert manifest["source"] == str(own)
     assert listing(own) == before and not (cache / "shards").exists()
@@ -76,7 +82,9 @@ def test_shards_of_the_hub_in_a_folder_give_the_rows_that_the_hub_gives(
 def test_number_of_own_shards_can_be_limited(own, cache):
     prepare.main(["--source", str(own), "--num-shards", "1"])
     assert list(manifest_of(cache)["shards"]) == ["a.parquet", "z.parquet"]
-    assert "holds 2 training shards, not 3" in sentence(["--source", str(own), "--num-shards", "3"])
+    assert "holds 2 training shards, not 3" in sentence(
+        ["--source", str(own), "--num-shards", "3"]
+    )
 
 
 def test_a_plain_run_goes_on_with_own_shards_and_hub_goes_back(own, cache, capsys):
@@ -104,7 +112,10 @@ def test_a_change_of_an_own_shard_is_noticed(own, cache, capsys):
 @pytest.mark.parametrize(
     "table, what",
     [
-        (pa.table({"content": ["a"]}), "holds no good column `text` .it has the columns content"),
+        (
+            pa.table({"content": ["a"]}),
+            "holds no good column `text` .it has the columns content",
+        ),
         (pa.table({"text": pa.array([1])}), "it is of type int64, not string"),
         (pa.table({"text": pa.array([], pa.string())}), "has no rows"),
         (None, "holds no good column `text`"),
@@ -126,14 +137,18 @@ def test_too_few_own_shards_are_an_error_that_says_how_many(tmp_path, cache, nam
     for name in names:
         write_shard(tmp_path / "few" / name, ["a"])
     said = sentence(["--source", str(tmp_path / "few")])
-    assert f"{tmp_path / 'few'} holds {len(names)} files *.parquet; give two or more" in said
+    assert (
+        f"{tmp_path / 'few'} holds {len(names)} files *.parquet; give two or more" in said
+    )
     assert "holds 0 files" in sentence(["--source", str(tmp_path / "nowhere")])
 
 
 def test_document_that_cannot_be_tokenized_names_its_shard(own, cache):
     write_shard(own / "b part.parquet", ["good", " " * 2_000_000])
     said = sentence(["--source", str(own)])
-    assert str(own / "b part.parquet") in said and "tiktoken gives up on a document" in said
+    assert (
+        str(own / "b part.parquet") in said and "tiktoken gives up on a document" in said
+    )
     assert not list((cache / "rows").glob("b*")) and not list((cache / "rows").glob(".*"))
 
 
@@ -207,5 +222,7 @@ def test_check_notices_rows_of_other_rules(whole, capsys, monkeypatch):
 
 
 def test_check_where_nothing_is_prepared_says_what_to_do(cache):
-    assert re.search("manifest.json is missing, .*; run .*prepare.py", sentence(["--check"]))
+    assert re.search(
+        "manifest.json is missing, .*; run .*prepare.py", sentence(["--check"])
+    )
     assert not cache.exists()

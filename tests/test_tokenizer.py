@@ -141,7 +141,10 @@ def test_token_lengths_sum_to_the_bytes_of_the_text(tiny_tokenizer, corpus):
 
 # ---- The files ----------------------------------------------------------------------------------
 def test_files_are_text_that_can_be_read_by_hand(folder, ranks):
-    assert sorted(path.name for path in folder.iterdir()) == ["ranks.tiktoken", "tokenizer.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "ranks.tiktoken",
+        "tokenizer.json",
+    ]
     about = json.loads((folder / "tokenizer.json").read_text("ascii"))
     assert about["pattern"] == PATTERN
     assert about["special_tokens"] == [f"<|reserved_{i}|>" for i in range(4)]
@@ -163,7 +166,9 @@ DAMAGES = {
     "two ranks swapped": lambda folder: swap_first_ranks(folder / "ranks.tiktoken"),
     "description missing": lambda folder: (folder / "tokenizer.json").unlink(),
     "description cut short": lambda folder: cut(folder / "tokenizer.json"),
-    "description is binary": lambda folder: (folder / "tokenizer.json").write_bytes(b"\x80\xff"),
+    "description is binary": lambda folder: (folder / "tokenizer.json").write_bytes(
+        b"\x80\xff"
+    ),
     "description is empty": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "description is a list": lambda folder: (folder / "tokenizer.json").write_text("[1]"),
 }
@@ -183,7 +188,9 @@ def swap_first_ranks(path: Path) -> None:
 def test_damaged_tokenizer_is_an_error_that_names_its_folder(folder, tmp_path, damage):
     copy = shutil.copytree(folder, tmp_path / "tokenizer")
     DAMAGES[damage](copy)
-    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(copy))) as error:
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match=re.escape(str(copy))
+    ) as error:
         prepare.Tokenizer.load(copy)
     assert "uv run prepare.py" in str(error.value)
 
@@ -232,7 +239,9 @@ def test_first_merges_are_the_most_frequent_pairs(ranks, corpus):
             for pair in pairwise(parts):
                 pairs[pair] += n
         best = max(pairs.values())
-        merged = [pair for pair, n in pairs.items() if n == best and pair[0] + pair[1] == token]
+        merged = [
+            pair for pair, n in pairs.items() if n == best and pair[0] + pair[1] == token
+        ]
         assert merged, f"{token} is not a most frequent pair"
         for parts, _ in words:
             k = 0
@@ -242,7 +251,9 @@ def test_first_merges_are_the_most_frequent_pairs(ranks, corpus):
                 k += 1
 
 
-def test_trained_on_training_shards_in_order_each_document_capped(tmp_path, trained_on, corpus):
+def test_trained_on_training_shards_in_order_each_document_capped(
+    tmp_path, trained_on, corpus
+):
     long = "".join(make_documents(seed=5, count=1500))
     assert len(long) > 2 * C.TOKENIZER_DOC_CHARS
     other = make_documents(seed=6, count=50)
@@ -254,12 +265,16 @@ def test_trained_on_training_shards_in_order_each_document_capped(tmp_path, trai
 def test_text_beyond_the_cap_of_a_document_is_not_learned(tmp_path, corpus):
     head = "".join(make_documents(seed=5, count=1500))[: C.TOKENIZER_DOC_CHARS]
     tails = ["", "zqzqzq " * 3000]
-    keys = [train(tmp_path / str(k), [*corpus, head + t]).sha256 for k, t in enumerate(tails)]
+    keys = [
+        train(tmp_path / str(k), [*corpus, head + t]).sha256 for k, t in enumerate(tails)
+    ]
     assert keys[0] == keys[1]
     assert train(tmp_path / "2", [*corpus, tails[1]]).sha256 != keys[0]
 
 
-def test_training_stops_at_its_number_of_characters(tmp_path, trained_on, corpus, monkeypatch):
+def test_training_stops_at_its_number_of_characters(
+    tmp_path, trained_on, corpus, monkeypatch
+):
     limit = 40_000
     monkeypatch.setattr(C, "TOKENIZER_CHARS", limit)
     train(tmp_path, corpus, corpus)
@@ -290,7 +305,8 @@ def test_tokenizer_is_trained_again_when_a_shard_changes(tmp_path, trained_on, c
 
 
 @pytest.mark.parametrize(
-    "rule, value", [("VOCAB_SIZE", 900), ("SPLIT_PATTERN", r"\w+|\W"), ("TOKENIZER_DOC_CHARS", 50)]
+    "rule, value",
+    [("VOCAB_SIZE", 900), ("SPLIT_PATTERN", r"\w+|\W"), ("TOKENIZER_DOC_CHARS", 50)],
 )
 def test_tokenizer_is_trained_again_when_a_rule_changes(
     tmp_path, trained_on, corpus, monkeypatch, rule, value
@@ -302,7 +318,9 @@ def test_tokenizer_is_trained_again_when_a_rule_changes(
     assert second.sha256 != first.sha256
 
 
-def test_shards_after_the_first_few_do_not_matter(tmp_path, trained_on, corpus, monkeypatch):
+def test_shards_after_the_first_few_do_not_matter(
+    tmp_path, trained_on, corpus, monkeypatch
+):
     monkeypatch.setattr(C, "TOKENIZER_SHARDS", 1)
     first = train(tmp_path, corpus, ["one"])
     assert train(tmp_path, corpus, ["another"], ["and more"]).sha256 == first.sha256
@@ -312,7 +330,9 @@ def test_shards_after_the_first_few_do_not_matter(tmp_path, trained_on, corpus, 
 def test_too_little_text_is_an_error_with_both_numbers(tmp_path):
     with pytest.raises(ValueError, match=rf"\b{C.VOCAB_SIZE - 4}\b"):
         train(tmp_path, ["a few words are not enough"])
-    assert not (tmp_path / "tokenizer").exists() or not list((tmp_path / "tokenizer").iterdir())
+    assert not (tmp_path / "tokenizer").exists() or not list(
+        (tmp_path / "tokenizer").iterdir()
+    )
 
 
 # ---- The split pattern --------------------------------------------------------------------------
@@ -320,7 +340,10 @@ def test_too_little_text_is_an_error_with_both_numbers(tmp_path):
     "text, pieces",
     [
         ("1234567 89", ["12", "34", "56", "7", " ", "89"]),
-        ("I'm they'LL don't we've", ["I", "'m", " they", "'LL", " don", "'t", " we", "'ve"]),
+        (
+            "I'm they'LL don't we've",
+            ["I", "'m", " they", "'LL", " don", "'t", " we", "'ve"],
+        ),
         ("Hello, world!", ["Hello", ",", " world", "!"]),
         ("a  b   c", ["a", " ", " b", "  ", " c"]),
         ("x = y;\n\n  z", ["x", " =", " y", ";\n\n", " ", " z"]),
@@ -334,11 +357,17 @@ def test_split_pattern_cuts_as_the_protocol_does(text, pieces):
 
 
 def test_search_for_the_cuts_is_quicker_and_cuts_the_same(tiny_tokenizer, ranks, corpus):
-    plain = tiktoken.Encoding("plain", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    plain = tiktoken.Encoding(
+        "plain", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
     kinds = ["a", "é", "1", " ", "\t", "\n", "\r", "!", "'", "s"]
-    short = ("".join(text) for n in range(1, 5) for text in itertools.product(kinds, repeat=n))
+    short = (
+        "".join(text) for n in range(1, 5) for text in itertools.product(kinds, repeat=n)
+    )
     rng = random.Random(0)
-    long = ("".join(rng.choices(kinds + ["ll", "  ", "\u3000"], k=30)) for _ in range(20_000))
+    long = (
+        "".join(rng.choices(kinds + ["ll", "  ", "\u3000"], k=30)) for _ in range(20_000)
+    )
     for text in itertools.chain(short, long, random_texts(seed=5, count=3000), corpus):
         assert tiny_tokenizer.encode(text)[1:].tolist() == plain.encode_ordinary(text)
         assert tiny_tokenizer.encoding._pat_str != PATTERN
@@ -359,11 +388,15 @@ def test_no_token_holds_three_digits(ranks):
 
 def test_full_rules_are_the_protocols():
     names = "SMOKE SPLIT_PATTERN VOCAB_SIZE BOS_ID TOKENIZER_CHARS TOKENIZER_DOC_CHARS MAX_SEQ_LEN "
-    names += "EVAL_TOKENS PACK_BUFFER_DOCS PACK_BATCH_DOCS VAL_SHARD TIME_BUDGET SEED DATASET"
+    names += (
+        "EVAL_TOKENS PACK_BUFFER_DOCS PACK_BATCH_DOCS VAL_SHARD TIME_BUDGET SEED DATASET"
+    )
     program = "import constants as C, json, sys; "
     program += "print(json.dumps({name: getattr(C, name) for name in sys.argv[1:]}))"
     command = [sys.executable, "-c", program, *names.split()]
-    answer = subprocess.run(command, cwd=ROOT, env={}, check=True, capture_output=True, text=True)
+    answer = subprocess.run(
+        command, cwd=ROOT, env={}, check=True, capture_output=True, text=True
+    )
     assert json.loads(answer.stdout) == {
         "SMOKE": False,
         "SPLIT_PATTERN": PATTERN,

@@ -12,7 +12,9 @@ import pytest
 import constants as C
 
 ROOT = Path(C.__file__).parent
-spec = importlib.util.spec_from_file_location("verdict", ROOT / "benchmarks" / "verdict.py")
+spec = importlib.util.spec_from_file_location(
+    "verdict", ROOT / "benchmarks" / "verdict.py"
+)
 verdict = sys.modules["verdict"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(verdict)
 
@@ -25,10 +27,14 @@ def program() -> str:
 def test_the_simulated_rule_is_that_of_program_md(program):
     table = program.partition("\n## Verdict\n")[2]
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE))
-    clear, repeat, confirm = (f"{x:g}" for x in (verdict.CLEAR, verdict.REPEAT, verdict.CONFIRM))
+    clear, repeat, confirm = (
+        f"{x:g}" for x in (verdict.CLEAR, verdict.REPEAT, verdict.CONFIRM)
+    )
     assert rows[f"more than {clear} x noise"] == "keep"
     again = rows[f"{repeat} to {clear} x noise"]
-    assert again.startswith("repeat: if the best commit has a single run, run it with seed 43;")
+    assert again.startswith(
+        "repeat: if the best commit has a single run, run it with seed 43;"
+    )
     assert f"keep if the gain is now more than {confirm} x noise, else discard" in again
     assert rows[f"-{repeat} to {repeat} x noise"].startswith("discard")
     assert rows[f"less than -{repeat} x noise"] == "discard"
@@ -57,11 +63,18 @@ def test_the_rule_repeats_within_the_noise_only(gain, keep, runs):
     assert (len(best) + len(new) - 2, night.runs) == (runs, runs)
 
 
-def test_the_noise_of_the_simulation_is_what_program_mds_command_prints(program, tmp_path):
+def test_the_noise_of_the_simulation_is_what_program_mds_command_prints(
+    program, tmp_path
+):
     (block,) = re.findall(r"```sh\n(awk .*?)```", program, re.DOTALL)
     commits = [[0.4418, 0.4425, 0.4413], [0.4391], [0.4379, 0.4383], [0.4355, 0.4356]]
-    lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription", "c9\t0.000000\t0.0\tcrash\tx"]
-    lines += [f"c{k}\t{v:.6f}\t1.0\tkeep\tx" for k, runs in enumerate(commits) for v in runs]
+    lines = [
+        "commit\tval_bpb\tmemory_gb\tstatus\tdescription",
+        "c9\t0.000000\t0.0\tcrash\tx",
+    ]
+    lines += [
+        f"c{k}\t{v:.6f}\t1.0\tkeep\tx" for k, runs in enumerate(commits) for v in runs
+    ]
     (tmp_path / "results.tsv").write_text("\n".join(lines) + "\n")
     command = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
     printed = subprocess.run(["sh", "-c", block], **command).stdout
@@ -71,7 +84,9 @@ def test_the_noise_of_the_simulation_is_what_program_mds_command_prints(program,
 
 def test_false_keeps_are_cut_five_fold_for_at_most_30_percent_more_runs():
     args = {"sd": 0.0007, "nights": 60, "ideas": 80, "seed": 2}
-    plain, ours = (verdict.simulate(name, **args) for name in ("keep if lower", "program.md"))
+    plain, ours = (
+        verdict.simulate(name, **args) for name in ("keep if lower", "program.md")
+    )
     assert plain["false"] > 5 * ours["false"]
     assert ours["runs"] < 1.3 * plain["runs"]
     assert ours["gain"] > 0.7 * plain["gain"]
