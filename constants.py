@@ -1,11 +1,13 @@
 """The fixed rules of an experiment. Not edited: two numbers compare only under the same rules.
 
 Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here; a change
-of any of them changes the `rules:` hash that a run prints. Three environment variables are read:
+of any of them changes the `rules:` hash that a run prints. Four environment variables are read:
 
     AUTORESEARCH_SMOKE=1   tiny rules that run anywhere in about a minute (no GPU, no network)
     AUTORESEARCH_SEED=N    seed of the run, default 42; never set by train.py
     AUTORESEARCH_SAVE=0    do not save the trained model
+    AUTORESEARCH_DRY_RUN=1 build everything without data or memory, then end (a smoke run does that
+                           for the full rules)
 """
 
 import os
@@ -27,6 +29,7 @@ def _environment_int(name: str, default: int, low: int, high: int) -> int:
 SMOKE = _environment_int("AUTORESEARCH_SMOKE", 0, 0, 1) == 1
 SEED = _environment_int("AUTORESEARCH_SEED", 42, 0, 2**31 - 1)
 SAVE = _environment_int("AUTORESEARCH_SAVE", 1, 0, 1) == 1
+DRY_RUN = _environment_int("AUTORESEARCH_DRY_RUN", 0, 0, 1) == 1
 
 # Data: ClimbMix (arXiv:2504.13161), shuffled, as parquet shards with one column `text`.
 DATASET = "karpathy/climbmix-400b-shuffle"  # on the Hugging Face hub
@@ -56,7 +59,8 @@ TOKENIZER_SHARDS = (
 )
 
 # Rows: T + 1 ids, so that input and target are one row shifted by one; best-fit packed.
-MAX_SEQ_LEN = 256 if SMOKE else 2048  # T, tokens
+FULL_SEQ_LEN = 2048  # T, tokens
+MAX_SEQ_LEN = 256 if SMOKE else FULL_SEQ_LEN
 PACK_BUFFER_DOCS = 1000  # refilled to at least this many documents before every placement
 PACK_BATCH_DOCS = 128  # documents a refill takes, of one row group
 
@@ -82,6 +86,12 @@ OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 FLASH_ATTENTION_REPO = "kernels-community/flash-attn3"
 FLASH_ATTENTION_VERSION = 1
 
+# Kinds of warnings in a log, `warning: KIND: ...`, and whether one voids the run.
+WARNINGS = {
+    "gpu": True,  # throttled or shared: the run was slower than it can be
+    "edit": False,  # something in train.py looks half-done
+}
+
 # What a run prints last; the first nine keys are those that every tool of this family reads.
 SUMMARY = """---
 val_bpb: {run.val_bpb:.6f}
@@ -91,7 +101,7 @@ peak_vram_mb: {run.peak_vram_mb:.1f}
 mfu_percent: {run.mfu_percent:.2f}
 total_tokens_M: {run.tokens_M:.1f}
 num_steps: {run.num_steps}
-num_params_M: {run.num_params:.1f}
+num_params_M: {run.num_params_M:.1f}
 depth: {run.depth}
 tok_per_sec: {run.tok_per_sec:.0f}
 tflops: {run.tflops:.2f}

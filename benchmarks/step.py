@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import gpu
 import torch
 
 import constants
-import gpu
 import train
 
 SHAPES = {

@@ -4,7 +4,8 @@ FlashAttention-3 where it runs, FlexAttention on every other GPU, a masked softm
 take causal windows of any size. train.py may pass its model a function of its own instead.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,25 +30,23 @@ def masked_attention(q, k, v, window: int, scale: float) -> torch.Tensor:
     return (scores.softmax(dim=3) @ v).transpose(1, 2)
 
 
-def build_flex_attention(
-    windows: Iterable[int], T: int, device: torch.device
-) -> Attention:
-    """Return FlexAttention, compiled on a GPU, with one block mask for each window."""
+def build_flex_attention(device: torch.device) -> Attention:
+    """Return FlexAttention, compiled on a GPU, with one block mask for each window it meets."""
     flex = flex_attention
     if device.type == "cuda":
         flex = torch.compile(flex, dynamic=False, fullgraph=True)
 
-    def block_mask(window: int):
+    @functools.cache
+    def block_mask(window: int, T: int):
         def visible(b, h, query, key):
             return (query >= key) & (query - key < window)
 
         return create_block_mask(visible, None, None, T, T, device=device)
 
-    masks = {window: block_mask(window) for window in set(windows)}
-
     def attend(q, k, v, window, scale):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        return flex(q, k, v, block_mask=masks[window], scale=scale).transpose(1, 2)
+        mask = block_mask(window, q.size(2))
+        return flex(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
 
     return attend
 
@@ -103,10 +102,15 @@ def build_flash_attention() -> Attention:
     return attend
 
 
-def choose_attention(name: str, windows: Iterable[int], T: int, device: torch.device):
-    """Return name and function of the attention in use; print it, and why if it is a fallback."""
+def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
+    """Return name and function of the attention in use; print it, and why if it is a fallback.
+
+    name: auto (fa3 where it runs, else flex), fa3, flex or masked.
+    """
     if name not in ("auto", "fa3", "flex", "masked"):
         raise ValueError(f"ATTENTION is {name!r}; it must be auto, fa3, flex or masked")
+    if C.DRY_RUN:
+        return "masked", masked_attention
     why = "as set by ATTENTION"
     if device.type != "cuda" and name == "auto":
         name, why = "masked", "no GPU"
@@ -120,6 +124,4 @@ def choose_attention(name: str, windows: Iterable[int], T: int, device: torch.de
                 raise
             name, why = "flex", f"fallback: {error}"
     print(f"attention: {name} ({why})")
-    return name, masked_attention if name == "masked" else build_flex_attention(
-        windows, T, device
-    )
+    return name, masked_attention if name == "masked" else build_flex_attention(device)

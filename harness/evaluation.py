@@ -1,7 +1,7 @@
 """Bits per byte of a model that gives logits, and the checks that it is one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import constants as C
 
 Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
-RANDOM = "keeps state between calls or is random (dropout: call model.eval())"
+RANDOM = "keeps state between calls or is random in evaluation mode"
 
 
 def bits_per_byte(nats: float, nbytes: int) -> float:
@@ -39,39 +39,45 @@ def refuse_unless_finite(total: float | torch.Tensor) -> None:
 
 def refuse_if_moved(a: torch.Tensor, b: torch.Tensor, what: str = RANDOM) -> None:
     """Refuse, by RuntimeError, logits `b` that are not `a` again up to rounding."""
-    moved = [
-        float((p.float() - q.float()).abs().max()) for p, q in zip(a, b, strict=True)
-    ]
-    if max(moved, default=0.0) > C.LOGIT_TOLERANCE:
-        raise RuntimeError(
-            f"evaluation refused: the model {what}; moved {max(moved):.3g}"
-        )
+    pairs = zip(a, b, strict=True)
+    moved = max(
+        (float((p.float() - q.float()).abs().max()) for p, q in pairs), default=0.0
+    )
+    if moved > C.LOGIT_TOLERANCE:
+        raise RuntimeError(f"evaluation refused: the model {what}; moved {moved:.3g}")
 
 
 @torch.no_grad()
-def check_model(model: Model, idx: torch.Tensor) -> torch.Tensor:
+def check_model(
+    model: Model,
+    idx: torch.Tensor,
+    cuts: Iterable[int] | None = None,
+    kept: int | None = None,
+) -> torch.Tensor:
     """Refuse, by RuntimeError, a model that keeps state, sees the future or mixes rows.
 
-    After each of several cuts the ids of every second row are replaced: logits before the cut
-    and in the other rows must stay; the last position before it shows a shift. Returns logits.
+    After each of the cuts (four by default) the ids of every second row of idx (B, T) are replaced:
+    logits before the cut and in the other rows must stay; the last position before it shows a
+    shift. kept: rows that are compared, all by default; fewer take less memory. Returns logits.
     """
     T, generator = idx.shape[1], torch.Generator(idx.device).manual_seed(0)
-    base = call_model(model, idx).clone()  # a captured graph would write over it
-    refuse_unless_finite(base.sum(dtype=torch.float32))
-    refuse_if_moved(base, call_model(model, idx))
-    for cut in (1, T // 3, T // 2, T - 1):
+    logits = call_model(model, idx)
+    refuse_unless_finite(logits.sum(dtype=torch.float32))
+    base = logits[:kept].clone()  # a captured graph would write over it
+    del logits  # gigabytes, which the next call can use
+    refuse_if_moved(base, call_model(model, idx)[:kept])
+    for cut in (1, T // 3, T // 2, T - 1) if cuts is None else cuts:
         changed = idx.clone()
         part = changed[::2, cut:]
         shift = torch.randint(
             1, C.VOCAB_SIZE, part.shape, generator=generator, device=idx.device
         )
         part.copy_((part + shift) % C.VOCAB_SIZE)  # never the same id
-        logits = call_model(model, changed)
-        refuse_if_moved(
-            base[::2, :cut], logits[::2, :cut], f"sees the future from {cut} on"
-        )
+        logits = call_model(model, changed)[:kept]
+        before = base[::2, :cut], logits[::2, :cut]
+        refuse_if_moved(*before, f"sees the future from {cut} on")
         refuse_if_moved(base[1::2], logits[1::2], "mixes rows")
-        del logits  # gigabytes, which the next call can use
+        del logits, before
     return base[:8].clone()  # not a view: the whole is gigabytes
 
 
@@ -91,16 +97,13 @@ def evaluate_bpb(
         batch = rows[start : start + batch_size].long()
         n = len(batch)
         # Every call has one shape; the rows that fill the last one up are not counted.
-        idx = torch.cat([batch, batch[:1].expand(batch_size - n, -1)])[
-            :, :-1
-        ].contiguous()
+        padded = torch.cat([batch, batch[:1].expand(batch_size - n, -1)])
+        idx = padded[:, :-1].contiguous()
         logits = call_model(model, idx)[:n]
         sums[2] += logits.sum(dtype=torch.float32)
         for part, ids in zip(logits.split(8), batch.split(8), strict=True):
-            part, y = (
-                part.float().flatten(0, 1),
-                ids[:, 1:].flatten(),
-            )  # (b * T, V), (b * T,)
+            part = part.float().flatten(0, 1)  # (b * T, V)
+            y = ids[:, 1:].flatten()  # (b * T,)
             loss = F.cross_entropy(part, y, reduction="none").double() * (sizes[y] > 0)
             sums[:2] += torch.stack([loss.sum(), sizes[y].sum()])
         del logits, part, loss  # as above

@@ -61,38 +61,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def largest_power_of_two(n: int) -> int:
-    """Return the largest power of two that is not above n, at least 1."""
-    return 1 << (max(1, n).bit_length() - 1)
-
-
-def batch_limit(device_batch_size: int, total_batch_size: int) -> int:
-    """Return the most rows of a micro-step that rows and tokens allow, a power of two.
-
-    ValueError if they allow none.
-    """
-    if device_batch_size < 1 or total_batch_size < 1:
-        raise ValueError(
-            f"DEVICE_BATCH_SIZE ({device_batch_size} rows) and TOTAL_BATCH_SIZE "
-            f"({total_batch_size} tokens) must be at least 1; change them in train.py"
-        )
-    return largest_power_of_two(min(device_batch_size, total_batch_size // C.MAX_SEQ_LEN))
-
-
-def grad_accumulation(total_batch_size: int, limit: int, batch_size: int) -> int:
-    """Return the micro-steps of `batch_size` rows in a step; print it if the total is rounded.
-
-    To whole batches of `limit` rows, so that a step is the same whatever fits the memory.
-    """
-    whole = limit * C.MAX_SEQ_LEN
-    total = max(1, total_batch_size // whole) * whole
-    if total != total_batch_size:
-        print(
-            f"batch: TOTAL_BATCH_SIZE ({total_batch_size} tokens) is rounded to {total}"
-        )
-    return total // (batch_size * C.MAX_SEQ_LEN)
-
-
 def find_batch_size(
     attempt: Callable[[int], object],
     limit: int,
@@ -100,31 +68,34 @@ def find_batch_size(
     device: torch.device,
     fixed_bytes: float = 0,
 ) -> int:
-    """Return the largest power of two, up to `limit`, of rows for which attempt(rows) has memory.
+    """Return `limit`, or the half, quarter, ... of it, for which attempt(rows) has memory.
 
     row_bytes, fixed_bytes: what a row takes, and what is taken for any number of rows, roughly: a
-    size that cannot fit is not attempted, which would have to compile it. RuntimeError, of which
-    torch.OutOfMemoryError is one, if a single row does not fit.
+    size that cannot fit is not attempted, which would have to compile it. An odd number of rows is
+    not halved. RuntimeError, of which torch.OutOfMemoryError is one, if the smallest does not fit.
     """
-    size = largest_power_of_two(
-        int(min(limit, (free_memory(device) - fixed_bytes) / row_bytes))
-    )
+    rows, room = limit, (free_memory(device) - fixed_bytes) / row_bytes
+    while rows > room and rows % 2 == 0:
+        rows //= 2
     while True:
         try:
-            attempt(size)
-            return size
+            attempt(rows)
+            return rows
         except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
+            if rows % 2 or not is_out_of_memory(error):
                 raise
         gc.collect()  # here, where the failed attempt's tensors are let go
         torch.cuda.empty_cache()
-        print(f"batch: {size} rows do not fit in memory, trying {size // 2}", flush=True)
-        size //= 2
+        print(f"batch: {rows} rows do not fit in memory, trying {rows // 2}", flush=True)
+        rows //= 2
 
 
 def explain_memory(run, error: BaseException) -> str:
-    """Return one line on where a `prepare.Run` ran out of GPU memory, and what to lower."""
-    where, lower = f"at step {run.num_steps} with {run.batch_size} rows a micro-step", ""
+    """Return one line on where a `run.Run` ran out of GPU memory, and what to lower."""
+    where, lower = (
+        f"at step {run.num_steps} with {run.batch_size} rows per micro-step",
+        "",
+    )
     if run.evaluated:
         where = "in the evaluation"
     elif not run.batch_size:
@@ -157,3 +128,10 @@ def seconds_between(
 ) -> float:
     """Return the seconds from one mark to another, which the device must have passed."""
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+
+
+def settle_host() -> None:
+    """Freeze what the collector would look at: in training it stalls a step for half a second."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()

@@ -107,7 +107,7 @@ def judge_health(before: Health, after: Health) -> tuple[str, list[str]]:
         f"{first:.0f}/{last:.0f} {unit}" for _, unit, first, last, _ in rates
     )
     warnings = [
-        f"warning: the GPU's {what} went from {first:.0f} to {last:.0f} {unit} over the run "
+        f"the GPU's {what} went from {first:.0f} to {last:.0f} {unit} over the run "
         f"({100 * (last / first - 1):+.1f} %): throttled or shared, so do not trust the result; "
         "see nvidia-smi -q -d PERFORMANCE and run again"
         for what, unit, first, last, tolerance in rates
@@ -115,7 +115,7 @@ def judge_health(before: Health, after: Health) -> tuple[str, list[str]]:
     ]
     if company == "shared":
         what = "another process holds the GPU, so both were slower than they can be"
-        warnings.append(f"warning: {what}; see nvidia-smi, end it and run again")
+        warnings.append(f"{what}; see nvidia-smi, end it and run again")
     return f"{text}, {company}", warnings
 
 

@@ -1,4 +1,8 @@
-"""One experiment under the rules: clock, steps, evaluation, summary. What train.py is given."""
+"""One experiment under the rules: warm-up, clock, steps, evaluation, summary. Not edited.
+
+What train.py is given: `open_run()` returns a `Run`, whose methods stand here in the order in
+which train.py calls them.
+"""
 
 import atexit
 import math
@@ -8,27 +12,383 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 
 import constants as C
-from harness import gpu
+from harness import dry_run, gpu
+from harness.compile_cache import use_compile_cache
 from harness.data import load_manifest
 from harness.evaluation import Model, check_model, evaluate_bpb
 from harness.files import PREPARE, content_key, data_dir, describe
 from harness.health import Watch
 from harness.loader import Batch, Rows, load_batches
+from harness.output import step_line, warning
 from harness.peaks import peak_flops
 from harness.tokenizer import Tokenizer
+from harness.warmup import check_first_loss, plan_batch, warm_up
 
 ROOT = Path(__file__).parent.parent
+LOG_EVERY = 10  # steps between two lines in the log
+# Graphs that may be compiled while the clock runs: a few are an edit's change of shape, more are a
+# Python number that changes from step to step, and a compilation takes longer than a step.
+MAX_LATE_GRAPHS = 16
 
 
+@dataclass
+class Step:
+    """One optimizer step: what the loop needs for it, and what is known when it is done."""
+
+    number: int
+    progress: float  # fraction of the time budget gone when the device begins it, 0 to 1
+    epoch: int  # 1 is the first
+    micro_steps: int = 1
+    batches: Iterator[Batch] = iter(())  # x, y of (B, T), one pair per micro-step
+    loss: torch.Tensor | float | None = (
+        None  # set by the loop: mean over all micro-steps, nats
+    )
+    lrm: float = 1.0  # set by the loop, for its line in the log
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Run:
+    """One experiment under the rules, on what `prepare` wrote; ValueError says what is amiss."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.opened_at = time.perf_counter()
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.commit = git_commit()
+        self.seed = C.SEED
+        self.dry_run = dry_run.start(ROOT / "train.py")
+        paths = self.open_data(folder)
+        self.train_rows = Rows(paths["train"])
+        self.val_rows = Rows(paths["val"])
+        self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
+        self.clock = Clock(C.TIME_BUDGET)
+        self.watch = Watch(device)
+        self.waits: list[tuple] = []  # gpu.mark before and after each batch
+        self.batch_size = self.micro_steps = 0  # set by the warm-up
+        self.tokens = self.num_steps = self.num_params = self.late_graphs = 0
+        self.val_bpb = math.nan
+        self.evaluated = self.printed = False
+        self.random_ids = torch.Generator(device).manual_seed(C.SEED)
+        torch.manual_seed(C.SEED)
+        self.import_seconds = self.opened_at - C.STARTED_AT
+        self.open_seconds = time.perf_counter() - self.opened_at
+
+    def open_data(self, folder: Path) -> dict[str, list[Path]]:
+        """Return the row files of each split, checked; set the tokenizer and `rules`."""
+        manifest, path = load_manifest(folder), folder / "manifest.json"
+        if manifest.get("rules") != C.DATA_RULES:
+            raise ValueError(
+                f"{path} is missing, damaged or of other rules; run {PREPARE}"
+            )
+        self.tokenizer = Tokenizer.load(folder / "tokenizer")
+        if manifest.get("tokenizer") != self.tokenizer.sha256:
+            raise ValueError(
+                f"the rows in {folder} are of another tokenizer; run {PREPARE}"
+            )
+        fixed = [
+            ROOT / "constants.py",
+            ROOT / "prepare.py",
+            *sorted(ROOT.glob("harness/*.py")),
+        ]
+        hashes = [*map(describe, fixed), self.tokenizer.sha256]
+        paths: dict[str, list[Path]] = {"train": [], "val": []}
+        for name, entry in manifest["rows"].items():
+            path = folder / "rows" / name
+            paths[entry["split"]].append(path)
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                raise ValueError(f"{path} is missing or cut short; run {PREPARE}")
+            if entry["split"] == "val":
+                if describe(path)["sha256"] != entry["sha256"]:
+                    raise ValueError(
+                        f"{path} is damaged: its bytes changed; run {PREPARE}"
+                    )
+                hashes.append(entry["sha256"])
+        own = {
+            "SEED",
+            "SAVE",
+            "DRY_RUN",
+            "STARTED_AT",
+        }  # not rules, but of this run alone
+        values = {k: vars(C)[k] for k in dir(C) if k.isupper() and k not in own}
+        kind = "smoke" if C.SMOKE else "full"
+        self.rules = f"{kind}-{content_key(*hashes, values)[:8]}"
+        return paths
+
+    def random_batch(self, batch_size: int) -> Batch:
+        """Return random ids for warm-up; torch's own generator is left alone."""
+        shape = (batch_size, C.MAX_SEQ_LEN + 1)
+        ids = torch.randint(
+            C.VOCAB_SIZE, shape, generator=self.random_ids, device=self.device
+        )
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    # ---- Before the clock -----------------------------------------------------------------------
+    def warm_up(
+        self,
+        model: torch.nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        train_step: Callable[..., torch.Tensor],
+        *,
+        total_batch_size: int,
+        device_batch_size: int,
+        memory: tuple[float, float] = (1.0, 0.0),
+        may_stand_still: Iterable[str] = (),
+    ) -> None:
+        """Compile everything, find the batch that fits, refuse an edit that does nothing.
+
+        A few calls of train_step(model, optimizers, batches, micro_steps) on random ids, and of the
+        model in evaluation mode; afterwards all is as before, bit for bit.
+
+        total_batch_size: tokens per step; device_batch_size: rows per micro-step, at most: halved
+        until they fit. memory: bytes per row and for any number of rows, roughly.
+
+        ValueError: a parameter in no optimizer group or in two, an empty group, a batch that cannot
+        be made. RuntimeError: a parameter without a gradient or with zeros alone, unless its name
+        is in may_stand_still; a first loss below 0.95 ln V; a model that in evaluation mode is
+        random or sees the future; under the smoke rules, an edit that fails at full size.
+        A line `warning: edit: ...`: a first loss above 1.05 ln V, a parameter that does not move.
+        """
+        batch = plan_batch(total_batch_size, device_batch_size)
+        self.batch_size, self.micro_steps = warm_up(
+            *(self.random_batch, model, optimizers, train_step, batch, memory),
+            *(self.device, may_stand_still),
+        )
+        self.num_params = sum(p.numel() for p in model.parameters())
+        if self.dry_run is not None:
+            print(dry_run.finish(self.dry_run), flush=True)
+        rows = f"{self.batch_size} rows of {C.MAX_SEQ_LEN} tokens"
+        print(f"batch: {self.micro_steps} micro-steps of {rows}", flush=True)
+
+    # ---- While the clock runs -------------------------------------------------------------------
+    def steps(self) -> Iterator[Step]:
+        """Start the clock, which can be done once, and yield steps while it runs.
+
+        A step holds `micro_steps` batches, to be used before the next step is asked for; the loop
+        sets its loss. RuntimeError for a late start, a step without a batch, a loss that is not
+        finite, a first loss below 0.95 ln V, or code that is compiled over and over.
+        """
+        if self.clock.started_at is not None:
+            raise RuntimeError("the clock has been started; one run trains once")
+        if not self.batch_size:
+            raise RuntimeError("there is no batch yet; call run.warm_up before run.steps")
+        if torch.initial_seed() != self.seed:
+            raise RuntimeError(
+                "train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)"
+            )
+        batches = load_batches(self.train_rows, self.batch_size, self.device)
+        if self.cuda:
+            gpu.settle_host()
+        self.watch.look()
+        if (waited := time.perf_counter() - self.opened_at) > C.STARTUP_LIMIT:
+            raise RuntimeError(
+                f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less"
+            )
+        self.startup_seconds = time.perf_counter() - C.STARTED_AT
+        self.compile_seconds = (
+            self.startup_seconds - self.import_seconds - self.open_seconds
+        )
+        self.graphs = counters["stats"]["unique_graphs"]
+        self.clock.start()
+        return self._steps(batches)
+
+    def _steps(self, batches: Iterator[Batch]) -> Iterator[Step]:
+        while self.clock.fits():
+            progress = min(self.clock.next_start() / self.clock.budget, 1.0)
+            epoch = self.tokens // self.epoch_tokens + 1
+            step = Step(self.num_steps, progress, epoch, self.micro_steps)
+            step.batches = self._batches(step, batches)
+            yield step
+            if step.loss is None:
+                raise RuntimeError(
+                    f"step {step.number} ended without a loss; set step.loss"
+                )
+            if not step.tokens:
+                raise RuntimeError(f"step {step.number} took no batch; use step.batches")
+            step.loss = torch.as_tensor(step.loss).detach().to("cpu", non_blocking=True)
+            event = torch.cuda.current_stream().record_event() if self.cuda else None
+            self.num_steps += 1
+            self.clock.queued.append((event, step))
+            self._settle(Clock.MAX_AHEAD if self.cuda else 0)
+        self._settle(0)
+        if self.cuda:
+            torch.cuda.synchronize(
+                self.device
+            )  # what ran beside the steps counts as well
+            self.clock.seconds = self.clock.now() - self.clock.started_at
+        self.clock.running = False
+        late = self.clock.seconds - C.TIME_BUDGET
+        if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
+            raise RuntimeError(
+                f"the last step ended {late:.1f} s late; the run is void, repeat it"
+            )
+
+    def _batches(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for _ in range(step.micro_steps):
+            if self.num_steps != step.number or not self.clock.running:
+                raise RuntimeError(
+                    f"step {step.number} is over; its batches cannot be had now"
+                )
+            step.tokens += self.batch_size * C.MAX_SEQ_LEN
+            self.tokens += self.batch_size * C.MAX_SEQ_LEN
+            start, batch = gpu.mark(self.device), next(batches)
+            self.waits.append((start, gpu.mark(self.device)))
+            yield batch
+
+    def _settle(self, ahead: int) -> None:
+        """Check and log the finished steps; wait until at most `ahead` steps are unfinished."""
+        for step in self.clock.settle(ahead):
+            step.loss = float(step.loss)
+            if not math.isfinite(step.loss):
+                what = f"training loss is {step.loss} at step {step.number} (lrm {step.lrm:.2f})"
+                raise RuntimeError(
+                    f"{what}; the run is void, lower a learning rate or revert"
+                )
+            if step.number == 0:
+                check_first_loss(step.loss, "of step 0")
+            if step.number % LOG_EVERY == 0:
+                print(step_line(step, C.TIME_BUDGET - self.clock.seconds), flush=True)
+            self._check_late_graphs(step)
+
+    def _check_late_graphs(self, step: Step) -> None:
+        late = counters["stats"]["unique_graphs"] - self.graphs
+        text = f"step {step.number}: {late} graphs were compiled while the clock runs"
+        if late > MAX_LATE_GRAPHS:
+            raise RuntimeError(
+                f"{text}: a Python number that changes? pass it as a 0-dim tensor; the run is void"
+            )
+        if late and not self.late_graphs:
+            print(warning("edit", f"{text}, which costs training time"), flush=True)
+        self.late_graphs = late
+
+    # ---- After the clock ------------------------------------------------------------------------
+    def evaluate(self, model: Model) -> float:
+        """Measure `model`, in evaluation mode, on the validation rows; training must be over.
+
+        In batches of as many rows as training's, which are compiled, or fewer if they do not fit.
+        That is tried on random ids: a model that runs out of memory has not seen the text.
+        """
+        if self.clock.running or not self.num_steps or self.evaluated:
+            raise RuntimeError(
+                "evaluate after training, once, and do not break out of run.steps"
+            )
+        self.evaluated = True  # also if the model is refused: it has seen validation text
+        sizes = torch.from_numpy(self.tokenizer.token_bytes).to(
+            self.device
+        )  # waits for the GPU
+        late = self.clock.now() - self.clock.started_at - self.clock.seconds
+        # Rows beyond those that were trained on; a batch is read ahead.
+        extra = self.train_rows.reads + self.val_rows.reads - self.tokens // C.MAX_SEQ_LEN
+        extra -= self.batch_size
+        if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > 0:
+            what = f"{late:.1f} s and {extra} rows were used outside the clock"
+            raise RuntimeError(f"evaluation refused: {what}; the run is void")
+        if isinstance(model, torch.nn.Module):
+            model.eval()
+        self.watch.look()
+        start = time.perf_counter()
+        ids = np.concatenate(self.val_rows.files).view(np.int16)
+        rows = torch.from_numpy(ids).to(self.device)
+        batch_size = gpu.find_batch_size(
+            lambda size: check_model(model, self.random_batch(size)[0]),
+            limit=min(
+                max(self.batch_size, 2), C.EVAL_ROWS
+            ),  # two show whether rows are mixed
+            row_bytes=3
+            * 4
+            * C.MAX_SEQ_LEN
+            * C.VOCAB_SIZE,  # float32 logits, about thrice
+            device=self.device,
+        )
+        self.val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
+        self.eval_seconds = time.perf_counter() - start
+        return self.val_bpb
+
+    def print_summary(self, depth: int, flops_per_token: float, attention: str) -> None:
+        """Print the result, once and last of all; RuntimeError if there is none."""
+        if not math.isfinite(self.val_bpb) or self.printed:
+            raise RuntimeError("there is no result to print; evaluate first, print once")
+        self.depth, self.attention = depth, attention
+        self.num_params_M = self.num_params / 1e6
+        self.tok_per_sec = self.tokens / self.clock.seconds
+        waited = sum(gpu.seconds_between(*wait) for wait in self.waits)
+        self.wait_percent = 100 * waited / self.clock.seconds
+        self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
+        self.tflops = flops_per_token * self.tok_per_sec / 1e12
+        self.mfu_percent = 100e12 * self.tflops / peak_flops(self.gpu)
+        self.peak_vram_mb = self.watch.peak_bytes() / 2**20
+        self.gpu_health, problems = self.watch.report()
+        self.epochs = self.tokens / self.epoch_tokens
+        self.tokens_M = self.tokens / 1e6
+        self.total_seconds = time.perf_counter() - C.STARTED_AT
+        warnings = [warning("gpu", problem) for problem in problems]
+        print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
+        self.printed = True
+
+
+def git_commit() -> str:
+    """Return the short hash of the checkout, `+dirty` when tracked files differ from it."""
+    git = f"git -C {shlex.quote(str(ROOT))} describe --always --exclude='*'"
+    status, text = subprocess.getstatusoutput(f"{git} --dirty=+dirty")
+    return "none" if status else text
+
+
+def open_run() -> Run | dry_run.DryRun:
+    """Return the run on prepared data, preparing it first (and saying so) if there is none.
+
+    Ends the process with a sentence if there is no GPU or the data is not as it was prepared.
+    """
+    sys.stdout.reconfigure(line_buffering=True)  # a killed run leaves its log whole
+    if C.DRY_RUN:
+        return dry_run.DryRun()
+    try:
+        device = gpu.choose_device()
+        use_compile_cache(ROOT / "train.py", data_dir().parent / "compiled")
+        if not (data_dir() / "manifest.json").exists():
+            import prepare  # here: train.py is rarely the first to need it
+
+            print(f"nothing is prepared in {data_dir()}: preparing first", flush=True)
+            prepare.main([])
+        run = Run(data_dir(), device)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    atexit.register(demand_result, run)
+    sys.excepthook = partial(end_at_once, run)
+    return run
+
+
+def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
+    """Print an uncaught error, for want of memory in one line, and end the process with status 1.
+
+    At once: torch waits up to 300 s for compile workers that it has only just started.
+    """
+    if gpu.is_out_of_memory(error):
+        print(gpu.explain_memory(run, error), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    demand_result(run)
+    os._exit(1)
+
+
+def demand_result(run: Run) -> None:
+    """End the process with status 1, whatever it was to end with, if `run` printed no result."""
+    if not run.printed:
+        print("train.py: the run ended without a result", flush=True)
+        os._exit(1)
+
+
+# ---- The clock ----------------------------------------------------------------------------------
 class Clock:
     """Counts the time budget, in seconds, by what the device has finished; the host runs ahead."""
 
@@ -67,267 +427,3 @@ class Clock:
     def fits(self) -> bool:
         """Return whether one more step, as slow as the slowest of late, ends within the budget."""
         return self.next_start() + max(self.durations, default=0.0) <= self.budget
-
-
-@dataclass
-class Step:
-    """One optimizer step: what the loop needs for it, and what is known when it is done."""
-
-    number: int
-    progress: float  # share of the time budget gone when the device begins it, 0 to 1
-    epoch: int  # 1 is the first
-    batches: Iterator[Batch] = iter(())  # one for each micro-step
-    loss: torch.Tensor | float | None = (
-        None  # set by the loop: mean over all micro-steps, nats
-    )
-    lrm: float = 1.0  # set by the loop, for its step line
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-class Run:
-    """One experiment under the rules, on what `prepare` wrote; ValueError says what is amiss."""
-
-    def __init__(self, folder: Path, device: torch.device):
-        self.opened_at, self.device, self.commit = (
-            time.perf_counter(),
-            device,
-            git_commit(),
-        )
-        manifest, path = load_manifest(folder), folder / "manifest.json"
-        if manifest.get("rules") != C.DATA_RULES:
-            raise ValueError(
-                f"{path} is missing, damaged or of other rules; run {PREPARE}"
-            )
-        self.tokenizer = Tokenizer.load(folder / "tokenizer")
-        if manifest.get("tokenizer") != self.tokenizer.sha256:
-            raise ValueError(
-                f"the rows in {folder} are of another tokenizer; run {PREPARE}"
-            )
-        hashes = [describe(ROOT / name) for name in ("constants.py", "prepare.py")]
-        hashes += [describe(path) for path in sorted((ROOT / "harness").glob("*.py"))]
-        hashes.append(self.tokenizer.sha256)
-        paths: dict[str, list[Path]] = {"train": [], "val": []}
-        for name, entry in manifest["rows"].items():
-            path = folder / "rows" / name
-            paths[entry["split"]].append(path)
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                raise ValueError(f"{path} is missing or cut short; run {PREPARE}")
-            if entry["split"] == "val":
-                if describe(path)["sha256"] != entry["sha256"]:
-                    raise ValueError(
-                        f"{path} is damaged: its bytes changed; run {PREPARE}"
-                    )
-                hashes.append(entry["sha256"])
-        own = {"SEED", "SAVE", "STARTED_AT"}  # not rules, but of this run alone
-        values = {k: vars(C)[k] for k in dir(C) if k.isupper() and k not in own}
-        self.rules = (
-            f"{'smoke' if C.SMOKE else 'full'}-{content_key(*hashes, values)[:8]}"
-        )
-        self.train_rows, self.val_rows = Rows(paths["train"]), Rows(paths["val"])
-        self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
-        self.clock, self.seed, self.cuda = (
-            Clock(C.TIME_BUDGET),
-            C.SEED,
-            device.type == "cuda",
-        )
-        self.tokens, self.num_steps, self.batch_size, self.val_bpb = 0, 0, 0, math.nan
-        self.evaluated = self.printed = False
-        self.finished: deque[Step] = (
-            deque()
-        )  # steps that the device is through with, for the log
-        self.random_ids = torch.Generator(device).manual_seed(C.SEED)
-        torch.manual_seed(C.SEED)
-        self.import_seconds = self.opened_at - C.STARTED_AT
-        self.open_seconds = time.perf_counter() - self.opened_at
-        self.waits: list[tuple] = []  # gpu.mark before and after each batch
-        self.watch = Watch(device)
-
-    def random_batch(self, batch_size: int) -> Batch:
-        """Return random ids for warm-up; torch's own generator is left alone."""
-        shape = (batch_size, C.MAX_SEQ_LEN + 1)
-        ids = torch.randint(
-            C.VOCAB_SIZE, shape, generator=self.random_ids, device=self.device
-        )
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def steps(self, batch_size: int, grad_accum_steps: int) -> Iterator[Step]:
-        """Start the clock, which can be done once, and yield steps while it runs.
-
-        A step holds `grad_accum_steps` batches of `batch_size` rows, to be used before the next
-        is asked for; the loop sets its loss. RuntimeError for a late start or a loss not finite.
-        """
-        if self.clock.started_at is not None:
-            raise RuntimeError("the clock has been started; one run trains once")
-        if torch.initial_seed() != self.seed:
-            raise RuntimeError(
-                "train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)"
-            )
-        batches = load_batches(self.train_rows, batch_size, self.device)
-        self.watch.look()
-        if (waited := time.perf_counter() - self.opened_at) > C.STARTUP_LIMIT:
-            raise RuntimeError(
-                f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less"
-            )
-        self.startup_seconds = time.perf_counter() - C.STARTED_AT
-        self.compile_seconds = (
-            self.startup_seconds - self.import_seconds - self.open_seconds
-        )
-        self.batch_size = batch_size
-        self.clock.start()
-        return self._steps(batches, batch_size * C.MAX_SEQ_LEN, grad_accum_steps)
-
-    def _steps(self, batches: Iterator[Batch], tokens: int, count: int) -> Iterator[Step]:
-        while self.clock.fits():
-            progress = min(self.clock.next_start() / self.clock.budget, 1.0)
-            step = Step(self.num_steps, progress, self.tokens // self.epoch_tokens + 1)
-            step.batches = self._batches(step, batches, tokens, count)
-            yield step
-            if step.loss is None:
-                raise RuntimeError(
-                    f"step {step.number} ended without a loss; set step.loss"
-                )
-            step.loss = torch.as_tensor(step.loss).detach().to("cpu", non_blocking=True)
-            event = torch.cuda.current_stream().record_event() if self.cuda else None
-            self.num_steps += 1
-            self.clock.queued.append((event, step))
-            self._settle(Clock.MAX_AHEAD if self.cuda else 0)
-        self._settle(0)
-        if self.cuda:
-            torch.cuda.synchronize(
-                self.device
-            )  # what ran beside the steps counts as well
-            self.clock.seconds = self.clock.now() - self.clock.started_at
-        self.clock.running = False
-        if (
-            late := self.clock.seconds - C.TIME_BUDGET
-        ) > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
-            raise RuntimeError(
-                f"the last step ended {late:.1f} s late; the run is void, repeat it"
-            )
-
-    def _batches(
-        self, step: Step, batches: Iterator, tokens: int, count: int
-    ) -> Iterator[Batch]:
-        for _ in range(count):
-            if self.num_steps != step.number or not self.clock.running:
-                raise RuntimeError(
-                    f"step {step.number} is over; its batches cannot be had now"
-                )
-            step.tokens += tokens
-            self.tokens += tokens
-            start, batch = gpu.mark(self.device), next(batches)
-            self.waits.append((start, gpu.mark(self.device)))
-            yield batch
-
-    def _settle(self, ahead: int) -> None:
-        for step in self.clock.settle(ahead):
-            step.loss = float(step.loss)
-            if not math.isfinite(step.loss):
-                what = f"training loss is {step.loss} at step {step.number} (lrm {step.lrm:.2f})"
-                raise RuntimeError(
-                    f"{what}; the run is void, lower a learning rate or revert"
-                )
-            self.finished.append(step)
-
-    def evaluate(self, model: Model) -> float:
-        """Measure `model` on the validation rows, see `evaluate_bpb`; training must be over.
-
-        In batches of as many rows as training's, which are compiled, or fewer if they do not fit.
-        That is tried on random ids: a model that runs out of memory has not seen the text.
-        """
-        if self.clock.running or not self.num_steps or self.evaluated:
-            raise RuntimeError(
-                "evaluate after training, once, and do not break out of run.steps"
-            )
-        self.evaluated = True  # also if the model is refused: it has seen validation text
-        sizes = torch.from_numpy(self.tokenizer.token_bytes).to(
-            self.device
-        )  # waits for the GPU
-        late = self.clock.now() - self.clock.started_at - self.clock.seconds
-        extra = self.train_rows.reads + self.val_rows.reads - self.tokens // C.MAX_SEQ_LEN
-        if (
-            late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > self.batch_size
-        ):  # read ahead
-            what = f"{late:.1f} s and {extra - self.batch_size} rows were used outside the clock"
-            raise RuntimeError(f"evaluation refused: {what}; the run is void")
-        self.watch.look()
-        start, ids = (
-            time.perf_counter(),
-            np.concatenate(self.val_rows.files).view(np.int16),
-        )
-        rows = torch.from_numpy(ids).to(self.device)
-        batch_size = gpu.find_batch_size(
-            lambda size: check_model(model, self.random_batch(size)[0]),
-            limit=min(
-                max(self.batch_size, 2), C.EVAL_ROWS
-            ),  # two show whether rows are mixed
-            row_bytes=3
-            * 4
-            * C.MAX_SEQ_LEN
-            * C.VOCAB_SIZE,  # logits in float32, about thrice
-            device=self.device,
-        )
-        self.val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
-        self.eval_seconds = time.perf_counter() - start
-        return self.val_bpb
-
-    def print_summary(
-        self, num_params: int, depth: int, flops_per_token: float, attention: str
-    ):
-        """Print the result, once and last of all; RuntimeError if there is none."""
-        if not math.isfinite(self.val_bpb) or self.printed:
-            raise RuntimeError("there is no result to print; evaluate first, print once")
-        self.num_params, self.depth, self.attention = num_params / 1e6, depth, attention
-        self.tok_per_sec = self.tokens / self.clock.seconds
-        waited = sum(gpu.seconds_between(*wait) for wait in self.waits)
-        self.wait_percent = 100 * waited / self.clock.seconds
-        self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
-        self.tflops = flops_per_token * self.tok_per_sec / 1e12
-        self.mfu_percent = 100e12 * self.tflops / peak_flops(self.gpu)
-        self.peak_vram_mb = self.watch.peak_bytes() / 2**20
-        self.gpu_health, warnings = self.watch.report()
-        self.epochs, self.tokens_M = self.tokens / self.epoch_tokens, self.tokens / 1e6
-        self.total_seconds = time.perf_counter() - C.STARTED_AT
-        print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
-        self.printed = True
-
-
-def git_commit() -> str:
-    """Return the short hash of the checkout, `+dirty` when tracked files differ from it."""
-    git = f"git -C {shlex.quote(str(ROOT))} describe --always --exclude='*'"
-    status, text = subprocess.getstatusoutput(f"{git} --dirty=+dirty")
-    return "none" if status else text
-
-
-def open_run(device: torch.device) -> Run:
-    """Return the run on prepared data, preparing it first (and saying so) if there is none."""
-    if not (data_dir() / "manifest.json").exists():
-        import prepare
-
-        print(f"nothing is prepared in {data_dir()}: preparing first", flush=True)
-        prepare.main([])
-    atexit.register(demand_result, run := Run(data_dir(), device))
-    sys.excepthook = partial(end_at_once, run)
-    return run
-
-
-def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
-    """Print an uncaught error, for want of memory in one line, and end the process with status 1.
-
-    At once: torch waits up to 300 s for compile workers that it has only just started.
-    """
-    if gpu.is_out_of_memory(error):
-        print(gpu.explain_memory(run, error), file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-    sys.stderr.flush()
-    demand_result(run)
-    os._exit(1)
-
-
-def demand_result(run: Run) -> None:
-    """End the process with status 1, whatever it was to end with, if `run` printed no result."""
-    if not run.printed:
-        print("prepare.py: the run ended without a result", flush=True)
-        os._exit(1)

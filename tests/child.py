@@ -12,10 +12,10 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import download
 import pytest
 
 import constants as C
-import download
 import prepare
 
 

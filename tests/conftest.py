@@ -28,6 +28,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+import download  # noqa: E402
 import pyarrow as pa  # noqa: E402  (importable only after the environment is set)
 import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
@@ -35,7 +36,6 @@ import torch  # noqa: E402
 from hub import Hub  # noqa: E402
 
 import constants as C  # noqa: E402
-import download  # noqa: E402
 import prepare  # noqa: E402
 
 # Alphabets of two-, three- and four-byte characters; the words of a corpus are drawn from them.

@@ -3,10 +3,10 @@
 import math
 import types
 
+import attention
 import pytest
 import torch
 
-import attention
 import prepare
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 
 import constants as C
-import gpu
 import prepare
 
 ROOT = Path(C.__file__).parent

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import download
+import gpu
 import pytest
 import torch
 
 import constants as C
-import download
-import gpu
 import prepare
 import train
 

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import types
 
+import gpu
 import pytest
 import torch
+from gpu import COPY_TOLERANCE, PRODUCT_TOLERANCE, Health, judge_company, judge_health
 
 import constants as C
-import gpu
 import prepare
-from gpu import COPY_TOLERANCE, PRODUCT_TOLERANCE, Health, judge_company, judge_health
 
 ME, OTHER, GIB = os.getpid(), os.getpid() + 1, 1 << 30
 GPU = torch.device("cuda")

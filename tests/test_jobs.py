@@ -4,9 +4,8 @@ import sys
 import threading
 import time
 
-import pytest
-
 import download
+import pytest
 from download import Progress, Stopped, metric, run_jobs
 
 

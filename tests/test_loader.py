@@ -4,12 +4,12 @@ import itertools
 import math
 import time
 
+import gpu
 import numpy as np
 import pytest
 import torch
 
 import constants as C
-import gpu
 import prepare
 
 CPU = torch.device("cpu")

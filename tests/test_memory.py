@@ -6,13 +6,13 @@ import sys
 import weakref
 from pathlib import Path
 
+import gpu
 import numpy as np
 import pytest
 import torch
 from test_optimizer import tiny_batch, tiny_model
 
 import constants as C
-import gpu
 import prepare
 import train
 

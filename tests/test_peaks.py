@@ -2,9 +2,8 @@
 
 import math
 
-import pytest
-
 import gpu
+import pytest
 
 # CUDA cores, boost clock in GHz: NVIDIA's pages of the cards.
 GEFORCE = {

@@ -16,12 +16,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import download
 import hub as hub_module
 import pytest
 from conftest import write_shard
 
 import constants as C
-import download
 import prepare
 
 NAMES = [C.SHARD_NAME.format(number) for number in (0, 1, 2, C.VAL_SHARD)]

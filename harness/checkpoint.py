@@ -1,0 +1,55 @@
+"""The trained model of the last run, kept as plain arrays. Nothing is unpickled. Not edited."""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import constants as C
+from harness.files import atomic_write
+from harness.run import Run
+
+MODEL = Path(__file__).parent.parent / ("smoke.npz" if C.SMOKE else "model.npz")
+ABOUT = "about.json"  # the entry of MODEL that is not a parameter
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
+
+
+def save(run: Run, model: torch.nn.Module, config: object) -> None:
+    """Write trained weights and `config`, a dataclass, to MODEL, over those of the run before.
+
+    Whatever goes wrong is said in a line and costs no result.
+    """
+    if not C.SAVE:
+        return
+    try:
+        for path in MODEL.parent.glob(f".{MODEL.name}.*.tmp"):  # of runs killed meanwhile
+            path.unlink()
+        about = {"config": dataclasses.asdict(config), "tokenizer": run.tokenizer.sha256}
+        about |= {"commit": run.commit, "rules": run.rules, "val_bpb": run.val_bpb}
+        weights = model.state_dict().items()
+        prefix = "_orig_mod."  # of a model that was compiled as a whole
+        arrays = {k.removeprefix(prefix): v.cpu().float().numpy() for k, v in weights}
+        with atomic_write(MODEL) as file:
+            np.savez(file, **arrays, **{ABOUT: np.array(json.dumps(about))})
+    except Exception as error:  # also of a train.py whose configuration JSON cannot hold
+        print(f"the model was not saved in {MODEL} ({error}); its result stands")
+
+
+def load() -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return what is known of the model in MODEL, and its weights; ValueError if it is no good."""
+    again = "run uv run train.py first, without AUTORESEARCH_SAVE=0"
+    if not MODEL.is_file():
+        smoke = "" if C.SMOKE else " (AUTORESEARCH_SMOKE=1 in front takes a smoke run's)"
+        raise ValueError(f"there is no {MODEL}; {again}{smoke}")
+    try:
+        with np.load(MODEL, allow_pickle=False) as file:
+            about = json.loads(str(file[ABOUT]))
+            keys = ("config", "tokenizer", "commit", "val_bpb")
+            about = {key: about[key] for key in keys}
+            names = [name for name in file.files if name != ABOUT]
+            return about, {name: torch.from_numpy(file[name]) for name in names}
+    except UNREADABLE as error:
+        raise ValueError(f"{MODEL} is damaged ({error}); {again}") from error

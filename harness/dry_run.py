@@ -1,0 +1,81 @@
+"""The full rules beside a smoke run: train.py once more, with shapes and no memory.
+
+A smoke run has a tiny model, so a knob or a shape that cannot work at full size would show only
+after the agent has waited for a GPU. A second process runs train.py under the full rules up to its
+warm-up, on fake tensors: no data, no memory, no GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch._subclasses import fake_tensor
+
+import constants as C
+from harness.evaluation import call_model
+from harness.warmup import MICRO_STEPS, check_groups, plan_batch
+
+# What fake tensors cannot do though a real run may: read a value, choose a shape by it.
+BEYOND_SHAPES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+SECONDS = 120  # for imports on a busy machine; the work itself takes two or three
+
+
+class DryRun:
+    """Stands in for `run.Run` up to the warm-up, which ends the process with status 0."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        fake_tensor.FakeTensorMode().__enter__()  # from here on every tensor is a shape
+
+    def warm_up(
+        self, model, optimizers, train_step, *, total_batch_size, device_batch_size, **_
+    ):
+        check_groups(model, optimizers)
+        rows, micro_steps = plan_batch(total_batch_size, device_batch_size)
+        for optimizer in optimizers:
+            optimizer.step = lambda *args, **kwargs: None
+        idx = torch.zeros(1, C.MAX_SEQ_LEN, dtype=torch.long)
+        try:
+            train_step(model, optimizers, [(idx, idx)] * MICRO_STEPS, MICRO_STEPS)
+            model.eval()
+            with torch.no_grad():
+                call_model(model, idx)
+        except BEYOND_SHAPES as error:
+            print(f"the full model's step was not tried: {str(error).splitlines()[0]}")
+        print(
+            f"full rules: {micro_steps} micro-steps of up to {rows} rows per step",
+            flush=True,
+        )
+        sys.exit(0)
+
+
+def start(script: Path) -> subprocess.Popen | None:
+    """Start `script` under the full rules, if it is what this process runs."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if not C.SMOKE or main is None or Path(main).resolve() != script.resolve():
+        return None
+    env = os.environ | {"AUTORESEARCH_SMOKE": "0", "AUTORESEARCH_DRY_RUN": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, str(script)], env=env, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Return the last line of the dry run; RuntimeError with it if it failed."""
+    try:
+        lines = process.communicate(timeout=SECONDS)[0].strip().splitlines() or [
+            "no word"
+        ]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"full rules: not checked, the dry run took over {SECONDS} s"
+    if process.returncode:
+        raise RuntimeError(f"under the full rules: {lines[-1]}")
+    return lines[-1]

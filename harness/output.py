@@ -1,0 +1,20 @@
+"""Lines of the log that tools read: warnings and steps. The summary's text is in constants.py."""
+
+import constants as C
+
+
+def warning(kind: str, text: str) -> str:
+    """Return a warning's line; kind: one of C.WARNINGS, which says whether it voids the run."""
+    if kind not in C.WARNINGS:
+        raise ValueError(f"{kind!r} is no kind of warning; constants.py lists them")
+    return f"warning: {kind}: {text}"
+
+
+def step_line(step, remaining: float) -> str:
+    """Return the line of a finished `run.Step`; remaining: seconds of the budget."""
+    return (
+        f"step {step.number:05d} ({100 * step.progress:.1f}%) | loss: {step.loss:.4f} | "
+        f"lrm: {step.lrm:.2f} | dt: {1000 * step.seconds:.0f}ms | "
+        f"tok/sec: {step.tokens / step.seconds:,.0f} | epoch: {step.epoch} | "
+        f"remaining: {max(0.0, remaining):.0f}s"
+    )

@@ -1,0 +1,232 @@
+"""Warm-up: compile everything, find the batch that fits, and name an edit that does nothing.
+
+A few steps on random ids before the clock starts; weights, buffers, optimizer state and the random
+generators are put back after it, bit for bit.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+import constants as C
+from harness.evaluation import check_model
+from harness.gpu import find_batch_size
+from harness.output import warning
+
+# (model, optimizers, batches, micro_steps) -> mean loss in nats per token, as train.py has it
+TrainStep = Callable[..., torch.Tensor]
+Optimizers = Sequence[torch.optim.Optimizer]
+
+# Steps of a warm-up. What begins as zero has its gradient in the second step, and what is behind
+# that in the third.
+STEPS = 3
+MICRO_STEPS = 2  # of each step, so that gradients are both made and added to
+# Fractions of ln V, the loss of a guess, between which the first loss is expected.
+LOW_LOSS, HIGH_LOSS = 0.95, 1.05
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- Parameters and optimizers ------------------------------------------------------------------
+def check_groups(model: nn.Module, optimizers: Optimizers) -> None:
+    """Raise ValueError unless each trainable parameter is in exactly one group, none empty."""
+    params, counts = trainable(model), {}
+    for optimizer in optimizers:
+        for number, group in enumerate(optimizer.param_groups):
+            where = f"group {number} of {type(optimizer).__name__}"
+            where += f" ({group['names']})" if "names" in group else ""
+            if not group["params"]:
+                raise ValueError(f"{where} is empty; correct its pattern or take it out")
+            for p in group["params"]:
+                counts[id(p)] = counts.get(id(p), 0) + 1
+    problems = {
+        "in no optimizer": [name for name, p in params.items() if id(p) not in counts],
+        "in two groups": [name for name, p in params.items() if counts.get(id(p), 0) > 1],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(
+                f"{join(names)}: {problem}; each parameter belongs to one group of the table in "
+                "build_optimizers (requires_grad_(False) if it is not to learn)"
+            )
+    strangers = len(counts.keys() - {id(p) for p in params.values()})
+    if strangers:
+        raise ValueError(f"{strangers} parameters of the optimizers are not of the model")
+
+
+def join(names: Iterable[str], most: int = 4) -> str:
+    """Return names with commas between them, no more than `most` and how many there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+ADVICE = (
+    "the model does not use it, or two zeros stand in a row (name it in may_stand_still)"
+)
+
+
+class Gradients:
+    """Watches which parameters get a gradient that is not zero, before every optimizer step."""
+
+    def __init__(
+        self, model: nn.Module, optimizers: Optimizers, may_stand_still: Iterable[str]
+    ):
+        self.params = trainable(model)
+        if unknown := set(may_stand_still) - self.params.keys():
+            raise ValueError(
+                f"may_stand_still names no parameter: {join(sorted(unknown))}"
+            )
+        self.watched = {
+            n: p for n, p in self.params.items() if n not in set(may_stand_still)
+        }
+        self.alive: dict[str, torch.Tensor] = {}
+        self.hooks = [o.register_step_pre_hook(self.look) for o in optimizers]
+
+    def look(self, optimizer, args, kwargs) -> None:
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        watched = {name: p for name, p in self.watched.items() if id(p) in mine}
+        if missing := [name for name, p in watched.items() if p.grad is None]:
+            raise RuntimeError(f"{join(missing)}: no gradient; {ADVICE}")
+        for name, p in watched.items():
+            self.alive[name] = self.alive.get(name, False) | (p.grad != 0).any()
+
+    def dead(self) -> list[str]:
+        """Return the watched parameters whose gradient was zero in every step."""
+        return [name for name in self.watched if not self.alive.get(name, False)]
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def checksum(p: torch.Tensor) -> torch.Tensor:
+    """Return a sum of the bits of `p`, 0-dim on its device: equal for equal values."""
+    whole = p.detach().contiguous()
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(
+        p.element_size(), torch.uint8
+    )
+    return whole.view(kind).sum(dtype=torch.int64)
+
+
+# ---- The first loss -----------------------------------------------------------------------------
+def check_first_loss(loss: float, where: str) -> None:
+    """Refuse, by RuntimeError, a loss that an untrained model cannot have; warn of a high one."""
+    guess = math.log(C.VOCAB_SIZE)
+    text = (
+        f"the loss {where} is {loss:.4f}, and a guess has ln {C.VOCAB_SIZE} = {guess:.4f}"
+    )
+    if not loss >= LOW_LOSS * guess:  # also nan
+        raise RuntimeError(
+            f"{text}: train_step does not return nats per token, or the model knows what it is to "
+            "predict; the run is void"
+        )
+    if loss > HIGH_LOSS * guess:
+        print(warning("edit", f"{text}: is the initialisation meant?"), flush=True)
+
+
+# ---- The batch ----------------------------------------------------------------------------------
+def plan_batch(total_batch_size: int, device_batch_size: int) -> tuple[int, int]:
+    """Return rows per micro-step, at most, and the micro-steps of so many rows that a step has.
+
+    For the full rules' rows, so that a smoke run refuses what a full one would; the smoke rules
+    then take a smaller row and as much fewer of them. ValueError for what cannot be had exactly.
+    """
+    T = C.FULL_SEQ_LEN
+    rows, rest = divmod(total_batch_size, T)
+    limit = min(device_batch_size, rows)
+    if limit < 1 or rest or rows % limit:
+        raise ValueError(
+            f"TOTAL_BATCH_SIZE ({total_batch_size} tokens) is not a multiple of "
+            f"DEVICE_BATCH_SIZE ({device_batch_size}) rows of {T} tokens; change one of them"
+        )
+    return max(1, limit * C.MAX_SEQ_LEN // T), rows // limit
+
+
+# ---- All of it ----------------------------------------------------------------------------------
+def warm_up(
+    random_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    model: nn.Module,
+    optimizers: Optimizers,
+    train_step: TrainStep,
+    batch: tuple[int, int],
+    memory: tuple[float, float],
+    device: torch.device,
+    may_stand_still: Iterable[str] = (),
+) -> tuple[int, int]:
+    """Warm up; return rows per micro-step and micro-steps per step. See `run.Run.warm_up`.
+
+    random_batch(rows): ids and targets; batch: of `plan_batch`. ValueError and RuntimeError say
+    what is wrong with the edit.
+    """
+    check_groups(model, optimizers)
+    limit, micro_steps = batch
+    row_bytes, fixed_bytes = memory
+    result: dict[str, list] = {}
+
+    def attempt(rows: int) -> None:
+        with kept(model, optimizers, device):
+            result.update(train_a_little(rows))
+
+    def train_a_little(rows: int) -> dict[str, list]:
+        before = {name: checksum(p) for name, p in trainable(model).items()}
+        gradients, losses = Gradients(model, optimizers, may_stand_still), []
+        try:
+            for _ in range(STEPS):
+                batches = [random_batch(rows) for _ in range(MICRO_STEPS)]
+                losses.append(train_step(model, optimizers, batches, MICRO_STEPS))
+        finally:
+            gradients.close()
+        model.eval()
+        check_model(model, random_batch(rows)[0], cuts=(C.MAX_SEQ_LEN // 2,), kept=8)
+        moved = {
+            name: checksum(p) != before[name] for name, p in trainable(model).items()
+        }
+        dead = gradients.dead()
+        still = [
+            name for name in gradients.watched if not moved[name] and name not in dead
+        ]
+        return {"dead": dead, "still": still, "losses": losses}
+
+    rows = find_batch_size(attempt, limit, row_bytes, device, fixed_bytes)
+    check_first_loss(float(result["losses"][0]), "of the first step on random ids")
+    if dead := result["dead"]:
+        raise RuntimeError(
+            f"{join(dead)}: the gradient is zero in {STEPS} steps; {ADVICE}"
+        )
+    if still := result["still"]:
+        text = f"{join(still)}: not moved by {STEPS} steps; is its learning rate 0?"
+        print(warning("edit", text), flush=True)
+    return rows, micro_steps * (limit // rows)
+
+
+@contextmanager
+def kept(
+    model: nn.Module, optimizers: Optimizers, device: torch.device
+) -> Iterator[None]:
+    """Leave weights, buffers, optimizer state, modes and generators as they were before.
+
+    The copy of the weights waits on the host, which has more room.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [t.detach().to("cpu", copy=True) for t in tensors]
+    states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for t, value in zip(tensors, values, strict=True):
+                    t.copy_(value)
+            for optimizer, state in zip(optimizers, states, strict=True):
+                optimizer.load_state_dict(state)
+            for module, training in modes.items():
+                module.training = training
