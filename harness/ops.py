@@ -161,15 +161,20 @@ class RotaryNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin):
-        dtype, x = x.dtype, x.float()
-        scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        y = (scale * (x * cos + x.roll(x.size(-1) // 2, -1) * sin)).to(dtype)
+        wide = x.float()
+        scale = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        y = scale * (wide * cos + wide.roll(x.size(-1) // 2, -1) * sin)
+        if x.dtype != torch.float32:
+            # Not without need: compiled (torch 2.11), a cast that changes nothing, of a result
+            # that is saved as well, makes the whole gradient zero.
+            y = y.to(x.dtype)
         ctx.save_for_backward(y, scale, cos, sin)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        (y, scale, cos, sin), dtype = ctx.saved_tensors, grad.dtype
-        grad, y = grad.float(), y.float()
+        y, scale, cos, sin = ctx.saved_tensors
+        dtype, grad, y = grad.dtype, grad.float(), y.float()
         dx = scale * (grad - y * (grad * y).mean(-1, keepdim=True))
-        return (dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin).to(dtype), None, None
+        dx = dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin
+        return dx.to(dtype), None, None
