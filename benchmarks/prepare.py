@@ -30,7 +30,11 @@ import torch
 from literal import pack_by_lengths
 
 import constants as C
-import prepare
+from harness.documents import read_documents, write_smoke_shards
+from harness.files import describe
+from harness.loader import Rows, load_batches
+from harness.packing import build_rows
+from harness.tokenizer import Tokenizer, ensure_tokenizer
 
 REPEATS = 3
 # In a process of its own: what a preparation takes at most, and how soon a run has its first batch.
@@ -38,7 +42,7 @@ PREPARE_AND_WEIGH = r"""
 import re, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import prepare
+import prepare  # the command, with all that it imports
 def peak():  # of this process; what getrusage says holds that of the one that started it
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
@@ -52,10 +56,12 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch_in = time.perf_counter()
 from pathlib import Path
-import train, prepare
+import train
+from harness.loader import load_batches
+from harness.run import Run
 imported = time.perf_counter()
-run = prepare.Run(Path(sys.argv[2]), torch.device("cpu"))
-next(prepare.load_batches(run.train_rows, 8, run.device))
+run = Run(Path(sys.argv[2]), torch.device("cpu"))
+next(load_batches(run.train_rows, 8, run.device))
 print(torch_in - start, imported - torch_in, time.perf_counter() - imported)
 """
 
@@ -82,14 +88,12 @@ def run_apart(program: str, *args: object) -> list[float]:
     return [float(word) for word in out.splitlines()[-1].split()]
 
 
-def time_tokenizer(
-    shards: list[Path], texts: list[list[str]], folder: Path
-) -> prepare.Tokenizer:
+def time_tokenizer(shards: list[Path], texts: list[list[str]], folder: Path) -> Tokenizer:
     capped = [
         text[: C.TOKENIZER_DOC_CHARS] for text in itertools.chain.from_iterable(texts)
     ]
     n_ranks, chars = C.VOCAB_SIZE - len(C.SPECIAL_TOKENS), sum(map(len, capped))
-    about = {path: prepare.describe(path) for path in shards}
+    about = {path: describe(path) for path in shards}
 
     def alone() -> None:
         bpe = rustbpe.Tokenizer()
@@ -97,7 +101,7 @@ def time_tokenizer(
 
     def ours() -> None:
         (folder / "tokenizer.json").unlink(missing_ok=True)
-        prepare.ensure_tokenizer(folder, about)
+        ensure_tokenizer(folder, about)
 
     seconds = [float("inf"), float("inf")]
     for _ in range(REPEATS):  # by turns, so that another load of the machine meets both
@@ -113,7 +117,7 @@ def time_tokenizer(
         "M characters/s",
     )
     report("  more than rustbpe alone", 100 * (seconds[1] / seconds[0] - 1), "%")
-    return prepare.Tokenizer.load(folder)
+    return Tokenizer.load(folder)
 
 
 def time_rows(
@@ -130,12 +134,12 @@ def time_rows(
             encoding.encode_to_numpy(text, disallowed_special=())
 
     def build() -> None:
-        prepare.build_rows(shards[0], outs[0], tokenizer)
+        build_rows(shards[0], outs[0], tokenizer)
 
     def build_all() -> None:
         with ThreadPoolExecutor() as pool:
             jobs = zip(shards, outs, strict=True)
-            list(pool.map(lambda job: prepare.build_rows(*job, tokenizer), jobs))
+            list(pool.map(lambda job: build_rows(*job, tokenizer), jobs))
 
     def on_one_core(what: str, action: Callable) -> None:
         rate = chars[0] / timed(action, REPEATS) / 1e6
@@ -159,7 +163,7 @@ def time_rows(
     )
 
 
-def check_literally(shard: Path, tokenizer: prepare.Tokenizer, folder: Path) -> None:
+def check_literally(shard: Path, tokenizer: Tokenizer, folder: Path) -> None:
     """Compare the rows of a shard with those of full scans over its documents, id for id."""
     documents = []
     for group in range((file := pq.ParquetFile(shard)).num_row_groups):
@@ -172,7 +176,7 @@ def check_literally(shard: Path, tokenizer: prepare.Tokenizer, folder: Path) -> 
     expected = pack_by_lengths(lengths, C.MAX_SEQ_LEN + 1, C.PACK_BUFFER_DOCS)
     flat = [ids for batch in documents for ids in batch]
     rows = (np.concatenate([flat[k][:n] for k, n in parts]) for parts in expected)
-    prepare.build_rows(shard, folder / "literal.u16", tokenizer)
+    build_rows(shard, folder / "literal.u16", tokenizer)
     made = np.fromfile(folder / "literal.u16", "<u2").reshape(-1, C.MAX_SEQ_LEN + 1)
     same = len(made) == len(expected) and all(map(np.array_equal, made, rows))
     print(
@@ -183,7 +187,7 @@ def check_literally(shard: Path, tokenizer: prepare.Tokenizer, folder: Path) -> 
 def time_loader(outs: list[Path]) -> None:
     torch.set_num_threads(1)
     batch_size, n = 8 if C.SMOKE else 64, 100
-    batches = prepare.load_batches(prepare.Rows(outs), batch_size, torch.device("cpu"))
+    batches = load_batches(Rows(outs), batch_size, torch.device("cpu"))
     timed(lambda: [next(batches) for _ in range(n)])  # brings the page cache up
     seconds = timed(lambda: [next(batches) for _ in range(n)], REPEATS)
     rate = n * batch_size * C.MAX_SEQ_LEN / seconds / 1e6
@@ -195,13 +199,11 @@ def main() -> None:
         folder = Path(temporary)
         source = Path(sys.argv[1]) if len(sys.argv) > 1 else folder / "shards"
         if len(sys.argv) == 1:
-            prepare.write_smoke_shards(source, [C.SHARD_NAME.format(i) for i in range(5)])
+            write_smoke_shards(source, [C.SHARD_NAME.format(i) for i in range(5)])
         if len(shards := sorted(source.glob("*.parquet"))) < 3:
             sys.exit(f"benchmarks/prepare.py: fewer than three parquet files in {source}")
         used = shards[:2]
-        texts = [
-            [*itertools.chain.from_iterable(prepare.read_documents(p))] for p in used
-        ]
+        texts = [[*itertools.chain.from_iterable(read_documents(p))] for p in used]
         chars = sum(len(text) for part in texts for text in part)
         print(
             f"{os.cpu_count()} cores, {len(used)} shards, {chars / 1e6:.1f} M characters"

@@ -24,6 +24,8 @@ import torch
 
 import constants
 import train
+from harness import gpu
+from harness.peaks import peak_flops
 
 SHAPES = {
     "reference": ["DEPTH=8", "N_EMBD=512", 'WINDOW_PATTERN="SSSL"', "SHORT_WINDOW=1024"]
@@ -120,7 +122,7 @@ def main() -> None:
     seconds = statistics.median(times)
     tok_per_sec = accum * B * T / seconds
     card = torch.cuda.get_device_name()
-    mfu = tok_per_sec * model.flops_per_token() / gpu.peak_flops(card)
+    mfu = tok_per_sec * model.flops_per_token() / peak_flops(card)
     print(
         f"{card}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
         f"{tok_per_sec / 1e6:.3f} M tok/s, {100 * mfu:.1f} % MFU, "

@@ -17,6 +17,8 @@ import pytest
 
 import constants as C
 import prepare
+from harness import download, jobs, packing, tokenizer
+from harness.documents import read_documents
 
 
 def context() -> multiprocessing.context.BaseContext:
@@ -40,16 +42,15 @@ def _run(
         os.dup2(file.fileno(), 2)
     C.SMOKE = False
     download.RETRY_SECONDS = (0, 0.1, 0.1)
-    download.LOG_SECONDS = 0.1
+    jobs.LOG_SECONDS = 0.1
     prepare.load_flash_attention = lambda: None
-    read_documents = prepare.read_documents
 
     def read_slowly(path):
         for batch in read_documents(path):
             time.sleep(slow)
             yield batch
 
-    prepare.read_documents = read_slowly
+    packing.read_documents = tokenizer.read_documents = read_slowly
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     prepare.main(argv)

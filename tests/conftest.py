@@ -28,7 +28,6 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-import download  # noqa: E402
 import pyarrow as pa  # noqa: E402  (importable only after the environment is set)
 import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
@@ -36,7 +35,10 @@ import torch  # noqa: E402
 from hub import Hub  # noqa: E402
 
 import constants as C  # noqa: E402
-import prepare  # noqa: E402
+from harness import data, download  # noqa: E402
+from harness.files import describe  # noqa: E402
+from harness.run import demand_result  # noqa: E402
+from harness.tokenizer import Tokenizer, ensure_tokenizer  # noqa: E402
 
 # Alphabets of two-, three- and four-byte characters; the words of a corpus are drawn from them.
 SCRIPTS = [
@@ -69,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_exit_status():
     """Let the tests end with a status of their own: no run of theirs has to have a result."""
     yield
-    atexit.unregister(prepare.demand_result)
+    atexit.unregister(demand_result)
     sys.excepthook = sys.__excepthook__
 
 
@@ -113,6 +115,25 @@ def write_shard(path: Path, documents: list[str], row_group_size: int = 100) -> 
     return path
 
 
+def sentence(main, *args) -> str:
+    """Return what `main` ends the process with: a sentence, which Python prints, and status 1."""
+    with pytest.raises(SystemExit) as caught:
+        main(*args)
+    assert isinstance(caught.value.code, str), "the exit status would be 0"
+    assert "\n" not in caught.value.code and len(caught.value.code) < 800
+    return caught.value.code
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy the scripts and harness/ to `folder`, as a clone has them."""
+    root = Path(C.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("harness/*.py")]:
+        copy = folder / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return folder
+
+
 def make_documents(seed: int, count: int) -> list[str]:
     """Return random documents of 1 to some 300 words; words recur, as BPE needs it."""
     rng = random.Random(seed)
@@ -154,20 +175,18 @@ def corpus() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(corpus: list[str], tmp_path_factory) -> prepare.Tokenizer:
+def tiny_tokenizer(corpus: list[str], tmp_path_factory) -> Tokenizer:
     """A tokenizer of C.VOCAB_SIZE ids, trained on `corpus`."""
     folder = tmp_path_factory.mktemp("tiny")
     shard = write_shard(folder / C.SHARD_NAME.format(0), corpus)
-    return prepare.ensure_tokenizer(
-        folder / "tokenizer", {shard: prepare.describe(shard)}
-    )
+    return ensure_tokenizer(folder / "tokenizer", {shard: describe(shard)})
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """A folder as `prepare` leaves it under the smoke rules. Copy it before you damage it."""
     folder = tmp_path_factory.mktemp("prepared")
-    prepare.prepare(folder, num_shards=3, workers=2)
+    data.prepare(folder, num_shards=3, workers=2)
     return folder
 
 
@@ -191,6 +210,32 @@ def hub(shard_folder: Path, monkeypatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
+def nowhere(monkeypatch) -> str:
+    """An HF_ENDPOINT where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
+    return url
+
+
+@pytest.fixture
 def full_rules(monkeypatch) -> None:
     """Let `prepare` ask the hub for shards, as under the full rules; sizes stay those of smoke."""
     monkeypatch.setattr(C, "SMOKE", False)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, full_rules) -> Path:
+    """The folder that prepare.py prepares under the full rules, still missing."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("prepare.load_flash_attention", lambda: None)
+    return tmp_path / "cache" / "climbmix"
+
+
+@pytest.fixture
+def prepared_copy(prepared, tmp_path, monkeypatch) -> Path:
+    """A copy of what was prepared under the smoke rules, to be changed, as the folder of runs."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return Path(shutil.copytree(prepared, tmp_path / "cache" / "smoke"))

@@ -3,11 +3,10 @@
 import math
 import types
 
-import attention
 import pytest
 import torch
 
-import prepare
+from harness import attention
 
 CPU = torch.device("cpu")
 
@@ -85,7 +84,7 @@ def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(
     def load():
         raise RuntimeError("the hub could not be reached")
 
-    monkeypatch.setattr(prepare, "load_flash_attention", load)
+    monkeypatch.setattr(attention, "load_flash_attention", load)
     assert attention.choose_attention("auto", [8], 8, GPU) == ("flex", flex)
     line = capsys.readouterr().out.splitlines()[-1]
     assert (
@@ -97,7 +96,7 @@ def test_flash_attention_asked_for_by_name_never_falls_back(monkeypatch):
     def load():
         raise RuntimeError("no build for this GPU")
 
-    monkeypatch.setattr(prepare, "load_flash_attention", load)
+    monkeypatch.setattr(attention, "load_flash_attention", load)
     with pytest.raises(RuntimeError, match="no build for this GPU"):
         attention.choose_attention("fa3", [8], 8, GPU)
 
@@ -111,7 +110,7 @@ def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(
         calls.append((softmax_scale, causal, window_size))
         return q
 
-    monkeypatch.setattr(prepare, "load_flash_attention", lambda: flash_attn_func)
+    monkeypatch.setattr(attention, "load_flash_attention", lambda: flash_attn_func)
     name, attend = attention.choose_attention("auto", [8], 8, GPU)
     q, k, v = qkv(1, 8, 2, 4)
     assert name == "fa3" and attend(q, k, v, 5, 0.7) is q
@@ -141,7 +140,7 @@ def test_an_unknown_attention_is_refused():
 def test_without_a_gpu_flash_attention_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="GPU"):
-        prepare.load_flash_attention()
+        attention.load_flash_attention()
 
 
 # ---- On a GPU -----------------------------------------------------------------------------------
@@ -202,10 +201,10 @@ def test_a_kernel_that_was_fetched_is_loaded_again_without_the_hub(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(RuntimeError, match="flash-attn3 could not be loaded"):
-        prepare.load_flash_attention()  # never fetched, and no hub
+        attention.load_flash_attention()  # never fetched, and no hub
     monkeypatch.setenv(
         "LOCAL_KERNELS", f"kernels-community/flash-attn3={build.parent.parent}"
     )
-    assert prepare.load_flash_attention()() == "fetched"
+    assert attention.load_flash_attention()() == "fetched"
     monkeypatch.delenv("LOCAL_KERNELS")
-    assert prepare.load_flash_attention()() == "fetched"
+    assert attention.load_flash_attention()() == "fetched"

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import copy_checkout
 
 import constants as C
-import prepare
+from harness.data import load_manifest
+from harness.tokenizer import Tokenizer
 
 ROOT = Path(C.__file__).parent
 SMALLER = [
-    ("constants.py", "TIME_BUDGET = 20 if SMOKE", "TIME_BUDGET = 0.5 if SMOKE"),
+    ("constants.py", "20 if SMOKE", "0.5 if SMOKE"),
     (
         "constants.py",
         "OVERRUN_TOLERANCE = 1.0 if SMOKE",
@@ -95,9 +97,7 @@ def runs(request, cache, tmp_path_factory) -> dict[str, tuple[int, str]]:
     """Run the untouched train.py and the cheats of all selected tests: exit status and log."""
     folder = tmp_path_factory.mktemp("cheats")
     honest = folder / "honest"
-    honest.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, honest)
+    copy_checkout(honest)
     for edit in SMALLER:
         apply(honest, *edit)
     git = ["git", "-C", str(honest), "-c", "user.name=a", "-c", "user.email=a@localhost"]
@@ -246,12 +246,12 @@ def test_fewer_evaluation_tokens_through_the_batch_size(result, cache):
     The model is uniform, so that its bits per byte over all rows are known.
     """
     folder = cache / "smoke"
-    rows = prepare.load_manifest(folder)["rows"]
+    rows = load_manifest(folder)["rows"]
     (val,) = (
         folder / "rows" / name for name, about in rows.items() if about["split"] == "val"
     )
     ids = np.fromfile(val, "<u2").reshape(32, C.MAX_SEQ_LEN + 1)[:, 1:]
-    sizes = prepare.Tokenizer.load(folder / "tokenizer").token_bytes
+    sizes = Tokenizer.load(folder / "tokenizer").token_bytes
     expected = [
         math.log2(C.VOCAB_SIZE) * (sizes[k] > 0).sum() / sizes[k].sum()
         for k in (ids, ids[:30])
@@ -280,7 +280,8 @@ def test_an_evaluation_that_runs_out_of_memory_to_be_tried_again(result):
 
 
 # ---- The clock ----------------------------------------------------------------------------------
-EARLY = f"""early = prepare.load_batches(run.train_rows, batch_size, device)
+EARLY = f"""from harness.loader import load_batches
+    early = load_batches(run.train_rows, batch_size, device)
     for _ in range(5):
         train_step(model, optimizers, [next(early) for _ in range(2)], 2)
     {STEPS}"""
@@ -320,7 +321,7 @@ def test_a_batch_after_the_clock_has_stopped(result):
 
 
 # ---- The rules ----------------------------------------------------------------------------------
-@cheat("constants.py", "TIME_BUDGET = 0.5 if SMOKE", "TIME_BUDGET = 1 if SMOKE")
+@cheat("constants.py", "0.5 if SMOKE", "1 if SMOKE")
 def test_an_edited_constant(result, runs):
     """Gain: twice the training time. It shows: other rules, and a dirty commit."""
     shows(result, runs["honest"])
@@ -329,8 +330,8 @@ def test_an_edited_constant(result, runs):
 
 @cheat(
     "train.py",
-    "import prepare\n",
-    "import constants, prepare\nconstants.TIME_BUDGET = 1\n",
+    "from harness import gpu\n",
+    "import constants\nconstants.TIME_BUDGET = 1\nfrom harness import gpu\n",
 )
 def test_a_constant_changed_in_memory(result, runs):
     """Gain: the same, with every fixed file as it was."""
@@ -338,8 +339,8 @@ def test_a_constant_changed_in_memory(result, runs):
     assert float(values(result[1])["training_seconds"]) > 0.5
 
 
-@cheat("prepare.py", "> C.LOGIT_TOLERANCE:", "> math.inf:")
-def test_an_edited_prepare(result, runs):
+@cheat("harness/evaluation.py", "> C.LOGIT_TOLERANCE:", "> math.inf:")
+def test_an_edited_harness(result, runs):
     """Gain: whatever the checks refuse. It shows: other rules."""
     shows(result, runs["honest"])
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from conftest import write_shard
 from hub import Hub
 
 import constants as C
-import prepare
+from harness import data
+from harness.data import VAL_NAME, load_manifest
+from harness.documents import read_documents
+from harness.files import data_dir
+from harness.packing import build_rows, pack_rows, row_name
 
 ROW_BYTES = 2 * (C.MAX_SEQ_LEN + 1)
 
@@ -50,7 +55,7 @@ def original(shard_folder, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch, Hub(shard_folder) as hub:
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setattr(C, "SMOKE", False)
-        prepare.prepare(folder, num_shards=2, workers=2)
+        data.prepare(folder, num_shards=2, workers=2)
     return folder
 
 
@@ -98,14 +103,14 @@ def test_prepared_folder_holds_nothing_else(original):
 def test_rows_are_the_same_for_any_number_of_workers(
     original, hub, tmp_path, full_rules, workers
 ):
-    prepare.prepare(tmp_path / "other", num_shards=2, workers=workers)
+    data.prepare(tmp_path / "other", num_shards=2, workers=workers)
     assert listing(tmp_path / "other") == listing(original)
 
 
 # ---- Once more ----------------------------------------------------------------------------------
 def test_preparing_twice_does_no_work(folder, hub):
     before, bytes_before = stamps(folder), listing(folder)
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     after = stamps(folder)
     assert after.pop("manifest.json") and before.pop("manifest.json")
     assert after == before
@@ -116,7 +121,7 @@ def test_preparing_twice_does_no_work(folder, hub):
 def test_preparing_smoke_data_twice_gives_the_same_bytes(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "again")
     before = stamps(folder / "rows") | stamps(folder / "tokenizer")
-    prepare.prepare(folder, num_shards=3, workers=2)
+    data.prepare(folder, num_shards=3, workers=2)
     assert listing(folder) == listing(prepared)
     assert stamps(folder / "rows") | stamps(folder / "tokenizer") == before
 
@@ -128,10 +133,10 @@ def test_one_shard_more_adds_one_row_file_and_leaves_the_others(
         C, "TOKENIZER_SHARDS", 2
     )  # so that the third is not for the tokenizer
     folder = tmp_path / "folder"
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     before = stamps(folder)
     hub.requests.clear()
-    prepare.prepare(folder, num_shards=3, workers=2)
+    data.prepare(folder, num_shards=3, workers=2)
     after = stamps(folder)
     new = {name for name in after if name not in before}
     third = row_path(folder, 2).name
@@ -144,7 +149,7 @@ def test_one_shard_more_adds_one_row_file_and_leaves_the_others(
 
 def test_one_shard_less_drops_its_row_file(folder):
     dropped = row_path(folder, 1)
-    prepare.prepare(folder, num_shards=1, workers=2)
+    data.prepare(folder, num_shards=1, workers=2)
     assert not dropped.exists()
     assert set(listing(folder / "rows")) == set(manifest_of(folder)["rows"])
     assert len(listing(folder / "rows")) == 2
@@ -153,7 +158,7 @@ def test_one_shard_less_drops_its_row_file(folder):
 def test_row_files_of_another_tokenizer_are_deleted(folder, monkeypatch):
     old = set(listing(folder / "rows"))
     monkeypatch.setattr(C, "VOCAB_SIZE", 1000)
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     new = set(listing(folder / "rows"))
     assert len(new) == 3 and not new & old
     assert set(manifest_of(folder)["rows"]) == new
@@ -182,14 +187,14 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_row_file_is_rebuilt(folder, original, damage, number):
     DAMAGES[damage](row_path(folder, number))
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     assert listing(folder) == listing(original)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_shard_is_fetched_again(folder, original, damage):
     DAMAGES[damage](folder / "shards" / C.SHARD_NAME.format(0))
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     assert listing(folder) == listing(original)
 
 
@@ -202,9 +207,9 @@ def test_preparing_again_mends_a_missing_or_damaged_manifest(folder, original, t
         (folder / "manifest.json").unlink()
     else:
         (folder / "manifest.json").write_text(text)
-    assert prepare.load_manifest(folder) == {}
+    assert load_manifest(folder) == {}
     before = stamps(folder / "rows") | stamps(folder / "tokenizer")
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     assert listing(folder) == listing(original)
     assert stamps(folder / "rows") | stamps(folder / "tokenizer") == before
 
@@ -215,7 +220,7 @@ def test_manifest_with_any_byte_changed_is_not_believed(original, tmp_path):
     for at in range(0, len(body), 7):
         changed = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         (tmp_path / "manifest.json").write_bytes(changed)
-        read = prepare.load_manifest(tmp_path)
+        read = load_manifest(tmp_path)
         assert (
             read == {} or {**read, "key": 0} == {**whole, "key": 0} or "key" not in read
         )
@@ -231,7 +236,7 @@ def test_damaged_manifest_costs_no_download_and_no_packing(folder, original, hub
     before = (
         stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
     )
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     assert listing(folder) == listing(original)
     after = (
         stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
@@ -245,7 +250,7 @@ def test_manifest_of_a_readable_folder_is_returned_as_it_is(original, tmp_path, 
     if version != "with a key":
         del manifest["key"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert prepare.load_manifest(tmp_path) == manifest
+    assert load_manifest(tmp_path) == manifest
 
 
 def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
@@ -253,14 +258,14 @@ def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
     cut(folder / "shards" / C.SHARD_NAME.format(0))
     (folder / "shards" / C.SHARD_NAME.format(1)).unlink()
     (folder / "tokenizer" / "ranks.tiktoken").unlink()
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     said = capsys.readouterr().out
     assert "shard_00000.parquet is damaged: it is fetched again" in said
     assert "shard_00001.parquet is gone: it is fetched again" in said
     assert "missing or damaged" in said and "it is trained anew" in said
     assert f"rows/{row_path(folder, 1).name} is damaged: it is packed anew" in said
     assert "2 files, 1 packed in" in said
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     said = capsys.readouterr().out
     assert (
         "trained anew" not in said
@@ -268,7 +273,7 @@ def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
         and ", 0 packed in" in said
     )
     monkeypatch.setattr(C, "DATA_RULES", [*C.DATA_RULES, 1])
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     said = capsys.readouterr().out
     assert "rows: of other shards, tokenizer or rules; they are packed anew" in said
     assert "trained" not in said and "fetch" not in said
@@ -278,14 +283,14 @@ def test_rows_rest_on_the_split_pattern_too(monkeypatch):
     names = []
     for pattern in (C.SPLIT_PATTERN, "x"):
         monkeypatch.setattr(C, "SPLIT_PATTERN", pattern)
-        names.append(prepare.row_name("shard_00000.parquet", {"sha256": "0"}, "1"))
+        names.append(row_name("shard_00000.parquet", {"sha256": "0"}, "1"))
     assert names[0] != names[1]
 
 
 @pytest.mark.parametrize("place", ["rows", "shards", "tokenizer", "."])
 def test_what_a_killed_run_left_is_swept_away(folder, original, place):
     (folder / place / ".file.4194304.tmp").write_bytes(b"half")
-    prepare.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2)
     assert listing(folder) == listing(original)
 
 
@@ -298,39 +303,38 @@ class Interrupted(Exception):
 def test_interrupted_packing_leaves_no_half_file_and_no_manifest(
     original, tmp_path, hub, full_rules, monkeypatch, number
 ):
-    folder, real = tmp_path / "folder", prepare.build_rows
+    folder, real = tmp_path / "folder", build_rows
 
     def stop_early(shard, out, tokenizer, n_rows=None, progress=None):
         if shard.name != C.SHARD_NAME.format(number):
             return real(shard, out, tokenizer, n_rows)
-        rows = prepare.pack_rows
 
         def few(batches, capacity):
-            for k, row in enumerate(rows(batches, capacity)):
+            for k, row in enumerate(pack_rows(batches, capacity)):
                 if k == 3:
                     raise Interrupted
                 yield row
 
         with monkeypatch.context() as patch:
-            patch.setattr(prepare, "pack_rows", few)
+            patch.setattr("harness.packing.pack_rows", few)
             real(shard, out, tokenizer, n_rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "build_rows", stop_early)
+        patch.setattr("harness.packing.build_rows", stop_early)
         with pytest.raises(Interrupted):
-            prepare.prepare(folder, num_shards=2, workers=1)
+            data.prepare(folder, num_shards=2, workers=1)
     left, whole = listing(folder), listing(original)
     assert "manifest.json" not in left
     assert left.items() <= whole.items()
     assert not list((folder / "rows").glob(f"{Path(C.SHARD_NAME.format(number)).stem}*"))
-    prepare.prepare(folder, num_shards=2, workers=1)
+    data.prepare(folder, num_shards=2, workers=1)
     assert listing(folder) == whole
 
 
 def test_interrupted_training_of_the_tokenizer_leaves_nothing_half(
     original, tmp_path, hub, full_rules, monkeypatch
 ):
-    real, folder = prepare.os.replace, tmp_path / "folder"
+    real, folder = os.replace, tmp_path / "folder"
 
     def stop_at_the_second_file(source, target):
         if Path(target).name == "tokenizer.json":
@@ -338,13 +342,13 @@ def test_interrupted_training_of_the_tokenizer_leaves_nothing_half(
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.os, "replace", stop_at_the_second_file)
+        patch.setattr(os, "replace", stop_at_the_second_file)
         with pytest.raises(Interrupted):
-            prepare.prepare(folder, num_shards=2, workers=1)
+            data.prepare(folder, num_shards=2, workers=1)
     assert not any(
         name.endswith(".tmp") or name == "manifest.json" for name in listing(folder)
     )
-    prepare.prepare(folder, num_shards=2, workers=1)
+    data.prepare(folder, num_shards=2, workers=1)
     assert listing(folder) == listing(original)
 
 
@@ -354,16 +358,16 @@ def test_shard_without_documents_is_an_error_and_no_endless_search(
     tiny_tokenizer, tmp_path, monkeypatch, n_rows
 ):
     shard = write_shard(tmp_path / "shard_00004.parquet", [])
-    passes, real = [], prepare.read_documents
+    passes, real = [], read_documents
 
     def counted(path):
         passes.append(path)
         assert len(passes) < 50
         return real(path)
 
-    monkeypatch.setattr(prepare, "read_documents", counted)
+    monkeypatch.setattr("harness.packing.read_documents", counted)
     with pytest.raises(ValueError, match="shard_00004.parquet"):
-        prepare.build_rows(shard, tmp_path / "out.u16", tiny_tokenizer, n_rows)
+        build_rows(shard, tmp_path / "out.u16", tiny_tokenizer, n_rows)
     assert not (tmp_path / "out.u16").exists()
 
 
@@ -373,25 +377,25 @@ def test_training_shards_that_fill_no_row_are_an_error(tmp_path, monkeypatch, fu
         chr(0x4E00 + k) for k in range(400)
     )  # one short document, many byte pairs
     write_shard(served / C.SHARD_NAME.format(0), [rare])
-    write_shard(served / prepare.VAL_NAME, [rare])
+    write_shard(served / VAL_NAME, [rare])
     monkeypatch.setattr(C, "MAX_SEQ_LEN", 4096)
     monkeypatch.setattr(C, "VOCAB_SIZE", 300)
     with Hub(served) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(ValueError, match="row"):
-            prepare.prepare(tmp_path / "folder", num_shards=1, workers=1)
+            data.prepare(tmp_path / "folder", num_shards=1, workers=1)
     assert not (tmp_path / "folder" / "manifest.json").exists()
 
 
 def test_cache_folder_can_be_moved_and_smoke_has_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "elsewhere"))
-    smoke = prepare.data_dir()
+    smoke = data_dir()
     monkeypatch.setattr(C, "SMOKE", False)
-    full = prepare.data_dir()
+    full = data_dir()
     assert smoke.parent == full.parent == tmp_path / "elsewhere"
     assert smoke != full
     monkeypatch.setenv("AUTORESEARCH_CACHE", "~/moved")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert prepare.data_dir().parent == tmp_path / "moved"
+    assert data_dir().parent == tmp_path / "moved"
     monkeypatch.delenv("AUTORESEARCH_CACHE")
-    assert prepare.data_dir().parent == tmp_path / ".cache" / "autoresearch"
+    assert data_dir().parent == tmp_path / ".cache" / "autoresearch"

@@ -12,6 +12,8 @@ import pytest
 
 import constants as C
 import prepare
+from harness import gpu
+from harness.files import PREPARE
 
 ROOT = Path(C.__file__).parent
 KEYS = re.findall(r"^(\w+): ", C.SUMMARY, re.MULTILINE)
@@ -120,7 +122,7 @@ def test_every_option_and_variable_in_the_docs_is_one_that_the_code_reads(name):
     text = (ROOT / name).read_text("utf-8")
     code = "".join(
         (ROOT / file).read_text("utf-8")
-        for file in ("constants.py", "download.py", "prepare.py")
+        for file in ("constants.py", "prepare.py", *(ROOT / "harness").glob("*.py"))
     )
     variables = set(re.findall(r"\b(AUTORESEARCH_[A-Z]+|HF_[A-Z_]+)\b", text))
     assert variables and sorted(v for v in variables if v not in code) == []
@@ -185,4 +187,4 @@ def test_the_help_and_the_docstring_of_prepare_agree(capsys):
 def test_the_command_that_errors_name_is_the_one_of_the_readme(readme):
     assert "AUTORESEARCH_SMOKE=1 uv run train.py" in readme
     assert "AUTORESEARCH_SMOKE=1 uv run train.py" in Path(gpu.__file__).read_text("utf-8")
-    assert prepare.PREPARE.endswith("uv run prepare.py") and "uv run prepare.py" in readme
+    assert PREPARE.endswith("uv run prepare.py") and "uv run prepare.py" in readme

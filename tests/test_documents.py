@@ -14,7 +14,10 @@ import pytest
 from conftest import make_documents, write_shard
 from hub import Hub
 
-import prepare
+from harness import data
+from harness.data import VAL_NAME
+from harness.documents import read_documents
+from harness.tokenizer import Tokenizer
 
 MARKER = "ѮѰѲѴ"  # letters that no training document has
 
@@ -26,12 +29,12 @@ def flat(batches) -> list[str]:
 # ---- Reading ------------------------------------------------------------------------------------
 def test_documents_come_in_order_and_unchanged(corpus, tmp_path):
     path = write_shard(tmp_path / "shard_00000.parquet", corpus, row_group_size=77)
-    assert flat(prepare.read_documents(path)) == corpus
+    assert flat(read_documents(path)) == corpus
 
 
 def test_batches_hold_128_documents_and_never_span_row_groups(tmp_path):
     path = write_shard(tmp_path / "shard_00000.parquet", ["x"] * 700, row_group_size=300)
-    sizes = [len(batch) for batch in prepare.read_documents(path)]
+    sizes = [len(batch) for batch in read_documents(path)]
     assert sizes == [128, 128, 44] + [128, 128, 44] + [100]
 
 
@@ -40,7 +43,7 @@ def test_every_row_group_starts_a_batch(tmp_path, group):
     path = write_shard(
         tmp_path / "shard_00000.parquet", ["x"] * 600, row_group_size=group
     )
-    sizes = [len(batch) for batch in prepare.read_documents(path)]
+    sizes = [len(batch) for batch in read_documents(path)]
     starts = {sum(sizes[:k]) for k in range(len(sizes))}
     assert starts >= set(range(0, 600, group))
     assert sum(sizes) == 600 and max(sizes) <= 128
@@ -49,12 +52,12 @@ def test_every_row_group_starts_a_batch(tmp_path, group):
 def test_other_columns_are_not_read(tmp_path):
     path = tmp_path / "shard_00000.parquet"
     pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"], "url": ["u", "v"]}), path)
-    assert flat(prepare.read_documents(path)) == ["a", "b"]
+    assert flat(read_documents(path)) == ["a", "b"]
 
 
 def test_shard_without_documents_gives_no_batch(tmp_path):
     path = write_shard(tmp_path / "shard_00000.parquet", [])
-    assert flat(prepare.read_documents(path)) == []
+    assert flat(read_documents(path)) == []
 
 
 def damage(kind: str, tmp_path) -> bytes:
@@ -84,7 +87,7 @@ def test_damaged_shard_is_an_error_that_names_it_and_says_what_to_do(tmp_path, k
     path = tmp_path / "shard_00003.parquet"
     path.write_bytes(damage(kind, tmp_path))
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
-        flat(prepare.read_documents(path))
+        flat(read_documents(path))
     message = str(error.value)
     assert (
         "`text`" in message
@@ -148,7 +151,7 @@ def read_and_weigh(path, out) -> None:
     """Read a shard in a process of its own; report the error and the memory it took, MiB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        said = f"read {sum(map(len, prepare.read_documents(path)))} documents"
+        said = f"read {sum(map(len, read_documents(path)))} documents"
     except ValueError as error:
         said = str(error)
     out.put((said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
@@ -193,20 +196,20 @@ def test_parquet_that_lies_about_sizes_is_an_error_and_takes_no_memory(tmp_path,
 def test_column_of_another_type_is_named(tmp_path, values, what):
     pq.write_table(pa.table({"text": values}), path := tmp_path / "shard_00001.parquet")
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} holds .*{what}"):
-        flat(prepare.read_documents(path))
+        flat(read_documents(path))
 
 
 def test_columns_that_are_there_in_place_of_text_are_named(tmp_path):
     table = pa.table({"content": ["a"], "nested": [{"text": "b"}]})
     pq.write_table(table, path := tmp_path / "shard_00001.parquet")
     with pytest.raises(ValueError, match="it has the columns content, nested"):
-        flat(prepare.read_documents(path))
+        flat(read_documents(path))
 
 
 def test_nested_column_before_text_does_not_matter(tmp_path):
     table = pa.table({"meta": [{"text": 1, "b": [2]}], "text": ["a"]})
     pq.write_table(table, path := tmp_path / "shard_00001.parquet")
-    assert flat(prepare.read_documents(path)) == ["a"]
+    assert flat(read_documents(path)) == ["a"]
 
 
 # ---- The split ----------------------------------------------------------------------------------
@@ -214,16 +217,16 @@ def prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch)
     """Prepare two training shards and this validation text; return the folder."""
     served, out = tmp_path / "served", tmp_path / "out"
     shutil.copytree(shard_folder, served)
-    write_shard(served / prepare.VAL_NAME, documents)
+    write_shard(served / VAL_NAME, documents)
     with Hub(served) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        prepare.prepare(out, num_shards=2, workers=2)
+        data.prepare(out, num_shards=2, workers=2)
     return out
 
 
 def row_texts(folder, split: str) -> list[str]:
     """Return every row of a split as text, read without the code under test."""
-    tokenizer = prepare.Tokenizer.load(folder / "tokenizer")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
     rows = json.loads((folder / "manifest.json").read_text())["rows"]
     texts = []
     for name, about in rows.items():
@@ -246,7 +249,7 @@ def test_validation_text_reaches_neither_tokenizer_nor_training_rows(
     train = row_texts(folder, "train")
     assert len(train) == 2 and all(len(text) > 1000 for text in train)
     assert not any(letter in text for letter in MARKER for text in train)
-    ranks = prepare.Tokenizer.load(folder / "tokenizer").encoding._mergeable_ranks
+    ranks = Tokenizer.load(folder / "tokenizer").encoding._mergeable_ranks
     assert not any(letter.encode() in token for letter in MARKER for token in ranks)
 
 

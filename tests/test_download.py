@@ -23,6 +23,8 @@ from conftest import write_shard
 
 import constants as C
 import prepare
+from harness import download
+from harness.files import atomic_write
 
 NAMES = [C.SHARD_NAME.format(number) for number in (0, 1, 2, C.VAL_SHARD)]
 AT_ONCE = [("401", "hub"), ("404", "hub"), ("loop", "hub")]  # another try would not help
@@ -266,7 +268,7 @@ def test_failed_block_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
-        with prepare.atomic_write(path) as file:
+        with atomic_write(path) as file:
             file.write(b"half of the new")
             file.flush()
             assert path.read_bytes() == b"old"
@@ -551,7 +553,7 @@ def test_all_shards_means_all_but_the_validation_shard(cache, monkeypatch):
         asked.extend(names)
         raise ConnectionError("enough is known")
 
-    monkeypatch.setattr(prepare, "ensure_shards", ensure_shards)
+    monkeypatch.setattr("harness.data.ensure_shards", ensure_shards)
     with pytest.raises(SystemExit):
         prepare.main(["--num-shards", "-1"])
     assert len(asked) == 6543 and asked[-2:] == [

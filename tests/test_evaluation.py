@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import constants as C
-import prepare
+from harness.evaluation import bits_per_byte, check_model, evaluate_bpb
 
 V, R, T = 13, 7, 12  # ids, rows, targets a row
 SPECIAL = (11, 12)  # no bytes; id 10 is never in a row
@@ -56,10 +56,8 @@ def slow_sums(model, rows: torch.Tensor) -> tuple[float, int]:
 # ---- The number ---------------------------------------------------------------------------------
 def test_bits_per_byte_by_hand():
     # Three tokens at 1/2, 1/4 and 1/8 cost 1 + 2 + 3 bits; they spell four bytes.
-    assert prepare.bits_per_byte(-math.log(1 / 2 * 1 / 4 * 1 / 8), 4) == pytest.approx(
-        1.5
-    )
-    assert prepare.bits_per_byte(0.0, 9) == 0.0
+    assert bits_per_byte(-math.log(1 / 2 * 1 / 4 * 1 / 8), 4) == pytest.approx(1.5)
+    assert bits_per_byte(0.0, 9) == 0.0
 
 
 def test_a_uniform_model_costs_log2_of_the_vocabulary_a_token(rows):
@@ -68,49 +66,39 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary_a_token(rows):
     ]
     nbytes = sum(SIZES[target].item() for target in targets)
     expected = math.log2(V) * len(targets) / nbytes
-    assert prepare.evaluate_bpb(uniform, rows, SIZES, 2) == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert evaluate_bpb(uniform, rows, SIZES, 2) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_known_model_agrees_with_a_slow_loop(rows):
     nats, nbytes = slow_sums(causal, rows)
     expected = nats / nbytes / math.log(2)
-    assert prepare.evaluate_bpb(causal, rows, SIZES, 3) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert evaluate_bpb(causal, rows, SIZES, 3) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_rows_may_have_any_integer_type(rows, dtype):
-    expected = prepare.evaluate_bpb(causal, rows, SIZES, 3)
-    assert prepare.evaluate_bpb(causal, rows.to(dtype), SIZES, 3) == expected
+    expected = evaluate_bpb(causal, rows, SIZES, 3)
+    assert evaluate_bpb(causal, rows.to(dtype), SIZES, 3) == expected
 
 
 def test_special_tokens_count_in_neither_sum(rows):
-    before = prepare.evaluate_bpb(uniform, rows, SIZES, 2)
+    before = evaluate_bpb(uniform, rows, SIZES, 2)
     more = torch.cat([rows, torch.full((4, T + 1), SPECIAL[1])])
-    assert prepare.evaluate_bpb(uniform, more, SIZES, 2) == pytest.approx(
-        before, rel=1e-9
-    )
+    assert evaluate_bpb(uniform, more, SIZES, 2) == pytest.approx(before, rel=1e-9)
 
 
 def test_the_first_id_of_a_row_is_no_target(rows):
     changed = rows.clone()
     changed[:, 0] = 7
-    before = prepare.evaluate_bpb(uniform, rows, SIZES, 2)
-    assert prepare.evaluate_bpb(uniform, changed, SIZES, 2) == before
+    before = evaluate_bpb(uniform, rows, SIZES, 2)
+    assert evaluate_bpb(uniform, changed, SIZES, 2) == before
 
 
 def test_every_batch_size_gives_the_same_value(rows):
-    values = [
-        prepare.evaluate_bpb(causal, rows, SIZES, size) for size in (1, 3, R, R + 4)
-    ]
+    values = [evaluate_bpb(causal, rows, SIZES, size) for size in (1, 3, R, R + 4)]
     assert values == pytest.approx([values[0]] * 4, rel=1e-7)
     # The last batch of 3 holds one row; its fillers would be seen if they counted.
-    assert values[0] != pytest.approx(
-        prepare.evaluate_bpb(causal, rows[:6], SIZES, 3), rel=1e-4
-    )
+    assert values[0] != pytest.approx(evaluate_bpb(causal, rows[:6], SIZES, 3), rel=1e-4)
 
 
 def test_every_call_has_one_shape_so_that_nothing_is_compiled_twice(rows):
@@ -120,7 +108,7 @@ def test_every_call_has_one_shape_so_that_nothing_is_compiled_twice(rows):
         shapes.add(tuple(idx.shape))
         return causal(idx)
 
-    prepare.evaluate_bpb(model, rows, SIZES, 3)
+    evaluate_bpb(model, rows, SIZES, 3)
     assert shapes == {(3, T)}
 
 
@@ -132,7 +120,7 @@ def test_the_model_is_never_given_the_last_target(rows):
         seen.append(args[0].clone())
         return causal(args[0])
 
-    prepare.evaluate_bpb(model, rows, SIZES, R)
+    evaluate_bpb(model, rows, SIZES, R)
     assert all(idx.shape == (R, T) for idx in seen)
     assert torch.equal(seen[-1], rows[:, :-1])
 
@@ -143,15 +131,13 @@ def test_half_precision_logits_are_summed_in_float32(rows):
 
     nats, nbytes = slow_sums(model, rows)
     expected = nats / nbytes / math.log(2)
-    assert prepare.evaluate_bpb(model, rows, SIZES, 3) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert evaluate_bpb(model, rows, SIZES, 3) == pytest.approx(expected, rel=1e-5)
 
 
 # ---- Refusals -----------------------------------------------------------------------------------
 def refused(model, rows, what: str, batch_size: int = 4) -> None:
     with pytest.raises(RuntimeError, match=f"evaluation refused: .*{what}"):
-        prepare.evaluate_bpb(model, rows, SIZES, batch_size)
+        evaluate_bpb(model, rows, SIZES, batch_size)
 
 
 def test_refuses_a_model_that_averages_over_the_whole_row(rows):
@@ -226,7 +212,7 @@ def test_refuses_a_model_that_drifts_too_slowly_to_be_seen_before_the_end(rows):
         calls.append(idx)
         return causal(idx) + 0.15 * C.LOGIT_TOLERANCE * len(calls)
 
-    prepare.check_model(model, rows[:1, :-1])
+    check_model(model, rows[:1, :-1])
     refused(model, rows, "keeps state", batch_size=1)
 
 
@@ -274,7 +260,7 @@ def test_refuses_logits_that_are_not_finite_even_for_an_id_that_is_no_target(
 
 def test_a_causal_model_passes_whatever_its_precision(rows):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        value = prepare.evaluate_bpb(
+        value = evaluate_bpb(
             lambda idx, dtype=dtype: causal(idx).to(dtype), rows, SIZES, 2
         )
         assert math.isfinite(value)
@@ -288,7 +274,7 @@ def test_replaced_ids_differ_at_every_position_after_the_cut(rows):
         return uniform(idx)
 
     base = rows[:, :-1]
-    prepare.check_model(model, base)
+    check_model(model, base)
     moved = [idx != base for idx in seen if not torch.equal(idx, base)]
     assert moved and all(not m[1::2].any() for m in moved)  # odd rows never change
     firsts = set()

@@ -16,6 +16,7 @@ import pytest
 
 import constants as C
 import prepare
+from harness.files import PREPARE
 
 NAMES = [C.SHARD_NAME.format(number) for number in (0, 1, C.VAL_SHARD)]
 
@@ -221,10 +222,7 @@ def test_file_that_cannot_grow_is_named_with_what_to_do(bench, phase, limit):
     last = said.splitlines()[-1]
     assert last.startswith("prepare.py: ") and "File too large" in last
     assert str(bench.folder / {"download": "shards", "rows": "rows"}[phase]) in last
-    assert (
-        f"free some space or move AUTORESEARCH_CACHE, and run {prepare.PREPARE} again"
-        in last
-    )
+    assert f"free some space or move AUTORESEARCH_CACHE, and run {PREPARE} again" in last
     bench.check_whole()
     assert not [name for name in listing(bench.folder) if name.endswith(".tmp")]
     assert bench.run()[0] == 0

@@ -6,15 +6,16 @@ import sys
 import weakref
 from pathlib import Path
 
-import gpu
 import numpy as np
 import pytest
 import torch
 from test_optimizer import tiny_batch, tiny_model
 
 import constants as C
-import prepare
 import train
+from harness import gpu
+from harness.evaluation import evaluate_bpb
+from harness.run import Run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -186,9 +187,9 @@ def test_the_losses_do_not_depend_on_the_accumulation():
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
-def a_trained_run(prepared, monkeypatch, rows: int) -> prepare.Run:
+def a_trained_run(prepared, monkeypatch, rows: int) -> Run:
     monkeypatch.setattr(C, "TIME_BUDGET", 0.1)
-    run = prepare.Run(prepared, CPU)
+    run = Run(prepared, CPU)
     for step in run.steps(rows, 1):
         step.loss = float(len(list(step.batches)))
     run.val_rows.files = [run.val_rows.files[0][:40]]  # enough to tell, and quick
@@ -216,7 +217,7 @@ def test_the_evaluation_finds_its_batch_and_its_result_does_not_depend_on_it(
 
     value, rows = run.evaluate(model), np.concatenate(run.val_rows.files).astype(np.int64)
     token_bytes = torch.from_numpy(run.tokenizer.token_bytes)
-    expected = prepare.evaluate_bpb(some_model, torch.from_numpy(rows), token_bytes, 32)
+    expected = evaluate_bpb(some_model, torch.from_numpy(rows), token_bytes, 32)
     assert value == pytest.approx(expected, rel=1e-7)
     assert set(sizes) == {calls}
 
@@ -258,7 +259,7 @@ def test_a_model_that_mixes_rows_is_refused_also_after_training_of_single_rows(
 
 @pytest.mark.parametrize("rows", [1, 9])
 def test_logits_of_a_batch_are_let_go_before_those_of_the_next_are_made(prepared, rows):
-    run, alive = prepare.Run(prepared, CPU), []
+    run, alive = Run(prepared, CPU), []
     most = []
 
     def model(idx):
@@ -269,7 +270,7 @@ def test_logits_of_a_batch_are_let_go_before_those_of_the_next_are_made(prepared
         return logits
 
     ids = torch.from_numpy(run.val_rows.files[0][: 5 * rows].astype(np.int64))
-    prepare.evaluate_bpb(model, ids, torch.from_numpy(run.tokenizer.token_bytes), rows)
+    evaluate_bpb(model, ids, torch.from_numpy(run.tokenizer.token_bytes), rows)
     assert most == [0] * 12
 
 
@@ -297,7 +298,7 @@ CUDA_SAYS = (
     ],
 )
 def test_out_of_memory_is_one_line_that_says_what_to_lower(prepared, state, what):
-    run = prepare.Run(prepared, CPU)
+    run = Run(prepared, CPU)
     vars(run).update(state)
     line = gpu.explain_memory(run, torch.OutOfMemoryError(CUDA_SAYS))
     assert line.startswith(f"train.py: out of GPU memory {what}") and "\n" not in line
@@ -308,15 +309,17 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(prepared, state, what
 def test_a_run_that_is_out_of_memory_ends_with_the_line_and_status_1(prepared, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
-        "import prepare, torch\n"
-        f"prepare.data_dir = lambda: prepare.Path({str(prepared)!r})\n"
-        "run = prepare.open_run(torch.device('cpu'))\n"
+        "import torch\n"
+        "from harness.run import open_run\n"
+        "run = open_run(torch.device('cpu'))\n"
         "for step in run.steps(4, 1):\n"
         "    if step.number == 3:\n"
         "        raise torch.OutOfMemoryError('does not fit')\n"
         "    step.loss = float(len(list(step.batches)))\n"
     )
-    env = {"PYTHONPATH": str(Path(C.__file__).parent), "AUTORESEARCH_SMOKE": "1"}
+    (tmp_path / "smoke").symlink_to(prepared)
+    env = {"AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_SMOKE": "1"}
+    env |= {"PYTHONPATH": str(Path(C.__file__).parent)}
     done = subprocess.run(
         [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60
     )

@@ -6,13 +6,21 @@ import subprocess
 import sys
 import types
 
-import gpu
 import pytest
 import torch
-from gpu import COPY_TOLERANCE, PRODUCT_TOLERANCE, Health, judge_company, judge_health
 
 import constants as C
-import prepare
+from harness.health import (
+    COPY_TOLERANCE,
+    PRODUCT_TOLERANCE,
+    Health,
+    judge_company,
+    judge_health,
+    list_gpu_processes,
+    measure_health,
+)
+from harness.peaks import peak_flops
+from harness.run import Run
 
 ME, OTHER, GIB = os.getpid(), os.getpid() + 1, 1 << 30
 GPU = torch.device("cuda")
@@ -108,7 +116,7 @@ def smi(monkeypatch, tmp_path, script: str | None) -> list[int]:
         (tmp_path / "nvidia-smi").chmod(0o755)
     properties = types.SimpleNamespace(uuid="12345678-aaaa-bbbb-cccc-1234567890ab")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return gpu.list_gpu_processes(GPU)
+    return list_gpu_processes(GPU)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +150,7 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
     prepared, monkeypatch, capsys
 ):
     monkeypatch.setattr(C, "TIME_BUDGET", 0.1)
-    run = prepare.Run(prepared, torch.device("cpu"))
+    run = Run(prepared, torch.device("cpu"))
     for step in run.steps(4, 1):
         step.loss = float(len(list(step.batches)))
     run.val_rows.files = [run.val_rows.files[0][:8]]
@@ -157,7 +165,7 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: most[-1])
     monkeypatch.setattr(
-        gpu, "measure_health", lambda device: looks[len(run.watch.health)]
+        "harness.health.measure_health", lambda device: looks[len(run.watch.health)]
     )
     run.cuda, run.watch.device = True, GPU
     run.watch.look()
@@ -176,21 +184,21 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
 @pytest.mark.gpu
 def test_the_measurement_is_steady_short_and_leaves_nothing_behind():
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    gpu.measure_health(GPU)
+    measure_health(GPU)
     held = torch.cuda.memory_allocated()  # a workspace of the library's may stay
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    first = gpu.measure_health(GPU)
+    first = measure_health(GPU)
     end.record()
     end.synchronize()
-    second = gpu.measure_health(GPU)
+    second = measure_health(GPU)
     assert torch.cuda.memory_allocated() == held
     assert torch.equal(states[0], torch.get_rng_state())
     assert torch.equal(states[1], torch.cuda.get_rng_state())
     assert second.tflops == pytest.approx(first.tflops, rel=PRODUCT_TOLERANCE)
     assert second.gb_per_sec == pytest.approx(first.gb_per_sec, rel=COPY_TOLERANCE)
     assert start.elapsed_time(end) < 6000  # nvidia-smi included, which may take 5 s
-    peak = gpu.peak_flops(torch.cuda.get_device_name()) / 1e12
+    peak = peak_flops(torch.cuda.get_device_name()) / 1e12
     assert math.isnan(peak) or 0.3 * peak < first.tflops < 1.05 * peak
 
 
@@ -201,7 +209,7 @@ def test_no_memory_for_the_measurement_is_no_error():
     limit = torch.cuda.memory_reserved() + 2**28  # two of the three matrices
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
-        health = gpu.measure_health(GPU)
+        health = measure_health(GPU)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert math.isnan(health.tflops) and math.isnan(health.gb_per_sec)
@@ -211,11 +219,11 @@ def test_no_memory_for_the_measurement_is_no_error():
 def test_another_process_on_the_gpu_is_seen():
     code = "import sys, torch; x = torch.empty(3 << 30, dtype=torch.uint8, device='cuda').zero_();"
     code += "torch.cuda.synchronize(); print('up', flush=True); sys.stdin.read()"
-    alone = gpu.measure_health(GPU).company
+    alone = measure_health(GPU).company
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"up\n"
-        shared = gpu.measure_health(GPU).company
+        shared = measure_health(GPU).company
         process.stdin.close()
     assert (alone, shared) in (("alone", "shared"), ("unknown", "shared"))

@@ -4,9 +4,9 @@ import sys
 import threading
 import time
 
-import download
 import pytest
-from download import Progress, Stopped, metric, run_jobs
+
+from harness.jobs import Progress, Stopped, metric, run_jobs
 
 
 def quiet(total: float = 10) -> Progress:
@@ -32,7 +32,7 @@ def test_numbers_are_short(n, unit, text):
 
 def test_line_has_bytes_rate_and_time_left(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(download.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress("fetching", "B", 1.8e9, done=2e8)
     assert progress.line() == "fetching: 200 M of 1.80 GB"
     now[0] += 10
@@ -44,7 +44,7 @@ def test_line_has_bytes_rate_and_time_left(monkeypatch):
 
 def test_log_gets_whole_lines_seconds_apart(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(download.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = quiet(100)
     for _ in range(100):
         now[0] += 0.25

@@ -4,20 +4,21 @@ import itertools
 import math
 import time
 
-import gpu
 import numpy as np
 import pytest
 import torch
 
 import constants as C
-import prepare
+from harness import gpu
+from harness.loader import Batch, Rows, load_batches
+from harness.run import Clock, Run, Step
 
 CPU = torch.device("cpu")
 T = 5
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch) -> prepare.Rows:
+def rows(tmp_path, monkeypatch) -> Rows:
     """Seven rows in three files; row r holds r * 10, r * 10 + 1, ..."""
     monkeypatch.setattr(C, "MAX_SEQ_LEN", T)
     everything = 10 * np.arange(7)[:, None] + np.arange(T + 1)
@@ -25,10 +26,10 @@ def rows(tmp_path, monkeypatch) -> prepare.Rows:
     for k, part in enumerate(np.split(everything, [3, 4])):
         paths.append(tmp_path / f"{k}.u16")
         paths[-1].write_bytes(part.astype("<u2").tobytes())
-    return prepare.Rows(paths)
+    return Rows(paths)
 
 
-def row_numbers(batch: prepare.Batch) -> list[int]:
+def row_numbers(batch: Batch) -> list[int]:
     return (batch[0][:, 0] // 10).tolist()
 
 
@@ -48,18 +49,16 @@ def seconds() -> Seconds:
 
 
 @pytest.fixture
-def run(prepared, monkeypatch, seconds) -> prepare.Run:
+def run(prepared, monkeypatch, seconds) -> Run:
     """A run on the smoke data whose budget is 8 of those seconds."""
     monkeypatch.setattr(C, "TIME_BUDGET", 8.0)
     monkeypatch.setattr(C, "OVERRUN_TOLERANCE", 0.25)
-    run = prepare.Run(prepared, CPU)
+    run = Run(prepared, CPU)
     run.clock.now = seconds.now
     return run
 
 
-def train(
-    run: prepare.Run, seconds: Seconds, batch_size: int = 2, **kwargs
-) -> list[prepare.Step]:
+def train(run: Run, seconds: Seconds, batch_size: int = 2, **kwargs) -> list[Step]:
     """Go through all steps of a run, one second each; return them."""
     steps = []
     for step in run.steps(batch_size, kwargs.get("grad_accum_steps", 1)):
@@ -83,7 +82,7 @@ def test_rows_of_several_files_are_one_array(rows):
 
 
 def test_y_is_x_shifted_by_one(rows):
-    for x, y in itertools.islice(prepare.load_batches(rows, 2, CPU), 9):
+    for x, y in itertools.islice(load_batches(rows, 2, CPU), 9):
         assert x.shape == y.shape == (2, T) and x.dtype == y.dtype == torch.int64
         assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y[:, -1], x[:, 0] + T)
 
@@ -94,19 +93,19 @@ def test_the_largest_ids_survive_the_way_to_the_device(tmp_path, monkeypatch):
     path.write_bytes(
         np.arange(8186, 8192, dtype="<u2").tobytes()
     )  # as large as ids here can be
-    x, y = next(prepare.load_batches(prepare.Rows([path]), 1, CPU))
+    x, y = next(load_batches(Rows([path]), 1, CPU))
     assert y[0].tolist() == [8187, 8188, 8189, 8190, 8191]
 
 
 def test_the_first_epoch_reads_the_rows_as_they_lie(rows):
-    batches = itertools.islice(prepare.load_batches(rows, 2, CPU), 3)
+    batches = itertools.islice(load_batches(rows, 2, CPU), 3)
     assert [row_numbers(batch) for batch in batches] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_later_epochs_are_other_permutations_and_the_same_every_time(rows):
     orders = []
     for batch_size in (1, 7):  # whatever the batch size
-        batches = prepare.load_batches(rows, batch_size, CPU)
+        batches = load_batches(rows, batch_size, CPU)
         read = [
             n for b in itertools.islice(batches, 21 // batch_size) for n in row_numbers(b)
         ]
@@ -118,16 +117,14 @@ def test_later_epochs_are_other_permutations_and_the_same_every_time(rows):
 
 
 def test_a_batch_straddles_the_end_of_an_epoch(rows):
-    batches = [
-        row_numbers(b) for b in itertools.islice(prepare.load_batches(rows, 4, CPU), 7)
-    ]
+    batches = [row_numbers(b) for b in itertools.islice(load_batches(rows, 4, CPU), 7)]
     read = [n for batch in batches for n in batch]
     assert read[:7] == list(range(7))
     assert all(sorted(read[k : k + 7]) == list(range(7)) for k in (7, 14, 21))
 
 
 def test_batches_in_hand_do_not_change_when_the_next_is_read(rows):
-    batches = prepare.load_batches(rows, 2, CPU)
+    batches = load_batches(rows, 2, CPU)
     x, y = next(batches)
     before = x.clone(), y.clone()
     for _ in range(5):
@@ -137,8 +134,8 @@ def test_batches_in_hand_do_not_change_when_the_next_is_read(rows):
 
 @pytest.mark.gpu
 def test_the_gpu_gets_the_rows_that_the_cpu_gets(rows):
-    on_gpu = prepare.load_batches(rows, 2, torch.device("cuda"))
-    on_cpu = prepare.load_batches(rows, 2, CPU)
+    on_gpu = load_batches(rows, 2, torch.device("cuda"))
+    on_cpu = load_batches(rows, 2, CPU)
     for (x, y), (x_cpu, y_cpu) in itertools.islice(zip(on_gpu, on_cpu, strict=True), 200):
         busy = torch.randn(1000, 1000, device="cuda")
         for _ in range(5):  # the device lags behind the copies
@@ -160,7 +157,7 @@ class SlowRows:
 
 def waits(device: torch.device, work=lambda: None) -> list[float]:
     """Return how long the device waited for each of five batches with `work` between them."""
-    batches, marks = prepare.load_batches(SlowRows(), 2, device), []
+    batches, marks = load_batches(SlowRows(), 2, device), []
     for _ in range(5):
         start, _, end = gpu.mark(device), next(batches), gpu.mark(device)
         marks.append((start, end))
@@ -263,7 +260,7 @@ def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(
         for step in run.steps(2, 1):
             step.loss, step.lrm = torch.tensor(bad if step.number == 3 else 1.0), 0.25
             seconds.time += 1.0
-    assert step.number <= 3 + prepare.Clock.MAX_AHEAD
+    assert step.number <= 3 + Clock.MAX_AHEAD
     with pytest.raises(RuntimeError):  # and there is no result of it
         run.evaluate(zeros)
 
@@ -348,7 +345,7 @@ def test_the_seed_of_the_rules_seeds_torch(prepared, monkeypatch):
     draws = []
     for seed in (1, 1, 2):
         monkeypatch.setattr(C, "SEED", seed)
-        run = prepare.Run(prepared, CPU)
+        run = Run(prepared, CPU)
         assert run.seed == seed
         draws.append([torch.rand(4).tolist(), run.random_batch(2)[0].tolist()])
     assert draws[0] == draws[1]
@@ -356,9 +353,9 @@ def test_the_seed_of_the_rules_seeds_torch(prepared, monkeypatch):
 
 
 def test_the_first_batch_is_read_before_the_clock_starts(run, monkeypatch):
-    read, row = [], prepare.Rows.__getitem__
+    read, row = [], Rows.__getitem__
     monkeypatch.setattr(
-        prepare.Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i)
+        Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i)
     )
     run.steps(2, 1)
     assert read == [0, 1]

@@ -3,17 +3,19 @@
 import contextlib
 import math
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import copy_checkout
 
 import constants as C
-import prepare
 import train
+from harness.data import load_manifest
+from harness.run import Run, Step
 
+HARNESS = Path(C.__file__).parent / "harness"
 FIRST_NINE = (
     "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M"
 )
@@ -29,7 +31,7 @@ def summary(prepared) -> str:
     """The summary of a run whose model knows nothing, with 8 steps of a pretended second."""
     patch, seconds = pytest.MonkeyPatch(), iter(range(100))
     patch.setattr(C, "TIME_BUDGET", 8.0)
-    run = prepare.Run(prepared, torch.device("cpu"))
+    run = Run(prepared, torch.device("cpu"))
     patch.undo()
     time = 0.0
     run.clock.now = lambda: time
@@ -83,7 +85,7 @@ def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
         values["tflops"] == f"{tokens / 8 * 1e9 / 1e12:.2f}" == "1.54"
     )  # 1e9 FLOPs a token
     assert values["total_tokens_M"] == f"{tokens / 1e6:.1f}"
-    manifest = prepare.load_manifest(prepared)["rows"]
+    manifest = load_manifest(prepared)["rows"]
     sizes = [about["size"] for about in manifest.values() if about["split"] == "train"]
     there = sum(sizes) // 2 // (C.MAX_SEQ_LEN + 1)
     assert values["epochs"] == f"{8 * 3 * 2 / there:.2f}"
@@ -100,7 +102,7 @@ def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
 
 
 def test_the_bits_per_byte_of_the_summary_are_those_of_a_guess(summary, prepared):
-    run = prepare.Run(prepared, torch.device("cpu"))
+    run = Run(prepared, torch.device("cpu"))
     targets = np.concatenate([row[1:] for row in run.val_rows])
     assert len(targets) == C.EVAL_TOKENS
     text = targets[targets < C.BOS_ID]
@@ -117,39 +119,63 @@ def test_a_run_without_a_gpu_says_so(summary):
     assert values["mfu_percent"] == "nan"
 
 
-FIXED = ["constants.py", "prepare.py", "download.py", "gpu.py", "attention.py"]
+FIXED = [
+    "constants.py",
+    "prepare.py",
+    *(f"harness/{p.name}" for p in HARNESS.glob("*.py")),
+]
 
 
-@pytest.mark.parametrize("name", FIXED)
-def test_the_rules_are_named_by_a_hash_of_what_is_fixed(
-    summary, prepared, monkeypatch, tmp_path, name
-):
-    def rules() -> str:
-        return prepare.Run(prepared, torch.device("cpu")).rules
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A copy of the files that are not edited, which a run takes for its own."""
+    monkeypatch.setattr("harness.run.ROOT", tmp_path / "checkout")
+    return copy_checkout(tmp_path / "checkout")
 
-    before, folder = rules(), Path(prepare.__file__).parent
-    assert before == rules()
-    assert re.fullmatch("smoke-[0-9a-f]{8}", parse(summary)["rules"])
-    for file in FIXED:
-        shutil.copy(folder / file, tmp_path)
-    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
-    assert rules() == before
-    with (tmp_path / name).open("a") as changed:
-        changed.write("# another rule\n")
-    assert rules() != before
+
+def rules_of(folder: Path) -> str:
+    return Run(folder, torch.device("cpu")).rules
+
+
+@pytest.mark.parametrize("name", sorted(FIXED))
+def test_a_changed_byte_of_any_fixed_file_changes_the_rules(prepared, checkout, name):
+    before, path = rules_of(prepared), checkout / name
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+    assert rules_of(prepared) != before
+
+
+def test_a_fixed_file_that_is_added_or_gone_changes_the_rules(prepared, checkout):
+    before = rules_of(prepared)
+    (checkout / "harness" / "more.py").write_text("")
+    more = rules_of(prepared)
+    (checkout / "harness" / "more.py").unlink()
+    assert rules_of(prepared) == before
+    (checkout / "harness" / "peaks.py").unlink()
+    assert len({before, more, rules_of(prepared)}) == 3
+
+
+def test_what_is_edited_and_what_is_compiled_is_no_rule(prepared, checkout):
+    before = rules_of(prepared)
+    assert re.fullmatch("smoke-[0-9a-f]{8}", before)
+    with pytest.MonkeyPatch.context() as patch:  # wherever the checkout lies
+        patch.setattr("harness.run.ROOT", HARNESS.parent)
+        assert rules_of(prepared) == before
+    (checkout / "train.py").write_text("")
+    (checkout / "harness" / "__pycache__").mkdir()
+    (checkout / "harness" / "__pycache__" / "run.cpython-312.pyc").write_bytes(b"x")
+    assert rules_of(prepared) == before
 
 
 def test_a_constant_that_is_changed_in_memory_shows_in_the_rules_and_the_seed_does_not(
     prepared, monkeypatch
 ):
-    def rules() -> str:
-        return prepare.Run(prepared, torch.device("cpu")).rules
-
-    before = rules()
+    before = rules_of(prepared)
     monkeypatch.setattr(C, "SEED", C.SEED + 1)
-    assert rules() == before
+    assert rules_of(prepared) == before
     monkeypatch.setattr(C, "TIME_BUDGET", C.TIME_BUDGET + 1)
-    assert rules() != before
+    assert rules_of(prepared) != before
 
 
 def test_the_commit_is_a_short_hash_or_none(summary):
@@ -157,8 +183,8 @@ def test_the_commit_is_a_short_hash_or_none(summary):
 
 
 # ---- Step lines ---------------------------------------------------------------------------------
-def a_step(number: int) -> prepare.Step:
-    step = prepare.Step(number, 0.4321, 1)
+def a_step(number: int) -> Step:
+    step = Step(number, 0.4321, 1)
     step.loss, step.lrm, step.tokens, step.seconds = 3.14159, 0.875, 524_288, 0.315
     return step
 
@@ -176,7 +202,7 @@ def test_the_time_that_remains_is_never_negative():
 
 
 def test_the_log_has_whole_lines_and_the_first_step(prepared, capsys):
-    run = prepare.Run(prepared, torch.device("cpu"))
+    run = Run(prepared, torch.device("cpu"))
     run.finished.extend(map(a_step, range(100)))
     train.report(run)
     out = capsys.readouterr().out
@@ -193,7 +219,7 @@ def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(
         lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE),
         lambda idx: "refused",
     ):
-        run = prepare.Run(prepared, torch.device("cpu"))
+        run = Run(prepared, torch.device("cpu"))
         for step in run.steps(2, 1):
             step.loss = float(len(list(step.batches)))
         with contextlib.suppress(

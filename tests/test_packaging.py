@@ -1,4 +1,4 @@
-"""What a stranger installs: the declared packages, from the public index; and short files."""
+"""What a stranger installs: the declared packages, from the public index; and safe loads."""
 
 import ast
 import re
@@ -10,13 +10,7 @@ import constants as C
 
 ROOT = Path(C.__file__).parent
 SCRIPTS = [
-    "attention.py",
-    "constants.py",
-    "download.py",
-    "gpu.py",
-    "prepare.py",
-    "sample.py",
-    "train.py",
+    str(p.relative_to(ROOT)) for g in ("*.py", "harness/*.py") for p in ROOT.glob(g)
 ]
 
 
@@ -65,7 +59,7 @@ def test_torch_is_pinned_to_the_version_that_was_measured():
     assert {p["version"] for p in torch} == {"2.11.0"}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_nothing_is_unpickled_and_no_text_is_executed(name):
     tree = ast.parse((ROOT / name).read_text("utf-8"))
     imported = {
@@ -92,12 +86,3 @@ def test_nothing_is_unpickled_and_no_text_is_executed(name):
         "__import__",
     }
     assert not unsafe & set(called)
-
-
-@pytest.mark.parametrize(
-    "name, limit",
-    [("constants.py", 105), ("download.py", 450), ("prepare.py", 950), ("train.py", 700)]
-    + [("attention.py", 100), ("gpu.py", 375), ("sample.py", 150)],
-)
-def test_the_fixed_files_stay_short_enough_to_read(name, limit):
-    assert len((ROOT / name).read_text("utf-8").splitlines()) <= limit

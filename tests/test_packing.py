@@ -14,7 +14,7 @@ from conftest import make_documents, write_shard
 from literal import pack_by_lengths
 
 import constants as C
-import prepare
+from harness.packing import build_rows, pack_rows
 
 BOS = 1020
 
@@ -45,7 +45,7 @@ def pack_literally(
 
 def pack(batches, capacity: int) -> list[list[int]]:
     arrays = [[np.array(document, np.uint16) for document in batch] for batch in batches]
-    return [row.tolist() for row in prepare.pack_rows(arrays, capacity)]
+    return [row.tolist() for row in pack_rows(arrays, capacity)]
 
 
 def random_batches(seed: int, capacity: int, count: int = 400) -> list[list[list[int]]]:
@@ -163,7 +163,7 @@ def test_rows_of_a_million_short_documents_and_of_long_ones(count, longest, capa
         np.full(n, first, np.uint16) for n, first in zip(lengths, firsts, strict=True)
     )
     batches = iter(lambda: [*itertools.islice(documents, 128)], [])
-    rows = [row.copy() for row in prepare.pack_rows(batches, capacity)]
+    rows = [row.copy() for row in pack_rows(batches, capacity)]
     parts = np.split(lengths, range(128, count, 128))
     expected = pack_by_lengths(parts, capacity, 1000)
     assert len(rows) == len(expected) > 1000
@@ -259,7 +259,7 @@ def test_validation_shard_starts_over_when_it_runs_out(tiny_tokenizer, tmp_path)
     documents = [tiny_tokenizer.encode(text).tolist() for text in texts]
     one_pass = [documents[:60], documents[60:120], documents[120:]]
     n_rows = 3 * sum(map(len, documents)) // (C.MAX_SEQ_LEN + 1)
-    prepare.build_rows(shard, tmp_path / "rows.u16", tiny_tokenizer, n_rows)
+    build_rows(shard, tmp_path / "rows.u16", tiny_tokenizer, n_rows)
     rows = read_rows(tmp_path / "rows.u16")
     assert len(rows) == n_rows
     assert rows == pack_literally(
@@ -272,7 +272,7 @@ def test_more_validation_rows_begin_with_the_same_ones(tiny_tokenizer, tmp_path)
         tmp_path / "shard_06542.parquet", make_documents(seed=21, count=300)
     )
     for n_rows in (3, 10):
-        prepare.build_rows(shard, tmp_path / f"{n_rows}.u16", tiny_tokenizer, n_rows)
+        build_rows(shard, tmp_path / f"{n_rows}.u16", tiny_tokenizer, n_rows)
     few, many = (tmp_path / "3.u16").read_bytes(), (tmp_path / "10.u16").read_bytes()
     assert len(few) == 3 * 2 * (C.MAX_SEQ_LEN + 1)
     assert many.startswith(few) and len(many) > len(few)

@@ -2,8 +2,9 @@
 
 import math
 
-import gpu
 import pytest
+
+from harness.peaks import PEAK_TFLOPS, peak_flops
 
 # CUDA cores, boost clock in GHz: NVIDIA's pages of the cards.
 GEFORCE = {
@@ -94,27 +95,25 @@ UNKNOWN = [
 @pytest.mark.parametrize("card", GEFORCE)
 def test_a_geforce_card_does_four_flops_a_core_and_cycle(card):
     cores, gigahertz = GEFORCE[card]
-    peak = gpu.peak_flops(f"NVIDIA GeForce {card}")
+    peak = peak_flops(f"NVIDIA GeForce {card}")
     assert peak == pytest.approx(4 * cores * gigahertz * 1e9, rel=0.003)
-    assert math.isnan(gpu.peak_flops(f"NVIDIA GeForce {card} Laptop GPU"))
+    assert math.isnan(peak_flops(f"NVIDIA GeForce {card} Laptop GPU"))
 
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_a_server_card_has_the_peak_of_its_data_sheet(name):
-    assert gpu.peak_flops(name) == pytest.approx(SERVERS[name] * 1e12)
+    assert peak_flops(name) == pytest.approx(SERVERS[name] * 1e12)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_card_that_is_not_in_the_table_has_no_peak(name):
-    assert math.isnan(gpu.peak_flops(name))
+    assert math.isnan(peak_flops(name))
 
 
 def test_every_card_of_the_table_is_tested():
     tested = {f"NVIDIA GeForce {card}" for card in GEFORCE} | set(SERVERS)
-    assert len({gpu.peak_flops(name) for name in tested}) == len(
-        {*gpu.PEAK_TFLOPS.values()}
-    )
-    for card in gpu.PEAK_TFLOPS:
+    assert len({peak_flops(name) for name in tested}) == len({*PEAK_TFLOPS.values()})
+    for card in PEAK_TFLOPS:
         assert any(card in name for name in tested), card
 
 
@@ -125,5 +124,5 @@ def test_every_card_of_the_table_is_tested():
     + [("5070 Ti", 87.9), ("5090", 209.5)],
 )
 def test_the_figures_that_the_white_papers_print(card, tflops):
-    peak = gpu.peak_flops(f"NVIDIA GeForce RTX {card}")
+    peak = peak_flops(f"NVIDIA GeForce RTX {card}")
     assert peak == pytest.approx(tflops * 1e12, rel=0.003)

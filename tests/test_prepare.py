@@ -17,6 +17,10 @@ import torch
 import constants as C
 import prepare
 import train
+from harness import download, gpu
+from harness.data import load_manifest
+from harness.files import PREPARE, data_dir
+from harness.run import Run
 
 
 def sentence(main, *args) -> str:
@@ -104,7 +108,7 @@ def test_no_data_and_no_network(full, monkeypatch, tmp_path):
     # The same through train.py, which prepares first.
     monkeypatch.setattr(gpu, "choose_device", lambda: torch.device("cuda"))
     assert C.DATASET in sentence(train.main)
-    assert not (prepare.data_dir() / "manifest.json").exists()
+    assert not (data_dir() / "manifest.json").exists()
 
 
 # ---- The environment ----------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def test_a_knob_that_cannot_work_is_named(cache, monkeypatch, knobs, what):
 
 # ---- Artifacts ----------------------------------------------------------------------------------
 def rows_of(cache: Path, split: str) -> Path:
-    rows = prepare.load_manifest(cache)["rows"]
+    rows = load_manifest(cache)["rows"]
     return next(
         cache / "rows" / name for name, about in rows.items() if about["split"] == split
     )
@@ -217,7 +221,7 @@ DAMAGES = {
 def test_a_damaged_artifact_is_named_with_what_to_do(cache, damage):
     path = damage(cache)
     said = sentence(train.main)
-    assert said.startswith("train.py: ") and prepare.PREPARE in said
+    assert said.startswith("train.py: ") and PREPARE in said
     assert str(path) in said or str(path.parent) in said
 
 
@@ -225,23 +229,23 @@ def test_a_damaged_artifact_is_named_with_what_to_do(cache, damage):
     "damage", ["ranks changed", "validation rows changed", "ranks gone"]
 )
 def test_the_advice_of_the_error_repairs_it(cache, damage, capsys):
-    before = prepare.Run(cache, torch.device("cpu")).rules
+    before = Run(cache, torch.device("cpu")).rules
     DAMAGES[damage](cache)
     prepare.main([])
-    assert prepare.Run(cache, torch.device("cpu")).rules == before
+    assert Run(cache, torch.device("cpu")).rules == before
 
 
 def test_data_prepared_under_other_rules_is_refused(cache, monkeypatch):
     monkeypatch.setattr(C, "DATA_RULES", [*C.DATA_RULES[:-1], -1])
     said = sentence(train.main)
-    assert "other rules" in said and str(cache) in said and prepare.PREPARE in said
+    assert "other rules" in said and str(cache) in said and PREPARE in said
 
 
 def test_a_folder_with_nothing_in_it_is_refused(tmp_path):
     with pytest.raises(
         (FileNotFoundError, ValueError), match="manifest.json.*run .*prepare.py"
     ):
-        prepare.Run(tmp_path, torch.device("cpu"))
+        Run(tmp_path, torch.device("cpu"))
 
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ def test_a_tokenizer_retrained_under_old_rows_is_refused(cache):
     about["ranks_sha256"] = hashlib.sha256(body).hexdigest()
     (folder / "tokenizer.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="of another tokenizer; run .*prepare.py"):
-        prepare.Run(cache, torch.device("cpu"))
+        Run(cache, torch.device("cpu"))
 
 
 def test_preparation_that_fails_in_torch_or_threads_does_not_say_prepared(
@@ -290,14 +294,14 @@ def test_a_manifest_with_half_an_entry_is_a_sentence_not_a_key_error(cache, entr
     with pytest.raises(
         ValueError, match="manifest.json is missing, damaged or of other rules"
     ):
-        prepare.Run(cache, torch.device("cpu"))
+        Run(cache, torch.device("cpu"))
 
 
 def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(
     prepared, tmp_path
 ):
     # At exit torch waits for its compile workers, for up to 300 s if they are still starting.
-    code = "import prepare, torch; run = prepare.open_run(torch.device('cpu'));"
+    code = "import prepare, torch; run = open_run(torch.device('cpu'));"
     code += (
         "from torch._inductor.async_compile import maybe_warm_pool; maybe_warm_pool();"
     )

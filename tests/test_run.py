@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from prepare import Clock, Step
+from harness.run import Clock, Step
 
 
 class Machine:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import constants as C
-import prepare
 import sample
 import train
+from harness.files import data_dir
+from harness.run import Run
 
 CPU = torch.device("cpu")
 CONFIG = train.GPTConfig(
@@ -27,10 +28,11 @@ def file(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(prepared, monkeypatch) -> prepare.Run:
+def run(prepared, tmp_path, monkeypatch) -> Run:
     """A run with a result, for prepared data where train.py looks for it."""
-    monkeypatch.setattr(prepare, "data_dir", lambda: prepared)
-    run = prepare.Run(prepared, CPU)
+    (tmp_path / "smoke").symlink_to(prepared)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    run = Run(prepared, CPU)
     run.val_bpb = 1.25
     return run
 
@@ -97,7 +99,7 @@ def test_saving_can_be_turned_off_and_that_is_no_rule(run, model, file, monkeypa
     monkeypatch.setattr(C, "SAVE", False)
     sample.save(run, model, CONFIG)
     assert not file.parent.exists()
-    assert prepare.Run(prepare.data_dir(), CPU).rules == run.rules
+    assert Run(data_dir(), CPU).rules == run.rules
 
 
 @pytest.mark.parametrize("config", [CONFIG, "no dataclass", None])

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import copy_checkout
 from test_output import STEP_LINE
 
 import constants as C
-import prepare
+from harness.data import load_manifest
+from harness.tokenizer import Tokenizer
 
 ROOT = Path(C.__file__).parent
 KEYS = re.findall(r"^(\w+): ", C.SUMMARY, re.MULTILINE)
@@ -36,9 +37,7 @@ def environment(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> subprocess.CompletedProcess:
     folder = tmp_path_factory.mktemp("smoke")
-    (folder / "checkout").mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder / "checkout")
+    copy_checkout(folder / "checkout")
     command, env = (
         [sys.executable, str(folder / "checkout" / "train.py")],
         environment(folder),
@@ -84,8 +83,8 @@ def test_it_ran_under_the_smoke_rules_within_the_budget(values):
 
 def test_the_model_has_learned(job, values):
     folder = job.folder / "cache" / "smoke"
-    tokenizer = prepare.Tokenizer.load(folder / "tokenizer")
-    rows = prepare.load_manifest(folder)["rows"]
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    rows = load_manifest(folder)["rows"]
     (val,) = (name for name, about in rows.items() if about["split"] == "val")
     ids = np.fromfile(folder / "rows" / val, "<u2").reshape(-1, C.MAX_SEQ_LEN + 1)[:, 1:]
     text = ids[ids < C.BOS_ID].tolist()
@@ -111,7 +110,8 @@ def test_nothing_is_written_outside_the_cache_but_the_model(job):
     assert {path.name for path in job.folder.iterdir()} == {"cache", "checkout"}
     there = {path.name for path in (job.folder / "checkout").iterdir()}
     assert there - {"__pycache__"} == {path.name for path in ROOT.glob("*.py")} | {
-        "smoke.npz"
+        "harness",
+        "smoke.npz",
     }
     ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
     assert {"model.npz", "smoke.npz"} <= {*ignored}

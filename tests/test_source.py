@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import make_documents, write_shard
 
 import constants as C
 import prepare
+from harness.run import Run
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -65,7 +67,7 @@ def test_own_shards_are_prepared_the_last_by_name_for_validation(own, cache):
     assert splits == {"a": "train", "b part": "train", "z": "val"}
     assert manifest["source"] == str(own)
     assert listing(own) == before and not (cache / "shards").exists()
-    run = prepare.Run(cache, prepare.torch.device("cpu"))
+    run = Run(cache, torch.device("cpu"))
     assert len(run.val_rows) == C.EVAL_TOKENS // C.MAX_SEQ_LEN and len(run.train_rows) > 0
 
 
@@ -94,7 +96,7 @@ def test_a_plain_run_goes_on_with_own_shards_and_hub_goes_back(own, cache, capsy
     assert listing(cache) == before
     assert f"shards: those of {own}; --source hub goes back" in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("download.RETRY_SECONDS", (0,))
+        patch.setattr("harness.download.RETRY_SECONDS", (0,))
         assert C.DATASET in sentence(["--source", "hub"])
     assert listing(cache) == before  # and what was there is still there
 
@@ -212,7 +214,7 @@ def test_check_names_everything_that_is_damaged(whole, capsys):
 
 
 def test_check_notices_rows_of_other_rules(whole, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "fast_pattern", lambda pattern: pattern)
+    monkeypatch.setattr("harness.tokenizer.fast_pattern", lambda pattern: pattern)
     about = json.loads((whole / "tokenizer" / "tokenizer.json").read_text())
     monkeypatch.setattr(C, "SPLIT_PATTERN", r"\s+|\S+")
     about["pattern"] = C.SPLIT_PATTERN

@@ -17,13 +17,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import regex
+import rustbpe
 import tiktoken
 from conftest import SPECIAL_LOOKING, make_documents, write_shard
 
 import constants as C
-import prepare
+from harness.files import describe
+from harness.tokenizer import Tokenizer, ensure_tokenizer
 
-ROOT = Path(prepare.__file__).parent
+ROOT = Path(C.__file__).parent
 # The protocol's, in our test once more: a changed split would make another number of val_bpb.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -53,13 +55,13 @@ def ranks_by_hand(folder: Path) -> dict[bytes, int]:
     return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
 
 
-def train(folder: Path, *documents: list[str]) -> prepare.Tokenizer:
+def train(folder: Path, *documents: list[str]) -> Tokenizer:
     """Write a shard for each list of documents and return their tokenizer."""
     shards = {}
     for k, texts in enumerate(documents):
         path = write_shard(folder / C.SHARD_NAME.format(k), texts)
-        shards[path] = prepare.describe(path)
-    return prepare.ensure_tokenizer(folder / "tokenizer", shards)
+        shards[path] = describe(path)
+    return ensure_tokenizer(folder / "tokenizer", shards)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_files_are_text_that_can_be_read_by_hand(folder, ranks):
 
 
 def test_loaded_tokenizer_is_the_one_that_was_trained(tiny_tokenizer, folder, corpus):
-    loaded = prepare.Tokenizer.load(folder)
+    loaded = Tokenizer.load(folder)
     assert (loaded.n_vocab, loaded.bos_id) == (C.VOCAB_SIZE, C.BOS_ID)
     assert all((loaded.encode(t) == tiny_tokenizer.encode(t)).all() for t in corpus)
 
@@ -191,7 +193,7 @@ def test_damaged_tokenizer_is_an_error_that_names_its_folder(folder, tmp_path, d
     with pytest.raises(
         (FileNotFoundError, ValueError), match=re.escape(str(copy))
     ) as error:
-        prepare.Tokenizer.load(copy)
+        Tokenizer.load(copy)
     assert "uv run prepare.py" in str(error.value)
 
 
@@ -203,7 +205,7 @@ def test_preparing_again_repairs_a_damaged_tokenizer(
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     DAMAGES[damage](copy)
     shard = write_shard(tmp_path / "shard_00000.parquet", corpus)
-    again = prepare.ensure_tokenizer(copy, {shard: prepare.describe(shard)})
+    again = ensure_tokenizer(copy, {shard: describe(shard)})
     assert again.sha256 == tiny_tokenizer.sha256
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
@@ -212,7 +214,7 @@ def test_preparing_again_repairs_a_damaged_tokenizer(
 @pytest.fixture
 def trained_on(monkeypatch) -> list[list[str]]:
     """The texts that each training was given, in a list that grows."""
-    seen, real = [], prepare.rustbpe.Tokenizer
+    seen, real = [], rustbpe.Tokenizer
 
     class Spy:
         def __init__(self):
@@ -223,7 +225,7 @@ def trained_on(monkeypatch) -> list[list[str]]:
             seen.append(list(texts))
             return self.real.train_from_iterator(iter(seen[-1]), *args, **kwargs)
 
-    monkeypatch.setattr(prepare, "rustbpe", SimpleNamespace(Tokenizer=Spy))
+    monkeypatch.setattr("harness.tokenizer.rustbpe", SimpleNamespace(Tokenizer=Spy))
     return seen
 
 
@@ -301,7 +303,7 @@ def test_tokenizer_is_trained_again_when_a_shard_changes(tmp_path, trained_on, c
     second = train(tmp_path, [*corpus, *make_documents(seed=8, count=200)])
     assert len(trained_on) == 2
     assert first.sha256 != second.sha256
-    assert prepare.Tokenizer.load(tmp_path / "tokenizer").sha256 == second.sha256
+    assert Tokenizer.load(tmp_path / "tokenizer").sha256 == second.sha256
 
 
 @pytest.mark.parametrize(
