@@ -1,0 +1,105 @@
+"""The full rules beside a smoke run: what fails at full size alone stops the smoke run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import copy_checkout
+
+from harness import dry_run
+
+SCRIPT = """import constants as C
+import torch
+from harness.run import open_run
+
+TOTAL, DEVICE = 2**17, 64
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte = torch.nn.Embedding(C.VOCAB_SIZE, 8)
+        self.wpe = torch.nn.Parameter(torch.zeros({positions}, 8))
+
+    def forward(self, idx):
+        return (self.wte(idx) + self.wpe) @ self.wte.weight.T
+
+
+def train_step(model, optimizers, batches, micro_steps):
+    for x, y in batches:
+        loss = model(x).square().mean()
+        loss.backward()
+        {line}
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss
+
+
+run = open_run()
+model = Model()
+optimizers = [torch.optim.AdamW(model.parameters(), fused=True)]
+run.warm_up(model, optimizers, train_step, total_batch_size={total}, device_batch_size=64)
+print("the clock would start")
+"""
+
+
+def run_dry(tmp_path: Path, **parts: str) -> subprocess.CompletedProcess:
+    """Run a script as the dry run does."""
+    parts = {"positions": "C.MAX_SEQ_LEN", "line": "pass", "total": "2**17"} | parts
+    folder = copy_checkout(tmp_path / "checkout")
+    (folder / "train.py").write_text(SCRIPT.format(**parts), "utf-8")
+    env = os.environ | {"AUTORESEARCH_SMOKE": "0", "AUTORESEARCH_DRY_RUN": "1"}
+    env["AUTORESEARCH_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, str(folder / "train.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert not (tmp_path / "cache").exists()  # no data is prepared, nothing is written
+    return done
+
+
+def test_a_model_that_works_at_full_size_ends_well_before_the_clock(tmp_path):
+    done = run_dry(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "full rules: 1 micro-steps of up to 64 rows per step\n"
+
+
+def test_a_length_that_only_the_smoke_rules_have_is_an_error(tmp_path):
+    done = run_dry(tmp_path, positions="256")
+    assert done.returncode == 1 and "256" in done.stderr.splitlines()[-1]
+
+
+def test_a_batch_that_only_the_smoke_rules_could_make_is_an_error(tmp_path):
+    done = run_dry(tmp_path, total="3 * 2**16")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ValueError: TOTAL_BATCH_SIZE (196608 "
+    )
+
+
+def test_what_shapes_cannot_tell_is_left_to_the_real_run(tmp_path):
+    done = run_dry(tmp_path, line="print(loss.item())")
+    assert done.returncode == 0, done.stderr
+    assert "the full model's step was not tried" in done.stdout
+
+
+def finish(code: str) -> str:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return dry_run.finish(subprocess.Popen([sys.executable, "-c", code], **pipes))
+
+
+def test_the_smoke_run_stops_with_the_last_line_of_a_dry_run_that_failed():
+    assert finish("print('a'); print('full rules: fine')") == "full rules: fine"
+    with pytest.raises(
+        RuntimeError, match="^under the full rules: ValueError: 7 is odd$"
+    ):
+        finish("raise ValueError('7 is odd')")
+
+
+def test_a_dry_run_that_hangs_is_given_up_on(monkeypatch):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.5)
+    assert "not checked" in finish("import time; time.sleep(60)")
+
+
+def test_only_the_smoke_run_of_that_script_starts_one(tmp_path):
+    assert dry_run.start(tmp_path / "train.py") is None  # this process runs the tests
