@@ -25,9 +25,8 @@ def train_capped(gb: str, seconds: str, knobs: str = "") -> None:
     """Be one run: train.py with its memory, time budget and knobs changed in this process."""
     import constants
 
-    constants.TIME_BUDGET = float(
-        seconds
-    )  # before train.py reads it; shows in its `rules:`
+    # Before train.py reads it; shows in its `rules:`.
+    constants.TIME_BUDGET = float(seconds)
     import torch
     from step import set_knob
 
@@ -40,9 +39,8 @@ def train_capped(gb: str, seconds: str, knobs: str = "") -> None:
         sys.exit(str(error))
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, (float(gb) - RESERVED) / total)
-        )
+        share = min(1.0, (float(gb) - RESERVED) / total)
+        torch.cuda.set_per_process_memory_fraction(share)
     train.main()
 
 

@@ -4,7 +4,7 @@ Usage: python benchmarks/step.py [--steps 40] [--profile] [reference | best] [KN
 Example: python benchmarks/step.py reference DEVICE_BATCH_SIZE=64 ATTENTION='"flex"'
 
 reference and best are the shapes of the reference's default and of its best published
-configuration, with the n-grams, key offset and gates of train.py, which those have not (LOG.md).
+configuration, with the n-grams, key offset and gates of train.py, which those have not.
 
 Prints tokens/s, MFU, peak memory and the median step; with --profile also the GPU time of a step
 by kind of kernel, from torch's profiler. Needs a CUDA GPU and no prepared data.
@@ -19,13 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import gpu
 import torch
 
 import constants
 import train
-from harness import gpu
+from harness.attention import choose_attention
 from harness.peaks import peak_flops
+from harness.warmup import plan_batch
 
 SHAPES = {
     "reference": ["DEPTH=8", "N_EMBD=512", 'WINDOW_PATTERN="SSSL"', "SHORT_WINDOW=1024"]
@@ -95,10 +95,10 @@ def main() -> None:
 
     device, T = torch.device("cuda"), constants.MAX_SEQ_LEN
     config = train.build_config()
-    B = gpu.batch_limit(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE)
-    accum = gpu.grad_accumulation(train.TOTAL_BATCH_SIZE, B, B)
-    name, attend = train.choose_attention(train.ATTENTION, config.windows, T, device)
-    model, optimizers = train.build_training(config, attend, device)
+    B, accum = plan_batch(train.TOTAL_BATCH_SIZE, train.DEVICE_BATCH_SIZE)
+    name, attend = choose_attention(train.ATTENTION, device)
+    model = train.build_model(config, attend, device)
+    optimizers = train.build_optimizers(model)
     # Ids as uneven as a text's, by Zipf's law: rows that many share slow an embedding's gradient.
     shares = 1 / torch.arange(1.0, config.vocab_size + 1, device=device)
     batches = shares.multinomial(accum * 2 * B * T, replacement=True).view(accum, 2, B, T)
@@ -126,7 +126,7 @@ def main() -> None:
     print(
         f"{card}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
         f"{tok_per_sec / 1e6:.3f} M tok/s, {100 * mfu:.1f} % MFU, "
-        f"{1e3 * seconds:.1f} ms a step (slowest {1e3 * max(times):.1f}, n={args.steps}), "
+        f"{1e3 * seconds:.1f} ms per step (slowest {1e3 * max(times):.1f}, n={args.steps}), "
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, first steps {compile_seconds:.0f} s"
     )
     if args.profile:

@@ -10,7 +10,7 @@ import torch
 
 # Shares by which speed before and after may differ without a warning. A GPU that comes from
 # compiling is cool and clocks higher: over 300 s healthy H100s lost 8.5 and 10.1 % on products
-# and 0.1 % on copies (LOG.md), which do not depend on the clock of the cores.
+# and 0.1 % on copies (docs/LOG.md), which do not depend on the clock of the cores.
 PRODUCT_TOLERANCE, COPY_TOLERANCE = 0.15, 0.03
 CONTEXT_BYTES = (
     2 << 30

@@ -12,7 +12,6 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
-import download
 import pytest
 
 import constants as C

@@ -10,7 +10,7 @@ import pytest
 import constants as C
 
 SCRIPT = Path(C.__file__).parent / "benchmarks" / "cards.py"
-SMALL = "DEPTH=1,N_EMBD=32,HEAD_DIM=16,NGRAM_ROWS=2**6,TOTAL_BATCH_SIZE=2**9"
+SMALL = "DEPTH=1,N_EMBD=32,HEAD_DIM=16,NGRAM_ENTRIES=2**6,TOTAL_BATCH_SIZE=2**15"
 
 
 @pytest.fixture(scope="module")
@@ -45,5 +45,5 @@ def test_a_run_is_a_line_of_its_summary(lines):
 def test_a_run_that_fails_says_why_in_its_line_and_the_others_go_on(lines):
     assert lines[2:] == [
         "8:1:DEPHT=6\tfailed: train.py has no knob DEPHT",
-        "8:1:N_EMBD=7\tfailed: train.py: HEAD_DIM (32) is odd or does not divide 7",
+        "8:1:N_EMBD=7\tfailed: ValueError: HEAD_DIM (32) is odd or does not divide N_EMBD (7)",
     ]

@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import download
 import hub as hub_module
 import pytest
 from conftest import write_shard

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import download
-import gpu
 import pytest
 import torch
 
