@@ -17,10 +17,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "analysis.ipynb"
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+from cells import HEADER, NOTEBOOK, ROOT, cells, sources
 
 # A made-up night: commit number, val_bpb, memory_gb, status, description.
 NIGHT = [
@@ -84,14 +81,6 @@ def write_night(folder):
         commits[number] = git("rev-parse", "--short", "HEAD")
     rows = [(commits[number], *rest) for number, *rest in NIGHT]
     (folder / "results.tsv").write_text(to_log(rows), encoding="utf-8")
-
-
-def cells():
-    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-
-
-def sources():
-    return ["".join(cell["source"]) for cell in cells() if cell["cell_type"] == "code"]
 
 
 @pytest.fixture
@@ -165,10 +154,8 @@ def test_only_the_analysis_group_is_imported():
     assert set(found) <= allowed
 
 
-def test_columns_are_those_of_program_md():
-    columns = HEADER.rstrip("\n").split("\t")
-    literal = re.search(r"^COLUMNS = (\[.*\])$", sources()[0], re.MULTILINE)[1]
-    assert json.loads(literal) == columns
+def test_columns_are_those_of_program_md(execute):
+    assert execute()["COLUMNS"] == HEADER.rstrip("\n").split("\t")
     program = (ROOT / "program.md").read_text(encoding="utf-8")
     assert HEADER.encode("unicode_escape").decode() in program
 
