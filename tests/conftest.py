@@ -3,6 +3,7 @@
 import atexit
 import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -37,7 +38,7 @@ from hub import Hub  # noqa: E402
 import constants as C  # noqa: E402
 from harness import data, download  # noqa: E402
 from harness.files import describe  # noqa: E402
-from harness.run import demand_result  # noqa: E402
+from harness.run import Run, demand_result  # noqa: E402
 from harness.tokenizer import Tokenizer, ensure_tokenizer  # noqa: E402
 
 # Alphabets of two-, three- and four-byte characters; the words of a corpus are drawn from them.
@@ -52,6 +53,10 @@ SCRIPTS = [
     "ひらがなカタカナ日本語をはにのと",
     "😀😂🥲🤖🔥🚀🌍👩👨👧🏽🇫🇷",
 ]
+STEP_LINE = re.compile(
+    r"step \d{5} \(\d+\.\d%\) \| loss: \d+\.\d{4} \| lrm: \d\.\d\d \| dt: \d+ms \| "
+    r"tok/sec: [\d,]+ \| epoch: \d+ \| remaining: \d+s"
+)
 SPECIAL_LOOKING = [
     "<|reserved_0|>",
     "a <|reserved_3|> in the middle, and <|endoftext|> <|bos|> [BOS] </s>",
@@ -210,17 +215,6 @@ def hub(shard_folder: Path, monkeypatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def nowhere(monkeypatch) -> str:
-    """An HF_ENDPOINT where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
-    return url
-
-
-@pytest.fixture
 def full_rules(monkeypatch) -> None:
     """Let `prepare` ask the hub for shards, as under the full rules; sizes stay those of smoke."""
     monkeypatch.setattr(C, "SMOKE", False)
@@ -239,3 +233,28 @@ def prepared_copy(prepared, tmp_path, monkeypatch) -> Path:
     """A copy of what was prepared under the smoke rules, to be changed, as the folder of runs."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     return Path(shutil.copytree(prepared, tmp_path / "cache" / "smoke"))
+
+
+@pytest.fixture
+def model_file(tmp_path, monkeypatch) -> Path:
+    """Where models are saved in a test, in a folder that is not there yet."""
+    monkeypatch.setattr("sample.MODEL", tmp_path / "checkout" / "model.npz")
+    return tmp_path / "checkout" / "model.npz"
+
+
+@pytest.fixture
+def ended_run(prepared, tmp_path, monkeypatch) -> Run:
+    """A run with a result, on prepared data where train.py looks for it."""
+    (tmp_path / "smoke").symlink_to(prepared)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    run = Run(prepared, torch.device("cpu"))
+    run.val_bpb = 1.25
+    return run
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A small model of train.py, see tiny.py."""
+    from tiny import drawn_model  # here: train.py takes seconds to import
+
+    return drawn_model()

@@ -3,19 +3,25 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import struct
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import write_shard
+import torch
+from conftest import make_documents, sentence, write_shard
 from hub import Hub
 
 import constants as C
+import prepare
 from harness import data
 from harness.data import VAL_NAME, load_manifest
-from harness.documents import read_documents
-from harness.files import data_dir
-from harness.packing import build_rows, pack_rows, row_name
+from harness.packing import build_rows, pack_rows
+from harness.run import Run
+from harness.tokenizer import Tokenizer
 
 ROW_BYTES = 2 * (C.MAX_SEQ_LEN + 1)
 
@@ -279,14 +285,6 @@ def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
     assert "trained" not in said and "fetch" not in said
 
 
-def test_rows_rest_on_the_split_pattern_too(monkeypatch):
-    names = []
-    for pattern in (C.SPLIT_PATTERN, "x"):
-        monkeypatch.setattr(C, "SPLIT_PATTERN", pattern)
-        names.append(row_name("shard_00000.parquet", {"sha256": "0"}, "1"))
-    assert names[0] != names[1]
-
-
 @pytest.mark.parametrize("place", ["rows", "shards", "tokenizer", "."])
 def test_what_a_killed_run_left_is_swept_away(folder, original, place):
     (folder / place / ".file.4194304.tmp").write_bytes(b"half")
@@ -353,22 +351,6 @@ def test_interrupted_training_of_the_tokenizer_leaves_nothing_half(
 
 
 # ---- Input that cannot work ---------------------------------------------------------------------
-@pytest.mark.parametrize("n_rows", [None, 5])
-def test_shard_without_documents_is_an_error_and_no_endless_search(
-    tiny_tokenizer, tmp_path, monkeypatch, n_rows
-):
-    shard = write_shard(tmp_path / "shard_00004.parquet", [])
-    passes, real = [], read_documents
-
-    def counted(path):
-        passes.append(path)
-        assert len(passes) < 50
-        return real(path)
-
-    monkeypatch.setattr("harness.packing.read_documents", counted)
-    with pytest.raises(ValueError, match="shard_00004.parquet"):
-        build_rows(shard, tmp_path / "out.u16", tiny_tokenizer, n_rows)
-    assert not (tmp_path / "out.u16").exists()
 
 
 def test_training_shards_that_fill_no_row_are_an_error(tmp_path, monkeypatch, full_rules):
@@ -387,15 +369,245 @@ def test_training_shards_that_fill_no_row_are_an_error(tmp_path, monkeypatch, fu
     assert not (tmp_path / "folder" / "manifest.json").exists()
 
 
-def test_cache_folder_can_be_moved_and_smoke_has_its_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "elsewhere"))
-    smoke = data_dir()
-    monkeypatch.setattr(C, "SMOKE", False)
-    full = data_dir()
-    assert smoke.parent == full.parent == tmp_path / "elsewhere"
-    assert smoke != full
-    monkeypatch.setenv("AUTORESEARCH_CACHE", "~/moved")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert data_dir().parent == tmp_path / "moved"
-    monkeypatch.delenv("AUTORESEARCH_CACHE")
-    assert data_dir().parent == tmp_path / ".cache" / "autoresearch"
+# ---- The split ----------------------------------------------------------------------------------
+MARKER = "ѮѰѲѴ"  # letters that no training document has
+
+
+def prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch):
+    """Prepare two training shards and this validation text; return the folder."""
+    served, out = tmp_path / "served", tmp_path / "out"
+    shutil.copytree(shard_folder, served)
+    write_shard(served / VAL_NAME, documents)
+    with Hub(served) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        data.prepare(out, num_shards=2, workers=2)
+    return out
+
+
+def row_texts(folder, split: str) -> list[str]:
+    """Return every row of a split as text, read without the code under test."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    rows = json.loads((folder / "manifest.json").read_text())["rows"]
+    texts = []
+    for name, about in rows.items():
+        if about["split"] == split:
+            body = (folder / "rows" / name).read_bytes()
+            texts.append(
+                tokenizer.encoding.decode(struct.unpack(f"<{len(body) // 2}H", body))
+            )
+    return texts
+
+
+def test_validation_text_reaches_neither_tokenizer_nor_training_rows(
+    shard_folder, tmp_path, monkeypatch, full_rules
+):
+    documents = [
+        f"{MARKER} {MARKER}{k} {text}" for k, text in enumerate(make_documents(7, 200))
+    ]
+    folder = prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch)
+    assert all(MARKER in text for text in row_texts(folder, "val"))
+    train = row_texts(folder, "train")
+    assert len(train) == 2 and all(len(text) > 1000 for text in train)
+    assert not any(letter in text for letter in MARKER for text in train)
+    ranks = Tokenizer.load(folder / "tokenizer").encoding._mergeable_ranks
+    assert not any(letter.encode() in token for letter in MARKER for token in ranks)
+
+
+def test_another_validation_text_changes_the_validation_rows_alone(
+    shard_folder, tmp_path, monkeypatch, full_rules
+):
+    kept = []
+    for k in range(2):
+        place = tmp_path / str(k)
+        documents = make_documents(seed=50 + k, count=200)
+        folder = prepare_with_validation_text(documents, shard_folder, place, monkeypatch)
+        files = [*(folder / "tokenizer").iterdir(), *(folder / "rows").iterdir()]
+        kept.append({path.name: path.read_bytes() for path in files})
+    differ = {name for name, _ in kept[0].items() ^ kept[1].items()}
+    assert len(differ) == 2 and all(name.startswith("shard_06542.") for name in differ)
+    assert len(kept[0]) == 5
+
+
+# ---- --source -----------------------------------------------------------------------------------
+@pytest.fixture
+def own(tmp_path, corpus) -> Path:
+    """A folder of three shards under names of the user's, and a file that is none."""
+    write_shard(tmp_path / "own" / "b part.parquet", make_documents(seed=1, count=200))
+    write_shard(tmp_path / "own" / "a.parquet", corpus[:500])
+    write_shard(tmp_path / "own" / "z.parquet", make_documents(seed=2, count=200))
+    (tmp_path / "own" / "README.txt").write_text("mine")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def cache(cache, monkeypatch) -> Path:
+    """The folder to prepare under the full rules, without a hub."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    return cache
+
+
+def test_own_shards_are_prepared_the_last_by_name_for_validation(own, cache):
+    before = listing(own)
+    prepare.main(["--source", str(own)])
+    manifest = manifest_of(cache)
+    assert list(manifest["shards"]) == ["a.parquet", "b part.parquet", "z.parquet"]
+    splits = {
+        name.partition(".")[0]: row["split"] for name, row in manifest["rows"].items()
+    }
+    assert splits == {"a": "train", "b part": "train", "z": "val"}
+    assert manifest["source"] == str(own)
+    assert listing(own) == before and not (cache / "shards").exists()
+    run = Run(cache, torch.device("cpu"))
+    assert len(run.val_rows) == C.EVAL_TOKENS // C.MAX_SEQ_LEN and len(run.train_rows) > 0
+
+
+def test_shards_of_the_hub_in_a_folder_give_the_rows_that_the_hub_gives(
+    shard_folder, cache, hub, tmp_path
+):
+    prepare.main(["--num-shards", "3"])
+    rows = listing(cache / "rows")
+    shutil.rmtree(cache)
+    prepare.main(["--source", str(shard_folder)])
+    assert listing(cache / "rows") == rows and len(rows) == 4
+
+
+def test_number_of_own_shards_can_be_limited(own, cache):
+    prepare.main(["--source", str(own), "--num-shards", "1"])
+    assert list(manifest_of(cache)["shards"]) == ["a.parquet", "z.parquet"]
+    assert "holds 2 training shards, not 3" in sentence(
+        prepare.main, ["--source", str(own), "--num-shards", "3"]
+    )
+
+
+def test_a_plain_run_goes_on_with_own_shards_and_hub_goes_back(own, cache, capsys):
+    prepare.main(["--source", str(own)])
+    before = listing(cache)
+    prepare.main([])
+    assert listing(cache) == before
+    assert f"shards: those of {own}; --source hub goes back" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.download.RETRY_SECONDS", (0,))
+        assert C.DATASET in sentence(prepare.main, ["--source", "hub"])
+    assert listing(cache) == before  # and what was there is still there
+
+
+def test_a_change_of_an_own_shard_is_noticed(own, cache, capsys):
+    prepare.main(["--source", str(own)])
+    before = listing(cache / "rows")
+    write_shard(own / "b part.parquet", make_documents(seed=3, count=300))
+    prepare.main([])
+    out = capsys.readouterr().out
+    assert "tokenizer: of other shards or rules, it is trained anew" in out
+    assert not set(listing(cache / "rows")) & set(before)
+
+
+@pytest.mark.parametrize(
+    "table, what",
+    [
+        (
+            pa.table({"content": ["a"]}),
+            "holds no good column `text` .it has the columns content",
+        ),
+        (pa.table({"text": pa.array([1])}), "it is of type int64, not string"),
+        (pa.table({"text": pa.array([], pa.string())}), "has no rows"),
+        (None, "holds no good column `text`"),
+    ],
+)
+def test_own_shard_that_cannot_be_used_is_named_before_any_work(own, cache, table, what):
+    if table is None:
+        (own / "b part.parquet").write_text("text")
+    else:
+        pq.write_table(table, own / "b part.parquet")
+    said = sentence(prepare.main, ["--source", str(own)])
+    assert str(own / "b part.parquet") in said and re.search(what, said)
+    assert listing(cache) == {".lock": b""}
+
+
+@pytest.mark.parametrize("names", [[], ["one.parquet"]])
+def test_too_few_own_shards_are_an_error_that_says_how_many(tmp_path, cache, names):
+    (tmp_path / "few").mkdir()
+    for name in names:
+        write_shard(tmp_path / "few" / name, ["a"])
+    said = sentence(prepare.main, ["--source", str(tmp_path / "few")])
+    assert (
+        f"{tmp_path / 'few'} holds {len(names)} files *.parquet; give two or more" in said
+    )
+    assert "holds 0 files" in sentence(
+        prepare.main, ["--source", str(tmp_path / "nowhere")]
+    )
+
+
+def test_document_that_cannot_be_tokenized_names_its_shard(own, cache):
+    write_shard(own / "b part.parquet", ["good", " " * 2_000_000])
+    said = sentence(prepare.main, ["--source", str(own)])
+    assert (
+        str(own / "b part.parquet") in said and "tiktoken gives up on a document" in said
+    )
+    assert not list((cache / "rows").glob("b*")) and not list((cache / "rows").glob(".*"))
+
+
+# ---- --check ------------------------------------------------------------------------------------
+@pytest.fixture
+def whole(own, cache) -> Path:
+    prepare.main(["--source", str(own)])
+    return cache
+
+
+def test_check_of_what_is_whole_says_so_and_changes_nothing(whole, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    prepare.main(["--check"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"all is well in {whole}"
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "pattern", ["../../own/a.parquet", "rows/a.*", "rows/z.*", "tokenizer/ranks.tiktoken"]
+)
+@pytest.mark.parametrize(
+    "damage, what",
+    [(flip, "bytes changed"), (cut, "damaged: it has"), (Path.unlink, "missing")],
+    ids=["a byte changed", "cut short", "gone"],
+)
+def test_check_names_what_is_damaged_and_prepare_mends_it(
+    whole, own, capsys, pattern, damage, what
+):
+    good, source = listing(whole), listing(own)
+    (path,) = whole.glob(pattern)
+    damage(path)
+    assert "1 damaged; run" in sentence(prepare.main, ["--check"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    if "tokenizer" in pattern:
+        assert str(path.parent) in line and "missing or damaged" in line
+    else:
+        assert path.name in line and what in line
+    if "own" in pattern:
+        path.write_bytes(source[path.name])  # this one is the user's to mend
+    prepare.main([])
+    assert listing(whole) == good
+    prepare.main(["--check"])
+
+
+def test_check_names_everything_that_is_damaged(whole, capsys):
+    for path in (whole / "rows").iterdir():
+        flip(path)
+    assert "3 damaged" in sentence(prepare.main, ["--check"])
+    said = capsys.readouterr().out
+    assert all(str(path) in said for path in (whole / "rows").iterdir())
+
+
+def test_check_notices_rows_of_other_rules(whole, capsys, monkeypatch):
+    monkeypatch.setattr("harness.tokenizer.fast_pattern", lambda pattern: pattern)
+    about = json.loads((whole / "tokenizer" / "tokenizer.json").read_text())
+    monkeypatch.setattr(C, "SPLIT_PATTERN", r"\s+|\S+")
+    about["pattern"] = C.SPLIT_PATTERN
+    (whole / "tokenizer" / "tokenizer.json").write_text(json.dumps(about))
+    assert "1 damaged" in sentence(prepare.main, ["--check"])
+    assert "are not of these shards and rules" in capsys.readouterr().out
+
+
+def test_check_where_nothing_is_prepared_says_what_to_do(cache):
+    assert re.search(
+        "manifest.json is missing, .*; run .*prepare.py",
+        sentence(prepare.main, ["--check"]),
+    )
+    assert not cache.exists()

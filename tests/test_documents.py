@@ -1,25 +1,16 @@
 """Documents: in order, in batches of one row group; one rule keeps validation text apart."""
 
-import json
 import random
 import re
 import resource
-import shutil
-import struct
 
 import child
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_documents, write_shard
-from hub import Hub
 
-from harness import data
-from harness.data import VAL_NAME
 from harness.documents import read_documents
-from harness.tokenizer import Tokenizer
-
-MARKER = "ѮѰѲѴ"  # letters that no training document has
 
 
 def flat(batches) -> list[str]:
@@ -210,59 +201,3 @@ def test_nested_column_before_text_does_not_matter(tmp_path):
     table = pa.table({"meta": [{"text": 1, "b": [2]}], "text": ["a"]})
     pq.write_table(table, path := tmp_path / "shard_00001.parquet")
     assert flat(read_documents(path)) == ["a"]
-
-
-# ---- The split ----------------------------------------------------------------------------------
-def prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch):
-    """Prepare two training shards and this validation text; return the folder."""
-    served, out = tmp_path / "served", tmp_path / "out"
-    shutil.copytree(shard_folder, served)
-    write_shard(served / VAL_NAME, documents)
-    with Hub(served) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        data.prepare(out, num_shards=2, workers=2)
-    return out
-
-
-def row_texts(folder, split: str) -> list[str]:
-    """Return every row of a split as text, read without the code under test."""
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    rows = json.loads((folder / "manifest.json").read_text())["rows"]
-    texts = []
-    for name, about in rows.items():
-        if about["split"] == split:
-            body = (folder / "rows" / name).read_bytes()
-            texts.append(
-                tokenizer.encoding.decode(struct.unpack(f"<{len(body) // 2}H", body))
-            )
-    return texts
-
-
-def test_validation_text_reaches_neither_tokenizer_nor_training_rows(
-    shard_folder, tmp_path, monkeypatch, full_rules
-):
-    documents = [
-        f"{MARKER} {MARKER}{k} {text}" for k, text in enumerate(make_documents(7, 200))
-    ]
-    folder = prepare_with_validation_text(documents, shard_folder, tmp_path, monkeypatch)
-    assert all(MARKER in text for text in row_texts(folder, "val"))
-    train = row_texts(folder, "train")
-    assert len(train) == 2 and all(len(text) > 1000 for text in train)
-    assert not any(letter in text for letter in MARKER for text in train)
-    ranks = Tokenizer.load(folder / "tokenizer").encoding._mergeable_ranks
-    assert not any(letter.encode() in token for letter in MARKER for token in ranks)
-
-
-def test_another_validation_text_changes_the_validation_rows_alone(
-    shard_folder, tmp_path, monkeypatch, full_rules
-):
-    kept = []
-    for k in range(2):
-        place = tmp_path / str(k)
-        documents = make_documents(seed=50 + k, count=200)
-        folder = prepare_with_validation_text(documents, shard_folder, place, monkeypatch)
-        files = [*(folder / "tokenizer").iterdir(), *(folder / "rows").iterdir()]
-        kept.append({path.name: path.read_bytes() for path in files})
-    differ = {name for name, _ in kept[0].items() ^ kept[1].items()}
-    assert len(differ) == 2 and all(name.startswith("shard_06542.") for name in differ)
-    assert len(kept[0]) == 5

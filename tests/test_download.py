@@ -23,7 +23,6 @@ from conftest import write_shard
 import constants as C
 import prepare
 from harness import download
-from harness.files import atomic_write
 
 NAMES = [C.SHARD_NAME.format(number) for number in (0, 1, 2, C.VAL_SHARD)]
 AT_ONCE = [("401", "hub"), ("404", "hub"), ("loop", "hub")]  # another try would not help
@@ -90,14 +89,6 @@ def large_hub(tmp_path_factory, hub, monkeypatch) -> Iterator[hub_module.Hub]:
     with hub_module.Hub(folder) as large:
         monkeypatch.setenv("HF_ENDPOINT", large.url)
         yield large
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch, full_rules) -> Path:
-    """The folder that `prepare.main` prepares under the full rules, still missing."""
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(prepare, "load_flash_attention", lambda: None)
-    return tmp_path / "cache" / "climbmix"
 
 
 # ---- One shard ----------------------------------------------------------------------------------
@@ -261,18 +252,6 @@ def test_corrupt_file_is_replaced(hub, tmp_path, damage):
     get(NAMES[0], tmp_path)
     assert (tmp_path / NAMES[0]).read_bytes() == good
     assert listing(tmp_path) == [NAMES[0]]
-
-
-def test_failed_block_leaves_the_old_file_and_no_temporary_one(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt):
-        with atomic_write(path) as file:
-            file.write(b"half of the new")
-            file.flush()
-            assert path.read_bytes() == b"old"
-            raise KeyboardInterrupt
-    assert (listing(tmp_path), path.read_bytes()) == (["file"], b"old")
 
 
 # ---- Several shards -----------------------------------------------------------------------------
@@ -524,41 +503,6 @@ def test_command_fails_with_one_sentence_without_a_network(nowhere, cache):
     assert isinstance(message, str) and "\n" not in message
     assert C.DATASET in message
     assert listing(cache) == [".lock"]
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--num-shards", "0"],
-        ["--num-shards", "-2"],
-        ["--num-shards", str(C.VAL_SHARD + 1)],
-        ["--num-shards", "many"],
-        ["--download-workers", "0"],
-        ["--download-workers", "1000"],
-    ],
-)
-def test_command_refuses_senseless_numbers(argv, cache, capsys):
-    with pytest.raises(SystemExit) as end:
-        prepare.main(argv)
-    assert end.value.code == 2
-    assert argv[0] in capsys.readouterr().err
-    assert not cache.exists()
-
-
-def test_all_shards_means_all_but_the_validation_shard(cache, monkeypatch):
-    asked = []
-
-    def ensure_shards(folder, names, *_):
-        asked.extend(names)
-        raise ConnectionError("enough is known")
-
-    monkeypatch.setattr("harness.data.ensure_shards", ensure_shards)
-    with pytest.raises(SystemExit):
-        prepare.main(["--num-shards", "-1"])
-    assert len(asked) == 6543 and asked[-2:] == [
-        "shard_06541.parquet",
-        "shard_06542.parquet",
-    ]
 
 
 # ---- The stand-in itself ------------------------------------------------------------------------

@@ -1,25 +1,26 @@
 """Bits per byte: counted by hand, for every batch size, and refused for models that cheat."""
 
 import math
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
 import constants as C
 from harness.evaluation import bits_per_byte, check_model, evaluate_bpb
+from harness.run import Run
 
+CPU = torch.device("cpu")
 V, R, T = 13, 7, 12  # ids, rows, targets a row
 SPECIAL = (11, 12)  # no bytes; id 10 is never in a row
 SIZES = torch.tensor([1, 2, 3, 1, 4, 2, 1, 5, 1, 2, 1, 0, 0])
 
 
-@pytest.fixture(autouse=True)
-def small_vocabulary(monkeypatch):
-    monkeypatch.setattr(C, "VOCAB_SIZE", V)
-
-
 @pytest.fixture
-def rows() -> torch.Tensor:
+def rows(monkeypatch) -> torch.Tensor:
+    """Rows of a vocabulary of V ids, which is the rules' in the test."""
+    monkeypatch.setattr(C, "VOCAB_SIZE", V)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(10, (R, T + 1), generator=generator)
     ids[:, 0] = SPECIAL[0]
@@ -284,3 +285,91 @@ def test_replaced_ids_differ_at_every_position_after_the_cut(rows):
         assert torch.equal(m[0], torch.arange(T) >= cut)
         assert torch.equal(m[::2], m[0].expand_as(m[::2]))
     assert min(firsts) == 1 and max(firsts) == T - 1 and len(firsts) >= 3
+
+
+# ---- The evaluation of a run --------------------------------------------------------------------
+def a_trained_run(prepared, monkeypatch, rows: int) -> Run:
+    monkeypatch.setattr(C, "TIME_BUDGET", 0.1)
+    run = Run(prepared, CPU)
+    for step in run.steps(rows, 1):
+        step.loss = float(len(list(step.batches)))
+    run.val_rows.files = [run.val_rows.files[0][:40]]  # enough to tell, and quick
+    return run
+
+
+def some_model(idx: torch.Tensor) -> torch.Tensor:
+    weights = torch.randn(C.VOCAB_SIZE, 2, generator=torch.Generator().manual_seed(0))
+    return weights[idx] @ weights.T
+
+
+@pytest.mark.parametrize(
+    "fits, rows, calls", [(1000, 4, 4), (5, 16, 4), (1, 4, 1), (1000, 1, 2)]
+)
+def test_the_evaluation_finds_its_batch_and_its_result_does_not_depend_on_it(
+    prepared, monkeypatch, fits, rows, calls
+):
+    run, sizes = a_trained_run(prepared, monkeypatch, rows), []
+
+    def model(idx):
+        if len(idx) > fits:
+            raise torch.OutOfMemoryError
+        sizes.append(len(idx))
+        return some_model(idx)
+
+    value, rows = run.evaluate(model), np.concatenate(run.val_rows.files).astype(np.int64)
+    token_bytes = torch.from_numpy(run.tokenizer.token_bytes)
+    expected = evaluate_bpb(some_model, torch.from_numpy(rows), token_bytes, 32)
+    assert value == pytest.approx(expected, rel=1e-7)
+    assert set(sizes) == {calls}
+
+
+def test_the_evaluation_has_no_more_rows_at_once_than_the_rules_say(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(C, "EVAL_ROWS", 8)
+    run, sizes = a_trained_run(prepared, monkeypatch, 64), set()
+    run.evaluate(lambda idx: sizes.add(len(idx)) or some_model(idx))
+    assert sizes == {8}
+
+
+def test_a_model_that_runs_out_of_memory_has_not_seen_validation_text(
+    prepared, monkeypatch
+):
+    run, seen = a_trained_run(prepared, monkeypatch, 4), []
+
+    def model(idx):
+        seen.append(idx.clone())
+        if len(idx) > 2:
+            raise torch.OutOfMemoryError
+        return some_model(idx)
+
+    run.evaluate(model)
+    text = {tuple(row[:-1].tolist()) for row in run.val_rows.files[0]}
+    failed = [tuple(row.tolist()) for idx in seen for row in idx if len(idx) > 2]
+    assert failed and not text & set(failed)
+    assert tuple(seen[-1][0].tolist()) in text
+
+
+def test_a_model_that_mixes_rows_is_refused_also_after_training_of_single_rows(
+    prepared, monkeypatch
+):
+    run = a_trained_run(prepared, monkeypatch, 1)
+    with pytest.raises(RuntimeError, match="evaluation refused: the model mixes rows"):
+        run.evaluate(lambda idx: some_model(idx) + some_model(idx).mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_logits_of_a_batch_are_let_go_before_those_of_the_next_are_made(prepared, rows):
+    run, alive = Run(prepared, CPU), []
+    most = []
+
+    def model(idx):
+        most.append(len(alive))
+        logits = some_model(idx)
+        alive.append(number := len(most))
+        weakref.finalize(logits, alive.remove, number)
+        return logits
+
+    ids = torch.from_numpy(run.val_rows.files[0][: 5 * rows].astype(np.int64))
+    evaluate_bpb(model, ids, torch.from_numpy(run.tokenizer.token_bytes), rows)
+    assert most == [0] * 12

@@ -1,20 +1,13 @@
 """Batches fit the memory there is, in training and evaluation; and what is said if none does."""
 
 import math
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from test_optimizer import tiny_batch, tiny_model
 
 import constants as C
-import train
 from harness import gpu
-from harness.evaluation import evaluate_bpb
 from harness.run import Run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -30,6 +23,44 @@ class Memory:
         self.tried.append(size)
         if size > self.rows:
             raise torch.OutOfMemoryError("does not fit")
+
+
+# ---- The device ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "smoke, capability, training, expected",
+    [
+        (True, (9, 0), True, "cpu"),
+        (True, None, True, "cpu"),
+        (False, (8, 0), True, "cuda"),
+        (False, (12, 0), False, "cuda"),
+        (
+            False,
+            None,
+            True,
+            "no CUDA GPU is available, .* needs one; AUTORESEARCH_SMOKE=1 uv run train.py",
+        ),
+        (False, None, False, "cpu"),
+        (
+            False,
+            (7, 5),
+            True,
+            r"^Tesla T4 has compute capability 7.5, .* needs 8.0 .*; AUTORES",
+        ),
+        (False, (7, 5), False, "cpu"),
+    ],
+)
+def test_the_device_is_chosen_by_what_is_there(
+    monkeypatch, smoke, capability, training, expected
+):
+    monkeypatch.setattr(C, "SMOKE", smoke)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    if " " in expected:
+        with pytest.raises(ValueError, match=expected):
+            gpu.choose_device(training)
+    else:
+        assert gpu.choose_device(training).type == expected
 
 
 # ---- The largest batch that fits ----------------------------------------------------------------
@@ -165,115 +196,6 @@ def test_a_total_that_is_not_whole_batches_is_rounded_with_a_notice_whatever_fit
     assert capsys.readouterr().out == (notice if rounded else "")
 
 
-def test_the_losses_do_not_depend_on_the_accumulation():
-    losses = {}
-    for count in (1, 2, 8):
-        model = tiny_model()
-        optimizers = train.build_optimizers(model)
-        losses[count] = []
-        for number in range(3):
-            train.set_schedules(optimizers, 0.5)
-            x, y = tiny_batch(8)
-            x, y = (x + number) % 50, (y + number) % 50  # another batch each time
-            batches = zip(x.chunk(count), y.chunk(count), strict=True)
-            losses[count].append(
-                train.train_step(model, optimizers, batches, count).item()
-            )
-    assert (
-        len(set(losses[1])) == 3 and max(losses[1]) - min(losses[1]) > 1e-2
-    )  # it does move
-    assert losses[2] == pytest.approx(losses[1], rel=2e-4)
-    assert losses[8] == pytest.approx(losses[1], rel=2e-4)
-
-
-# ---- Evaluation ---------------------------------------------------------------------------------
-def a_trained_run(prepared, monkeypatch, rows: int) -> Run:
-    monkeypatch.setattr(C, "TIME_BUDGET", 0.1)
-    run = Run(prepared, CPU)
-    for step in run.steps(rows, 1):
-        step.loss = float(len(list(step.batches)))
-    run.val_rows.files = [run.val_rows.files[0][:40]]  # enough to tell, and quick
-    return run
-
-
-def some_model(idx: torch.Tensor) -> torch.Tensor:
-    weights = torch.randn(C.VOCAB_SIZE, 2, generator=torch.Generator().manual_seed(0))
-    return weights[idx] @ weights.T
-
-
-@pytest.mark.parametrize(
-    "fits, rows, calls", [(1000, 4, 4), (5, 16, 4), (1, 4, 1), (1000, 1, 2)]
-)
-def test_the_evaluation_finds_its_batch_and_its_result_does_not_depend_on_it(
-    prepared, monkeypatch, fits, rows, calls
-):
-    run, sizes = a_trained_run(prepared, monkeypatch, rows), []
-
-    def model(idx):
-        if len(idx) > fits:
-            raise torch.OutOfMemoryError
-        sizes.append(len(idx))
-        return some_model(idx)
-
-    value, rows = run.evaluate(model), np.concatenate(run.val_rows.files).astype(np.int64)
-    token_bytes = torch.from_numpy(run.tokenizer.token_bytes)
-    expected = evaluate_bpb(some_model, torch.from_numpy(rows), token_bytes, 32)
-    assert value == pytest.approx(expected, rel=1e-7)
-    assert set(sizes) == {calls}
-
-
-def test_the_evaluation_has_no_more_rows_at_once_than_the_rules_say(
-    prepared, monkeypatch
-):
-    monkeypatch.setattr(C, "EVAL_ROWS", 8)
-    run, sizes = a_trained_run(prepared, monkeypatch, 64), set()
-    run.evaluate(lambda idx: sizes.add(len(idx)) or some_model(idx))
-    assert sizes == {8}
-
-
-def test_a_model_that_runs_out_of_memory_has_not_seen_validation_text(
-    prepared, monkeypatch
-):
-    run, seen = a_trained_run(prepared, monkeypatch, 4), []
-
-    def model(idx):
-        seen.append(idx.clone())
-        if len(idx) > 2:
-            raise torch.OutOfMemoryError
-        return some_model(idx)
-
-    run.evaluate(model)
-    text = {tuple(row[:-1].tolist()) for row in run.val_rows.files[0]}
-    failed = [tuple(row.tolist()) for idx in seen for row in idx if len(idx) > 2]
-    assert failed and not text & set(failed)
-    assert tuple(seen[-1][0].tolist()) in text
-
-
-def test_a_model_that_mixes_rows_is_refused_also_after_training_of_single_rows(
-    prepared, monkeypatch
-):
-    run = a_trained_run(prepared, monkeypatch, 1)
-    with pytest.raises(RuntimeError, match="evaluation refused: the model mixes rows"):
-        run.evaluate(lambda idx: some_model(idx) + some_model(idx).mean(0, keepdim=True))
-
-
-@pytest.mark.parametrize("rows", [1, 9])
-def test_logits_of_a_batch_are_let_go_before_those_of_the_next_are_made(prepared, rows):
-    run, alive = Run(prepared, CPU), []
-    most = []
-
-    def model(idx):
-        most.append(len(alive))
-        logits = some_model(idx)
-        alive.append(number := len(most))
-        weakref.finalize(logits, alive.remove, number)
-        return logits
-
-    ids = torch.from_numpy(run.val_rows.files[0][: 5 * rows].astype(np.int64))
-    evaluate_bpb(model, ids, torch.from_numpy(run.tokenizer.token_bytes), rows)
-    assert most == [0] * 12
-
-
 # ---- Out of memory ------------------------------------------------------------------------------
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -304,31 +226,6 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(prepared, state, what
     assert line.startswith(f"train.py: out of GPU memory {what}") and "\n" not in line
     assert "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB" in line
     assert "PYTORCH_ALLOC_CONF" not in line
-
-
-def test_a_run_that_is_out_of_memory_ends_with_the_line_and_status_1(prepared, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import torch\n"
-        "from harness.run import open_run\n"
-        "run = open_run(torch.device('cpu'))\n"
-        "for step in run.steps(4, 1):\n"
-        "    if step.number == 3:\n"
-        "        raise torch.OutOfMemoryError('does not fit')\n"
-        "    step.loss = float(len(list(step.batches)))\n"
-    )
-    (tmp_path / "smoke").symlink_to(prepared)
-    env = {"AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_SMOKE": "1"}
-    env |= {"PYTHONPATH": str(Path(C.__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and "val_bpb" not in done.stdout
-    assert done.stderr == (
-        "train.py: out of GPU memory at step 3 with 4 rows a micro-step (line 6); set "
-        "DEVICE_BATCH_SIZE below 4, or lower DEPTH or N_EMBD, or end what else uses the GPU "
-        "(does not fit)\n"
-    )
 
 
 # ---- On a GPU -----------------------------------------------------------------------------------

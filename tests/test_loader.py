@@ -1,7 +1,6 @@
 """Rows to batches, and the rules of a run: batches only while the clock runs, losses that count."""
 
 import itertools
-import math
 import time
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 import constants as C
 from harness import gpu
 from harness.loader import Batch, Rows, load_batches
-from harness.run import Clock, Run, Step
 
 CPU = torch.device("cpu")
 T = 5
@@ -31,46 +29,6 @@ def rows(tmp_path, monkeypatch) -> Rows:
 
 def row_numbers(batch: Batch) -> list[int]:
     return (batch[0][:, 0] // 10).tolist()
-
-
-class Seconds:
-    """A time that passes only when the test says so."""
-
-    def __init__(self):
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-
-@pytest.fixture
-def seconds() -> Seconds:
-    return Seconds()
-
-
-@pytest.fixture
-def run(prepared, monkeypatch, seconds) -> Run:
-    """A run on the smoke data whose budget is 8 of those seconds."""
-    monkeypatch.setattr(C, "TIME_BUDGET", 8.0)
-    monkeypatch.setattr(C, "OVERRUN_TOLERANCE", 0.25)
-    run = Run(prepared, CPU)
-    run.clock.now = seconds.now
-    return run
-
-
-def train(run: Run, seconds: Seconds, batch_size: int = 2, **kwargs) -> list[Step]:
-    """Go through all steps of a run, one second each; return them."""
-    steps = []
-    for step in run.steps(batch_size, kwargs.get("grad_accum_steps", 1)):
-        assert all(x.shape == (batch_size, C.MAX_SEQ_LEN) for x, _ in step.batches)
-        step.loss = kwargs.get("loss", 1.0)
-        seconds.time += 1.0
-        steps.append(step)
-    return steps
-
-
-def zeros(idx: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(*idx.shape, C.VOCAB_SIZE)
 
 
 # ---- Rows and batches ---------------------------------------------------------------------------
@@ -178,184 +136,3 @@ def test_an_idle_gpu_waits_for_a_slow_disk_and_a_busy_one_does_not():
         torch.device("cuda"), lambda: torch.cuda._sleep(400_000_000)
     )  # 0.2 s at 2 GHz
     assert max(busy[1:]) < 0.004
-
-
-# ---- Steps of a run -----------------------------------------------------------------------------
-def test_a_run_hands_out_the_training_rows_in_order(run, seconds):
-    read = []
-    for step in run.steps(2, 3):
-        read += [x for x, _ in step.batches]
-        step.loss = 1.0
-        seconds.time += 1.0
-    assert len(read) == 3 * 8
-    read = torch.cat(read).numpy()
-    assert np.array_equal(
-        read, np.stack([run.train_rows[i] for i in range(2 * 3 * 8)])[:, :-1]
-    )
-
-
-def test_no_batch_after_its_step(run):
-    steps = run.steps(2, 2)
-    first = next(steps)
-    next(first.batches)
-    first.loss = 1.0
-    next(steps)
-    with pytest.raises(
-        RuntimeError, match="step 0 is over; its batches cannot be had now"
-    ):
-        next(first.batches)
-
-
-def test_no_batch_after_the_clock_has_stopped(run, seconds):
-    for step in run.steps(2, 2):
-        next(step.batches)
-        step.loss = 1.0
-        seconds.time += 1.0
-    with pytest.raises(
-        RuntimeError, match="step 7 is over; its batches cannot be had now"
-    ):
-        next(step.batches)
-
-
-def test_a_step_holds_as_many_batches_as_were_asked_for(run):
-    step = next(run.steps(3, 4))
-    assert [tuple(x.shape) for x, _ in step.batches] == [(3, C.MAX_SEQ_LEN)] * 4
-
-
-def test_a_run_trains_once(run, seconds):
-    train(run, seconds)
-    with pytest.raises(RuntimeError, match="one run trains once"):
-        run.steps(2, 1)
-
-
-def test_asking_for_the_steps_twice_does_not_set_the_clock_back(run, seconds):
-    with pytest.raises(RuntimeError, match="one run trains once"):
-        first, second = run.steps(2, 1), run.steps(2, 1)
-        step = next(first)
-        step.loss, seconds.time = 1.0, 4.0
-        next(second)
-
-
-def test_start_up_has_a_limit(run, monkeypatch):
-    monkeypatch.setattr(C, "STARTUP_LIMIT", 0.001)
-    time.sleep(0.002)
-    with pytest.raises(RuntimeError, match="start-up took .* of 0.001 s; compile less"):
-        run.steps(2, 1)
-
-
-def test_a_step_without_a_loss_is_an_error(run):
-    steps = run.steps(2, 1)
-    next(steps)
-    with pytest.raises(RuntimeError, match="step 0 ended without a loss; set step.loss"):
-        next(steps)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(
-    run, seconds, bad
-):
-    with pytest.raises(
-        RuntimeError, match=f"loss is {bad} at step 3 .lrm 0.25.; the run is void"
-    ):
-        for step in run.steps(2, 1):
-            step.loss, step.lrm = torch.tensor(bad if step.number == 3 else 1.0), 0.25
-            seconds.time += 1.0
-    assert step.number <= 3 + Clock.MAX_AHEAD
-    with pytest.raises(RuntimeError):  # and there is no result of it
-        run.evaluate(zeros)
-
-
-def test_every_step_is_reported_with_its_loss_and_tokens(run, seconds):
-    train(run, seconds, loss=torch.tensor(2.5), grad_accum_steps=3)
-    assert (
-        [step.number for step in run.finished]
-        == list(range(run.num_steps))
-        == list(range(8))
-    )
-    assert {step.loss for step in run.finished} == {2.5}
-    assert {step.tokens for step in run.finished} == {3 * 2 * C.MAX_SEQ_LEN}
-
-
-def test_a_step_on_a_cpu_takes_its_own_time_not_that_of_the_steps_after_it(run, seconds):
-    train(run, seconds)
-    assert [step.seconds for step in run.finished] == [1.0] * 8
-    assert run.clock.seconds == 8.0
-
-
-def test_progress_on_a_cpu_is_the_share_of_the_budget_gone(run, seconds):
-    assert [step.progress for step in train(run, seconds)] == [k / 8 for k in range(8)]
-
-
-def test_tokens_and_epochs_are_counted(run, seconds):
-    batch_size = len(run.train_rows) // 3  # an epoch is a little over three steps
-    steps = train(run, seconds, batch_size)
-    assert run.tokens == len(steps) * batch_size * C.MAX_SEQ_LEN
-    rows_before = [k * batch_size for k in range(len(steps))]
-    assert [step.epoch for step in steps] == [
-        1 + n // len(run.train_rows) for n in rows_before
-    ]
-    assert steps[-1].epoch > 1
-
-
-def test_a_last_step_that_ends_late_voids_the_run(run, seconds):
-    with pytest.raises(RuntimeError, match="ended 3.0 s late; the run is void"):
-        for step in run.steps(2, 1):
-            seconds.time += 4.0 if step.number == 7 else 1.0
-            step.loss = 1.0
-    with pytest.raises(RuntimeError):
-        run.print_summary(1, 1, 1.0, "masked")
-
-
-def test_a_last_step_that_ends_a_little_late_is_tolerated(run, seconds):
-    for step in run.steps(2, 1):
-        seconds.time += 2.0 if step.number == 7 else 1.0
-        step.loss = 1.0
-    assert run.clock.seconds == 9.0
-
-
-def test_no_evaluation_before_or_during_training(run):
-    with pytest.raises(RuntimeError, match="evaluate after training"):
-        run.evaluate(zeros)
-    for step in run.steps(2, 1):
-        step.loss = 1.0
-        with pytest.raises(RuntimeError, match="evaluate after training"):
-            run.evaluate(zeros)
-        if step.number == 2:
-            break  # an abandoned loop leaves no result either
-    with pytest.raises(RuntimeError, match="evaluate after training"):
-        run.evaluate(zeros)
-
-
-def test_no_summary_without_a_result(run, seconds, capsys):
-    train(run, seconds)
-    with pytest.raises(RuntimeError, match="no result"):
-        run.print_summary(1, 1, 1.0, "masked")
-    assert "val_bpb" not in capsys.readouterr().out
-
-
-def test_random_ids_are_in_range_and_leave_torchs_generator_alone(run):
-    before = torch.get_rng_state()
-    x, y = run.random_batch(3)
-    assert x.shape == y.shape == (3, C.MAX_SEQ_LEN) and torch.equal(x[:, 1:], y[:, :-1])
-    assert 0 <= x.min() and x.max() < C.VOCAB_SIZE and x.unique().numel() > 100
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_seed_of_the_rules_seeds_torch(prepared, monkeypatch):
-    draws = []
-    for seed in (1, 1, 2):
-        monkeypatch.setattr(C, "SEED", seed)
-        run = Run(prepared, CPU)
-        assert run.seed == seed
-        draws.append([torch.rand(4).tolist(), run.random_batch(2)[0].tolist()])
-    assert draws[0] == draws[1]
-    assert draws[0][0] != draws[2][0] and draws[0][1] != draws[2][1]
-
-
-def test_the_first_batch_is_read_before_the_clock_starts(run, monkeypatch):
-    read, row = [], Rows.__getitem__
-    monkeypatch.setattr(
-        Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i)
-    )
-    run.steps(2, 1)
-    assert read == [0, 1]

@@ -513,3 +513,23 @@ def test_importing_train_prints_nothing_writes_nothing_and_leaves_the_gpu_alone(
 @pytest.mark.parametrize("head_dim", [98, 196, 206])
 def test_rotary_angles_of_a_head_size_whose_inverse_rounds_up(head_dim):
     assert fresh(head_dim=head_dim, n_embd=head_dim).cos.shape == (T, 1, head_dim)
+
+
+@pytest.mark.parametrize(
+    "knobs, what",
+    [
+        ({"N_EMBD": 128, "HEAD_DIM": 48}, r"HEAD_DIM \(48\)"),
+        ({"DEPTH": 0}, r"DEPTH \(0\)"),
+        ({"WINDOW_PATTERN": "SM"}, r"WINDOW_PATTERN \('SM'\)"),
+        ({"SHORT_WINDOW": 10**6}, r"SHORT_WINDOW \(1000000\)"),
+        ({"DEVICE_BATCH_SIZE": 0}, r"DEVICE_BATCH_SIZE \(0 rows\)"),
+        ({"TOTAL_BATCH_SIZE": -1}, r"TOTAL_BATCH_SIZE \(-1 tokens\)"),
+        ({"ATTENTION": "fa9"}, "ATTENTION is 'fa9'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_knob_that_cannot_work_is_named(prepared_copy, monkeypatch, knobs, what):
+    for name, value in knobs.items():
+        monkeypatch.setattr(train, name, value)
+    with pytest.raises(SystemExit, match=f"^train.py: .*{what}"):
+        train.main()

@@ -5,24 +5,10 @@ import types
 
 import pytest
 import torch
+from tiny import tiny_batch, tiny_model
 
 import train
-from train import GPT, GPTConfig, Muon
-
-V, T = 50, 16
-
-
-def tiny_model() -> GPT:
-    torch.manual_seed(0)
-    config = GPTConfig(T, V, 2, 32, 16, "SL", 4, 10_000, 15.0, 1.3, 64)
-    model = GPT(config, train.masked_attention, torch.float32)
-    model.init_weights(0.7, train.LAMBDA_INIT)
-    return model
-
-
-def tiny_batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(V, (rows, T + 1), generator=torch.Generator().manual_seed(3))
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+from train import Muon
 
 
 def muon_group(params, **changes) -> dict:
@@ -349,6 +335,27 @@ def test_an_unused_parameter_is_named_not_a_type_error_from_torch():
     model.unused = torch.nn.Parameter(torch.ones(4, 4))
     with pytest.raises(RuntimeError, match=r"no gradient for \['unused'\]"):
         train.train_step(model, [], [tiny_batch(2)], 1)
+
+
+def test_the_losses_do_not_depend_on_the_accumulation():
+    losses = {}
+    for count in (1, 2, 8):
+        model = tiny_model()
+        optimizers = train.build_optimizers(model)
+        losses[count] = []
+        for number in range(3):
+            train.set_schedules(optimizers, 0.5)
+            x, y = tiny_batch(8)
+            x, y = (x + number) % 50, (y + number) % 50  # another batch each time
+            batches = zip(x.chunk(count), y.chunk(count), strict=True)
+            losses[count].append(
+                train.train_step(model, optimizers, batches, count).item()
+            )
+    assert (
+        len(set(losses[1])) == 3 and max(losses[1]) - min(losses[1]) > 1e-2
+    )  # it does move
+    assert losses[2] == pytest.approx(losses[1], rel=2e-4)
+    assert losses[8] == pytest.approx(losses[1], rel=2e-4)
 
 
 # ---- Warm-up ------------------------------------------------------------------------------------

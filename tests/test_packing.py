@@ -14,7 +14,8 @@ from conftest import make_documents, write_shard
 from literal import pack_by_lengths
 
 import constants as C
-from harness.packing import build_rows, pack_rows
+from harness.documents import read_documents
+from harness.packing import build_rows, pack_rows, row_name
 
 BOS = 1020
 
@@ -276,3 +277,29 @@ def test_more_validation_rows_begin_with_the_same_ones(tiny_tokenizer, tmp_path)
     few, many = (tmp_path / "3.u16").read_bytes(), (tmp_path / "10.u16").read_bytes()
     assert len(few) == 3 * 2 * (C.MAX_SEQ_LEN + 1)
     assert many.startswith(few) and len(many) > len(few)
+
+
+def test_rows_rest_on_the_split_pattern_too(monkeypatch):
+    names = []
+    for pattern in (C.SPLIT_PATTERN, "x"):
+        monkeypatch.setattr(C, "SPLIT_PATTERN", pattern)
+        names.append(row_name("shard_00000.parquet", {"sha256": "0"}, "1"))
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("n_rows", [None, 5])
+def test_shard_without_documents_is_an_error_and_no_endless_search(
+    tiny_tokenizer, tmp_path, monkeypatch, n_rows
+):
+    shard = write_shard(tmp_path / "shard_00004.parquet", [])
+    passes, real = [], read_documents
+
+    def counted(path):
+        passes.append(path)
+        assert len(passes) < 50
+        return real(path)
+
+    monkeypatch.setattr("harness.packing.read_documents", counted)
+    with pytest.raises(ValueError, match="shard_00004.parquet"):
+        build_rows(shard, tmp_path / "out.u16", tiny_tokenizer, n_rows)
+    assert not (tmp_path / "out.u16").exists()

@@ -1,12 +1,40 @@
-"""The clock: it counts what a (pretended) device has finished, and ends before the budget does."""
+"""One experiment: clock, steps, rules and summary; and what is said where it cannot run."""
 
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from conftest import STEP_LINE, copy_checkout, sentence
 
-from harness.run import Clock, Step
+import constants as C
+import prepare
+import train
+from harness import download, gpu
+from harness.data import load_manifest
+from harness.files import PREPARE, data_dir
+from harness.loader import Rows
+from harness.run import Clock, Run, Step
+
+CPU = torch.device("cpu")
+HARNESS = Path(C.__file__).parent / "harness"
+FIRST_NINE = (
+    "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M"
+)
+FIRST_NINE = f"{FIRST_NINE} num_steps num_params_M depth".split()
 
 
+# ---- The clock ----------------------------------------------------------------------------------
 class Machine:
     """A host and a device with one time line: work is queued in order, an event waits for it."""
 
@@ -136,3 +164,612 @@ def test_setting_the_time_of_the_machine_changes_nothing(monkeypatch):
     list(clock.settle(0))
     assert steps > 3
     assert clock.seconds == pytest.approx(time.perf_counter() - started, abs=0.05)
+
+
+# ---- What cannot run ----------------------------------------------------------------------------
+def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
+    env = os.environ | {"AUTORESEARCH_SMOKE": "0", "CUDA_VISIBLE_DEVICES": ""}
+    env["AUTORESEARCH_CACHE"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, train.__file__],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "no CUDA GPU" in line and "AUTORESEARCH_SMOKE=1 uv run train.py" in line
+    assert list(tmp_path.iterdir()) == []  # it does not download first
+
+
+def test_no_data_and_no_network(full_rules, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "SMOKE", False)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
+    assert C.DATASET in sentence(prepare.main, [])
+    # The same through train.py, which prepares first.
+    monkeypatch.setattr(gpu, "choose_device", lambda: torch.device("cuda"))
+    assert C.DATASET in sentence(train.main)
+    assert not (data_dir() / "manifest.json").exists()
+
+
+def rows_of(folder: Path, split: str) -> Path:
+    rows = load_manifest(folder)["rows"]
+    return next(
+        folder / "rows" / name for name, about in rows.items() if about["split"] == split
+    )
+
+
+def change_a_byte(path: Path) -> Path:
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+    return path
+
+
+def cut_short(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-2])
+    return path
+
+
+def remove(path: Path) -> Path:
+    path.unlink()
+    return path
+
+
+def garbage(path: Path) -> Path:
+    path.write_text("[1, 2", "utf-8")
+    return path
+
+
+DAMAGES = {
+    "manifest that is no JSON": lambda folder: garbage(folder / "manifest.json"),
+    "tokenizer.json gone": lambda folder: remove(folder / "tokenizer" / "tokenizer.json"),
+    "tokenizer.json is no JSON": lambda folder: garbage(
+        folder / "tokenizer" / "tokenizer.json"
+    ),
+    "ranks gone": lambda folder: remove(folder / "tokenizer" / "ranks.tiktoken"),
+    "ranks changed": lambda folder: change_a_byte(
+        folder / "tokenizer" / "ranks.tiktoken"
+    ),
+    "validation rows changed": lambda folder: change_a_byte(rows_of(folder, "val")),
+    "validation rows cut short": lambda folder: cut_short(rows_of(folder, "val")),
+    "validation rows gone": lambda folder: remove(rows_of(folder, "val")),
+    "training rows cut short": lambda folder: cut_short(rows_of(folder, "train")),
+    "training rows gone": lambda folder: remove(rows_of(folder, "train")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_artifact_is_named_with_what_to_do(prepared_copy, damage):
+    path = damage(prepared_copy)
+    said = sentence(train.main)
+    assert said.startswith("train.py: ") and PREPARE in said
+    assert str(path) in said or str(path.parent) in said
+
+
+@pytest.mark.parametrize(
+    "damage", ["ranks changed", "validation rows changed", "ranks gone"]
+)
+def test_the_advice_of_the_error_repairs_it(prepared_copy, damage, capsys):
+    before = Run(prepared_copy, CPU).rules
+    DAMAGES[damage](prepared_copy)
+    prepare.main([])
+    assert Run(prepared_copy, CPU).rules == before
+
+
+def test_data_prepared_under_other_rules_is_refused(prepared_copy, monkeypatch):
+    monkeypatch.setattr(C, "DATA_RULES", [*C.DATA_RULES[:-1], -1])
+    said = sentence(train.main)
+    assert "other rules" in said and str(prepared_copy) in said and PREPARE in said
+
+
+def test_a_folder_with_nothing_in_it_is_refused(tmp_path):
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match="manifest.json.*run .*prepare.py"
+    ):
+        Run(tmp_path, CPU)
+
+
+def test_a_tokenizer_retrained_under_old_rows_is_refused(prepared_copy):
+    # What a preparation killed between tokenizer and rows leaves: the byte lengths would be wrong.
+    folder = prepared_copy / "tokenizer"
+    lines = (folder / "ranks.tiktoken").read_bytes().splitlines(keepends=True)
+    (a, i), (b, j) = lines[-1].split(), lines[-2].split()
+    body = b"".join([*lines[:-2], b"%s %s\n" % (a, j), b"%s %s\n" % (b, i)])
+    (folder / "ranks.tiktoken").write_bytes(body)
+    about = json.loads((folder / "tokenizer.json").read_text())
+    about["ranks_sha256"] = hashlib.sha256(body).hexdigest()
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="of another tokenizer; run .*prepare.py"):
+        Run(prepared_copy, CPU)
+
+
+@pytest.mark.parametrize("entry", [{}, {"split": "val"}, 3, None])
+def test_a_manifest_with_half_an_entry_is_a_sentence_not_a_key_error(
+    prepared_copy, entry
+):
+    manifest = json.loads((prepared_copy / "manifest.json").read_text())
+    manifest["rows"][next(iter(manifest["rows"]))] = entry
+    (prepared_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match="manifest.json is missing, damaged or of other rules"
+    ):
+        Run(prepared_copy, CPU)
+
+
+def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(
+    prepared, tmp_path
+):
+    # At exit torch waits for its compile workers, for up to 300 s if they are still starting.
+    code = "import torch; from harness.run import open_run; run = open_run(torch.device('cpu'));"
+    code += (
+        "from torch._inductor.async_compile import maybe_warm_pool; maybe_warm_pool();"
+    )
+    code += "raise ValueError('a mistake')"
+    shutil.copytree(prepared, tmp_path / "smoke")
+    env = os.environ | {
+        "AUTORESEARCH_CACHE": str(tmp_path),
+        "PYTHONPATH": str(Path(C.__file__).parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: a mistake\n")
+    assert done.stdout.endswith("prepare.py: the run ended without a result\n")
+
+
+def test_a_run_that_is_out_of_memory_ends_with_the_line_and_status_1(prepared, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\n"
+        "from harness.run import open_run\n"
+        "run = open_run(torch.device('cpu'))\n"
+        "for step in run.steps(4, 1):\n"
+        "    if step.number == 3:\n"
+        "        raise torch.OutOfMemoryError('does not fit')\n"
+        "    step.loss = float(len(list(step.batches)))\n"
+    )
+    (tmp_path / "smoke").symlink_to(prepared)
+    env = {"AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_SMOKE": "1"}
+    env |= {"PYTHONPATH": str(Path(C.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "val_bpb" not in done.stdout
+    assert done.stderr == (
+        "train.py: out of GPU memory at step 3 with 4 rows a micro-step (line 6); set "
+        "DEVICE_BATCH_SIZE below 4, or lower DEPTH or N_EMBD, or end what else uses the GPU "
+        "(does not fit)\n"
+    )
+
+
+# ---- Steps --------------------------------------------------------------------------------------
+class Seconds:
+    """A time that passes only when the test says so."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def seconds() -> Seconds:
+    return Seconds()
+
+
+@pytest.fixture
+def run(prepared, monkeypatch, seconds) -> Run:
+    """A run on the smoke data whose budget is 8 of those seconds."""
+    monkeypatch.setattr(C, "TIME_BUDGET", 8.0)
+    monkeypatch.setattr(C, "OVERRUN_TOLERANCE", 0.25)
+    run = Run(prepared, CPU)
+    run.clock.now = seconds.now
+    return run
+
+
+def go_through(run: Run, seconds: Seconds, batch_size: int = 2, **kwargs) -> list[Step]:
+    """Go through all steps of a run, one second each; return them."""
+    steps = []
+    for step in run.steps(batch_size, kwargs.get("grad_accum_steps", 1)):
+        assert all(x.shape == (batch_size, C.MAX_SEQ_LEN) for x, _ in step.batches)
+        step.loss = kwargs.get("loss", 1.0)
+        seconds.time += 1.0
+        steps.append(step)
+    return steps
+
+
+def zeros(idx: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*idx.shape, C.VOCAB_SIZE)
+
+
+def test_a_run_hands_out_the_training_rows_in_order(run, seconds):
+    read = []
+    for step in run.steps(2, 3):
+        read += [x for x, _ in step.batches]
+        step.loss = 1.0
+        seconds.time += 1.0
+    assert len(read) == 3 * 8
+    read = torch.cat(read).numpy()
+    assert np.array_equal(
+        read, np.stack([run.train_rows[i] for i in range(2 * 3 * 8)])[:, :-1]
+    )
+
+
+def test_no_batch_after_its_step(run):
+    steps = run.steps(2, 2)
+    first = next(steps)
+    next(first.batches)
+    first.loss = 1.0
+    next(steps)
+    with pytest.raises(
+        RuntimeError, match="step 0 is over; its batches cannot be had now"
+    ):
+        next(first.batches)
+
+
+def test_no_batch_after_the_clock_has_stopped(run, seconds):
+    for step in run.steps(2, 2):
+        next(step.batches)
+        step.loss = 1.0
+        seconds.time += 1.0
+    with pytest.raises(
+        RuntimeError, match="step 7 is over; its batches cannot be had now"
+    ):
+        next(step.batches)
+
+
+def test_a_step_holds_as_many_batches_as_were_asked_for(run):
+    step = next(run.steps(3, 4))
+    assert [tuple(x.shape) for x, _ in step.batches] == [(3, C.MAX_SEQ_LEN)] * 4
+
+
+def test_a_run_trains_once(run, seconds):
+    go_through(run, seconds)
+    with pytest.raises(RuntimeError, match="one run trains once"):
+        run.steps(2, 1)
+
+
+def test_asking_for_the_steps_twice_does_not_set_the_clock_back(run, seconds):
+    with pytest.raises(RuntimeError, match="one run trains once"):
+        first, second = run.steps(2, 1), run.steps(2, 1)
+        step = next(first)
+        step.loss, seconds.time = 1.0, 4.0
+        next(second)
+
+
+def test_start_up_has_a_limit(run, monkeypatch):
+    monkeypatch.setattr(C, "STARTUP_LIMIT", 0.001)
+    time.sleep(0.002)
+    with pytest.raises(RuntimeError, match="start-up took .* of 0.001 s; compile less"):
+        run.steps(2, 1)
+
+
+def test_a_step_without_a_loss_is_an_error(run):
+    steps = run.steps(2, 1)
+    next(steps)
+    with pytest.raises(RuntimeError, match="step 0 ended without a loss; set step.loss"):
+        next(steps)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(
+    run, seconds, bad
+):
+    with pytest.raises(
+        RuntimeError, match=f"loss is {bad} at step 3 .lrm 0.25.; the run is void"
+    ):
+        for step in run.steps(2, 1):
+            step.loss, step.lrm = torch.tensor(bad if step.number == 3 else 1.0), 0.25
+            seconds.time += 1.0
+    assert step.number <= 3 + Clock.MAX_AHEAD
+    with pytest.raises(RuntimeError):  # and there is no result of it
+        run.evaluate(zeros)
+
+
+def test_every_step_is_reported_with_its_loss_and_tokens(run, seconds):
+    go_through(run, seconds, loss=torch.tensor(2.5), grad_accum_steps=3)
+    assert (
+        [step.number for step in run.finished]
+        == list(range(run.num_steps))
+        == list(range(8))
+    )
+    assert {step.loss for step in run.finished} == {2.5}
+    assert {step.tokens for step in run.finished} == {3 * 2 * C.MAX_SEQ_LEN}
+
+
+def test_a_step_on_a_cpu_takes_its_own_time_not_that_of_the_steps_after_it(run, seconds):
+    go_through(run, seconds)
+    assert [step.seconds for step in run.finished] == [1.0] * 8
+    assert run.clock.seconds == 8.0
+
+
+def test_progress_on_a_cpu_is_the_share_of_the_budget_gone(run, seconds):
+    assert [step.progress for step in go_through(run, seconds)] == [
+        k / 8 for k in range(8)
+    ]
+
+
+def test_tokens_and_epochs_are_counted(run, seconds):
+    batch_size = len(run.train_rows) // 3  # an epoch is a little over three steps
+    steps = go_through(run, seconds, batch_size)
+    assert run.tokens == len(steps) * batch_size * C.MAX_SEQ_LEN
+    rows_before = [k * batch_size for k in range(len(steps))]
+    assert [step.epoch for step in steps] == [
+        1 + n // len(run.train_rows) for n in rows_before
+    ]
+    assert steps[-1].epoch > 1
+
+
+def test_a_last_step_that_ends_late_voids_the_run(run, seconds):
+    with pytest.raises(RuntimeError, match="ended 3.0 s late; the run is void"):
+        for step in run.steps(2, 1):
+            seconds.time += 4.0 if step.number == 7 else 1.0
+            step.loss = 1.0
+    with pytest.raises(RuntimeError):
+        run.print_summary(1, 1, 1.0, "masked")
+
+
+def test_a_last_step_that_ends_a_little_late_is_tolerated(run, seconds):
+    for step in run.steps(2, 1):
+        seconds.time += 2.0 if step.number == 7 else 1.0
+        step.loss = 1.0
+    assert run.clock.seconds == 9.0
+
+
+def test_no_evaluation_before_or_during_training(run):
+    with pytest.raises(RuntimeError, match="evaluate after training"):
+        run.evaluate(zeros)
+    for step in run.steps(2, 1):
+        step.loss = 1.0
+        with pytest.raises(RuntimeError, match="evaluate after training"):
+            run.evaluate(zeros)
+        if step.number == 2:
+            break  # an abandoned loop leaves no result either
+    with pytest.raises(RuntimeError, match="evaluate after training"):
+        run.evaluate(zeros)
+
+
+def test_no_summary_without_a_result(run, seconds, capsys):
+    go_through(run, seconds)
+    with pytest.raises(RuntimeError, match="no result"):
+        run.print_summary(1, 1, 1.0, "masked")
+    assert "val_bpb" not in capsys.readouterr().out
+
+
+def test_random_ids_are_in_range_and_leave_torchs_generator_alone(run):
+    before = torch.get_rng_state()
+    x, y = run.random_batch(3)
+    assert x.shape == y.shape == (3, C.MAX_SEQ_LEN) and torch.equal(x[:, 1:], y[:, :-1])
+    assert 0 <= x.min() and x.max() < C.VOCAB_SIZE and x.unique().numel() > 100
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_seed_of_the_rules_seeds_torch(prepared, monkeypatch):
+    draws = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(C, "SEED", seed)
+        run = Run(prepared, CPU)
+        assert run.seed == seed
+        draws.append([torch.rand(4).tolist(), run.random_batch(2)[0].tolist()])
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[2][0] and draws[0][1] != draws[2][1]
+
+
+def test_the_first_batch_is_read_before_the_clock_starts(run, monkeypatch):
+    read, row = [], Rows.__getitem__
+    monkeypatch.setattr(
+        Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i)
+    )
+    run.steps(2, 1)
+    assert read == [0, 1]
+
+
+def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(C, "TIME_BUDGET", 1.0)
+    for model in (
+        lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE),
+        lambda idx: "refused",
+    ):
+        run = Run(prepared, CPU)
+        for step in run.steps(2, 1):
+            step.loss = float(len(list(step.batches)))
+        with contextlib.suppress(
+            RuntimeError
+        ):  # a refused model has seen the text as well
+            run.evaluate(model)
+        with pytest.raises(RuntimeError, match="evaluate after training, once"):
+            run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
+
+
+# ---- The rules ----------------------------------------------------------------------------------
+FIXED = [
+    "constants.py",
+    "prepare.py",
+    *(f"harness/{p.name}" for p in HARNESS.glob("*.py")),
+]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A copy of the files that are not edited, which a run takes for its own."""
+    monkeypatch.setattr("harness.run.ROOT", tmp_path / "checkout")
+    return copy_checkout(tmp_path / "checkout")
+
+
+def rules_of(folder: Path) -> str:
+    return Run(folder, CPU).rules
+
+
+@pytest.mark.parametrize("name", sorted(FIXED))
+def test_a_changed_byte_of_any_fixed_file_changes_the_rules(prepared, checkout, name):
+    before, path = rules_of(prepared), checkout / name
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+    assert rules_of(prepared) != before
+
+
+def test_a_fixed_file_that_is_added_or_gone_changes_the_rules(prepared, checkout):
+    before = rules_of(prepared)
+    (checkout / "harness" / "more.py").write_text("")
+    more = rules_of(prepared)
+    (checkout / "harness" / "more.py").unlink()
+    assert rules_of(prepared) == before
+    (checkout / "harness" / "peaks.py").unlink()
+    assert len({before, more, rules_of(prepared)}) == 3
+
+
+def test_what_is_edited_and_what_is_compiled_is_no_rule(prepared, checkout):
+    before = rules_of(prepared)
+    assert re.fullmatch("smoke-[0-9a-f]{8}", before)
+    with pytest.MonkeyPatch.context() as patch:  # wherever the checkout lies
+        patch.setattr("harness.run.ROOT", HARNESS.parent)
+        assert rules_of(prepared) == before
+    (checkout / "train.py").write_text("")
+    (checkout / "harness" / "__pycache__").mkdir()
+    (checkout / "harness" / "__pycache__" / "run.cpython-312.pyc").write_bytes(b"x")
+    assert rules_of(prepared) == before
+
+
+def test_a_constant_that_is_changed_in_memory_shows_in_the_rules_and_the_seed_does_not(
+    prepared, monkeypatch
+):
+    before = rules_of(prepared)
+    monkeypatch.setattr(C, "SEED", C.SEED + 1)
+    assert rules_of(prepared) == before
+    monkeypatch.setattr(C, "TIME_BUDGET", C.TIME_BUDGET + 1)
+    assert rules_of(prepared) != before
+
+
+# ---- The summary --------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def summary(prepared) -> str:
+    """The summary of a run whose model knows nothing, with 8 steps of a pretended second."""
+    patch, seconds = pytest.MonkeyPatch(), iter(range(100))
+    patch.setattr(C, "TIME_BUDGET", 8.0)
+    run = Run(prepared, CPU)
+    patch.undo()
+    time = 0.0
+    run.clock.now = lambda: time
+    for step in run.steps(2, 3):
+        assert len(list(step.batches)) == 3
+        step.loss, time = 1.0, float(next(seconds) + 1)
+    run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
+    lines = []
+    patch.setattr("builtins.print", lambda *args, **kwargs: lines.append(*args))
+    run.print_summary(
+        num_params=1_234_567, depth=3, flops_per_token=1e9, attention="masked"
+    )
+    patch.undo()
+    (text,) = lines
+    return text
+
+
+def parse(summary: str) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in summary.splitlines()[1:])
+
+
+def test_the_summary_has_its_keys_in_order_the_familys_nine_first(summary):
+    keys = [line.split(":")[0] for line in summary.splitlines()]
+    assert keys == [line.split(":")[0] for line in C.SUMMARY.splitlines()]
+    assert keys[:10] == ["---", *FIRST_NINE] and keys[10:12] == ["tok_per_sec", "tflops"]
+    ours = {
+        "tok_per_sec",
+        "startup_seconds",
+        "import_seconds",
+        "open_seconds",
+        "compile_seconds",
+    }
+    ours |= {"data_wait_percent", "eval_seconds", "epochs", "attention", "gpu", "seed"}
+    assert ours | {"commit", "rules"} <= set(keys) and len(set(keys)) == len(keys)
+
+
+def test_every_line_of_the_summary_is_a_key_and_a_value(summary):
+    first, *lines = summary.splitlines()
+    assert first == "---"
+    assert all(re.fullmatch(r"[a-zA-Z_]+: \S.*", line) for line in lines)
+    assert "\r" not in summary and summary.count("val_bpb:") == 1
+
+
+def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
+    values = parse(summary)
+    tokens = 8 * 3 * 2 * C.MAX_SEQ_LEN
+    assert values["num_steps"] == "8" and values["depth"] == "3"
+    assert values["training_seconds"] == "8.0" and values["num_params_M"] == "1.2"
+    assert values["tok_per_sec"] == str(tokens // 8)
+    assert (
+        values["tflops"] == f"{tokens / 8 * 1e9 / 1e12:.2f}" == "1.54"
+    )  # 1e9 FLOPs a token
+    assert values["total_tokens_M"] == f"{tokens / 1e6:.1f}"
+    manifest = load_manifest(prepared)["rows"]
+    sizes = [about["size"] for about in manifest.values() if about["split"] == "train"]
+    there = sum(sizes) // 2 // (C.MAX_SEQ_LEN + 1)
+    assert values["epochs"] == f"{8 * 3 * 2 / there:.2f}"
+    assert values["attention"] == "masked" and values["seed"] == str(C.SEED)
+    assert float(values["eval_seconds"]) >= 0 and float(values["startup_seconds"]) > 0
+    assert float(values["total_seconds"]) >= float(values["startup_seconds"])
+    parts = sum(
+        float(values[f"{part}_seconds"]) for part in ("import", "open", "compile")
+    )
+    assert parts == pytest.approx(
+        float(values["startup_seconds"]), abs=0.2
+    )  # four roundings
+    assert 0 < float(values["data_wait_percent"]) < 100  # of pretended seconds
+
+
+def test_the_bits_per_byte_of_the_summary_are_those_of_a_guess(summary, prepared):
+    run = Run(prepared, CPU)
+    targets = np.concatenate([row[1:] for row in run.val_rows])
+    assert len(targets) == C.EVAL_TOKENS
+    text = targets[targets < C.BOS_ID]
+    nbytes = sum(
+        len(run.tokenizer.encoding.decode_single_token_bytes(int(i))) for i in text
+    )
+    expected = math.log2(C.VOCAB_SIZE) * len(text) / nbytes
+    assert float(parse(summary)["val_bpb"]) == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_run_without_a_gpu_says_so(summary):
+    values = parse(summary)
+    assert values["gpu"] == "none (cpu)" and values["peak_vram_mb"] == "0.0"
+    assert values["mfu_percent"] == "nan"
+
+
+def test_the_commit_is_a_short_hash_or_none(summary):
+    assert re.fullmatch(r"[0-9a-f]{7,}(\+dirty)?|none", parse(summary)["commit"])
+
+
+# ---- Step lines ---------------------------------------------------------------------------------
+def a_step(number: int) -> Step:
+    step = Step(number, 0.4321, 1)
+    step.loss, step.lrm, step.tokens, step.seconds = 3.14159, 0.875, 524_288, 0.315
+    return step
+
+
+def test_a_step_line_has_the_fields_of_the_family():
+    line = train.step_line(a_step(412), 5.0)
+    assert STEP_LINE.fullmatch(line)
+    assert line.startswith("step 00412 (43.2%) | loss: 3.1416 | lrm: 0.8")
+    assert "| dt: 315ms | tok/sec: 1,664,406 | epoch: 1 |" in line
+
+
+def test_the_time_that_remains_is_never_negative():
+    assert train.step_line(a_step(1), C.TIME_BUDGET + 1.0).endswith("remaining: 0s")
+    assert train.step_line(a_step(1), C.TIME_BUDGET - 2.0).endswith("remaining: 2s")
+
+
+def test_the_log_has_whole_lines_and_the_first_step(prepared, capsys):
+    run = Run(prepared, CPU)
+    run.finished.extend(map(a_step, range(100)))
+    train.report(run)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert not run.finished and out.endswith("\n") and "\r" not in out
+    assert lines[0].startswith("step 00000 ") and all(map(STEP_LINE.fullmatch, lines))

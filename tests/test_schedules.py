@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_optimizer import tiny_model
+from tiny import tiny_model
 
 import train
 

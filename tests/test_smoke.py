@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import copy_checkout
-from test_output import STEP_LINE
+from conftest import STEP_LINE, copy_checkout
 
 import constants as C
 from harness.data import load_manifest

@@ -1,0 +1,100 @@
+"""The trained model: saved in a plain file beside the result, which it never costs."""
+
+import dataclasses
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIG
+
+import constants as C
+import sample
+from harness.files import data_dir
+from harness.run import Run
+
+
+def test_what_is_saved_is_the_model_in_a_format_without_pickle(
+    ended_run, model, model_file
+):
+    sample.save(ended_run, model, CONFIG)
+    with zipfile.ZipFile(model_file) as archive:  # numpy's format, by hand
+        assert archive.testzip() is None
+        bodies = {name: archive.read(name) for name in archive.namelist()}
+    assert all(
+        body.startswith(b"\x93NUMPY") and b"'|O'" not in body for body in bodies.values()
+    )
+    about = json.loads(str(np.load(model_file, allow_pickle=False)["about.json"]))
+    assert about["config"] == dataclasses.asdict(CONFIG) and about["val_bpb"] == 1.25
+    assert about["rules"] == ended_run.rules and about["commit"] == ended_run.commit
+    arrays = {name: a for name, a in np.load(model_file).items() if name != "about.json"}
+    expected = dict(model.named_parameters())
+    assert arrays.keys() == expected.keys()
+    assert all((arrays[k] == expected[k].detach().numpy()).all() for k in expected)
+
+
+def test_the_next_run_writes_over_it_and_sweeps_up_what_a_killed_one_left(
+    ended_run, model, model_file
+):
+    sample.save(ended_run, model, CONFIG)
+    before, left = model_file.read_bytes(), model_file.with_name(".model.npz.123.tmp")
+    left.write_bytes(b"half")
+    with torch.no_grad():
+        model.wte.weight += 1.0
+    sample.save(ended_run, model, CONFIG)
+    assert model_file.read_bytes() != before and list(model_file.parent.iterdir()) == [
+        model_file
+    ]
+
+
+def test_weights_in_half_precision_are_saved_as_floats_and_a_compiled_model_by_its_names(
+    ended_run, model, model_file
+):
+    names = set(model.state_dict())
+    sample.save(ended_run, torch.compile(model.bfloat16()), CONFIG)
+    arrays = {k: v for k, v in np.load(model_file).items() if k != "about.json"}
+    assert set(arrays) == names and {a.dtype for a in arrays.values()} == {
+        np.dtype("float32")
+    }
+
+
+def test_saving_can_be_turned_off_and_that_is_no_rule(
+    ended_run, model, model_file, monkeypatch
+):
+    monkeypatch.setattr(C, "SAVE", False)
+    sample.save(ended_run, model, CONFIG)
+    assert not model_file.parent.exists()
+    assert Run(data_dir(), torch.device("cpu")).rules == ended_run.rules
+
+
+@pytest.mark.parametrize("config", [CONFIG, "no dataclass", None])
+def test_a_model_that_cannot_be_saved_costs_a_line_and_no_result(
+    ended_run, model, model_file, config, tmp_path, capsys
+):
+    if config is CONFIG:
+        (tmp_path / "checkout").write_text("a file where the folder should be")
+    sample.save(ended_run, model, config)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert (
+        line.startswith(f"the model was not saved in {model_file} (")
+        and "result stands" in line
+    )
+
+
+def test_a_full_disk_leaves_the_model_of_the_run_before(
+    ended_run, model, model_file, monkeypatch, capsys
+):
+    sample.save(ended_run, model, CONFIG)
+    before = model_file.read_bytes()
+
+    def full(out, **arrays):
+        out.write(b"some of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    sample.save(ended_run, model, CONFIG)
+    assert "No space left on device" in capsys.readouterr().out
+    assert model_file.read_bytes() == before and list(model_file.parent.iterdir()) == [
+        model_file
+    ]
