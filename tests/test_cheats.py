@@ -82,7 +82,7 @@ def cheat(*edit: str):
 def apply(folder: Path, name: str, old: str, new: str) -> None:
     text = (folder / name).read_text("utf-8")
     assert text.count(old) == 1, (
-        f"{name} holds {old!r} {text.count(old)} times; mend the cheat"
+        f"{name} holds {old!r} {text.count(old)} times; fix the cheat"
     )
     (folder / name).write_text(text.replace(old, new), "utf-8")
 

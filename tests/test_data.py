@@ -581,7 +581,7 @@ def test_check_names_what_is_damaged_and_prepare_mends_it(
     else:
         assert path.name in line and what in line
     if "own" in pattern:
-        path.write_bytes(source[path.name])  # this one is the user's to mend
+        path.write_bytes(source[path.name])  # the user repairs this one
     prepare.main([])
     assert listing(whole) == good
     prepare.main(["--check"])

@@ -1,4 +1,4 @@
-"""Batches fit the memory there is, in training and evaluation; and what is said if none does."""
+"""The device, and batches that fit its memory; what is said if there is none or none fits."""
 
 import math
 import weakref
