@@ -73,12 +73,10 @@ LOGIT_TOLERANCE = 1e-3  # what a logit may move by when nothing it may see has c
 DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH_DOCS]
 
 # Time, in seconds of wall clock.
-TIME_BUDGET = (
-    20 if SMOKE else 300
-)  # training; start-up, compilation and evaluation excluded
-STARTUP_LIMIT = (
-    60 if SMOKE else 300
-)  # opening the run to the first step, compilation included
+# Of training; start-up, compilation and evaluation excluded.
+TIME_BUDGET = 20 if SMOKE else 300
+# From opening the run to the first step, compilation included.
+STARTUP_LIMIT = 60 if SMOKE else 300
 # A last step that is slower than all before it may end late; beyond this share the run is void.
 OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 

@@ -22,6 +22,8 @@ except ImportError:  # a platform without CUDA
 # A function is compiled for each batch size that is tried, and for layers that differ; by
 # default the ninth time is an error.
 torch._dynamo.config.recompile_limit = 64
+# A forward hook on a layer fires also inside what is compiled, as it does on a CPU.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def compiled(function: Callable) -> Callable:
