@@ -92,13 +92,15 @@ def test_the_model_has_learned(job, values):
     assert 0.0 < float(values["val_bpb"]) < 0.8 * untrained
 
 
-def test_the_log_is_short_whole_lines_that_a_pager_can_read(job):
+def test_the_log_is_short_whole_lines_that_a_pager_can_read(job, values):
     assert (
         "\r" not in job.stdout and "\x1b" not in job.stdout and job.stdout.endswith("\n")
     )
     assert len(job.stdout) < 20_000
     steps = [line for line in job.stdout.splitlines() if line.startswith("step ")]
-    assert len(steps) >= 2 and all(map(STEP_LINE.fullmatch, steps))
+    # Every tenth, however slow the machine is.
+    assert len(steps) == math.ceil(int(values["num_steps"]) / 10)
+    assert all(map(STEP_LINE.fullmatch, steps))
     shares = [float(re.search(r"\((.*)%\)", line)[1]) for line in steps]
     assert (
         shares[0] == 0.0 and shares == sorted(shares) and len(set(shares)) == len(shares)
