@@ -38,9 +38,8 @@ SHARD_NAME = "shard_{:05d}.parquet"
 VAL_SHARD = 6542  # the last one: validation, never training
 # So many that no row is seen twice in 300 s at 2.1 M tokens/s, the most that an H200 has in sight:
 # a shard is about 250 M characters, at most 4.5 to a token, of which packing keeps at least 65 %.
-DEFAULT_NUM_SHARDS = (
-    3 if SMOKE else 18
-)  # training shards: 300 * 2.1 / (250 / 4.5 * 0.65) = 17.4
+# Training shards: 300 * 2.1 / (250 / 4.5 * 0.65) = 17.4.
+DEFAULT_NUM_SHARDS = 3 if SMOKE else 18
 
 # Tokenizer: byte-level BPE (arXiv:1508.07909). GPT-4's split pattern with digits in runs of two.
 SPLIT_PATTERN = (

@@ -354,9 +354,8 @@ class GPT(nn.Module):
             torch.enable_grad()
         ):  # also in evaluation, so that training's graphs serve it
             x = self.trunk(idx)
-        x = (
-            x if training else x.detach()
-        )  # the activations go before the logits are there
+        # The activations go before the logits are there.
+        x = x if training else x.detach()
         return self.head(x)
 
     @compiled

@@ -60,9 +60,8 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
         raise RuntimeError(
             "FlashAttention-3 needs a GPU of compute capability 8.x or 9.0"
         )
-    pin = (
-        data_dir() / "flash_attention.txt"
-    )  # where the build lies that prepare.py fetched
+    # Where the build lies that prepare.py fetched.
+    pin = data_dir() / "flash_attention.txt"
     try:
         from kernels import (
             get_kernel,

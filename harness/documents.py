@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import constants as C
 from harness.files import PREPARE, atomic_write, describe
 
-MAX_BATCH_BYTES = (
-    1 << 28
-)  # of text in PACK_BATCH_DOCS documents; what is larger is a lie or a bomb
+# Of text in PACK_BATCH_DOCS documents; what is larger is a lie or a bomb.
+MAX_BATCH_BYTES = 1 << 28
 
 
 def write_smoke_shards(folder: Path, names: list[str]) -> dict[str, dict]:

@@ -12,9 +12,8 @@ import torch
 # compiling is cool and clocks higher: over 300 s healthy H100s lost 8.5 and 10.1 % on products
 # and 0.1 % on copies (docs/LOG.md), which do not depend on the clock of the cores.
 PRODUCT_TOLERANCE, COPY_TOLERANCE = 0.15, 0.03
-CONTEXT_BYTES = (
-    2 << 30
-)  # of GPU memory that is not torch's and still no other process: contexts
+# Of GPU memory that is not torch's and still no other process: contexts.
+CONTEXT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)

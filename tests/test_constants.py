@@ -52,9 +52,8 @@ def test_default_shards_are_so_many_that_no_row_comes_again():
     program = "import constants as C; print(C.DEFAULT_NUM_SHARDS, C.TIME_BUDGET)"
     command = [sys.executable, "-c", program]
     n, seconds = map(int, subprocess.check_output(command, cwd=ROOT, env={}).split())
-    packed = (
-        250e6 / 4.5 * 0.65
-    )  # tokens of a shard: characters, per token, kept by packing
+    # Tokens of a shard: characters, per token, kept by packing.
+    packed = 250e6 / 4.5 * 0.65
     assert n - 1 < seconds * 2.1e6 / packed <= n
 
 

@@ -241,9 +241,8 @@ def test_a_batch_is_found_in_the_memory_that_a_process_may_use():
             tried.append(size)
             torch.empty(size << 28, dtype=torch.uint8, device=GPU).zero_()
 
-        row_bytes = (
-            2**28 / 2.1
-        )  # an estimate that is too low, as the memory of 16 rows of 4 GiB
+        # An estimate that is too low, as the memory of 16 rows of 4 GiB.
+        row_bytes = 2**28 / 2.1
         assert gpu.find_batch_size(attempt, 128, row_bytes, GPU) in (8, 16)
         assert tried[0] <= 32 and len(tried) > 1
         assert torch.cuda.memory_allocated() == before

@@ -133,9 +133,8 @@ def test_the_polar_factor_is_that_of_an_svd(shape, smallest):
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     got = train.polar_express(17 * G[None])[0].float()
     values = torch.linalg.svdvals(got)
-    well = (
-        S > 0.02 * S.norm()
-    )  # five steps lift what is not lost in the norm of the matrix
+    # Five steps lift what is not lost in the norm of the matrix.
+    well = S > 0.02 * S.norm()
     assert well.sum() > len(S) / 2 and values.max() < 1.3
     assert torch.linalg.svdvals(U[:, well].T @ got @ Vh[well].T).min() > 0.7
     agreement = torch.diagonal(U[:, well].T @ got @ Vh[well].T)
