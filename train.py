@@ -1,12 +1,12 @@
-"""One experiment: train a GPT for the time budget on one GPU, print its val_bpb. Edit freely.
+"""One experiment: train a GPT for the time budget on one GPU, print its val_bpb. Edit it.
 
-Usage: uv run train.py > run.log 2>&1        (AUTORESEARCH_SMOKE=1: a tiny model, on a CPU)
+Usage: uv run train.py > run.log 2>&1     (AUTORESEARCH_SMOKE=1: a tiny model, on a CPU)
 
-The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full causal
-windows, keys offset by a token, hashed n-gram embeddings, gates on these, on attention and on
-value embeddings, per-layer scalars on the residual stream and both embeddings, soft-capped
-logits, untied head, no biases. Muon for the block matrices, row-wise RMSprop for the n-grams,
-AdamW for the rest.
+The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full
+causal windows, keys offset by a token, hashed n-gram embeddings, gates on these, on
+attention and on value embeddings, per-layer scalars on the residual stream and both
+embeddings, soft-capped logits, untied head, no biases. Muon for the block matrices,
+RMSprop per entry for the n-grams, AdamW for the rest.
 
 harness/ owns data, clock, seed, warm-up, evaluation and summary; see harness/run.py.
 """
@@ -28,7 +28,7 @@ from harness.attention import Attention, choose_attention
 from harness.ops import compiled, relu2_mlp, rotary_norm
 from harness.run import open_run
 
-# ---- Knobs --------------------------------------------------------------------------------------
+# ---- Knobs -----------------------------------------------------------------------------
 # Model
 DEPTH = 9  # layers
 N_EMBD = 640  # width
@@ -41,7 +41,7 @@ ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q 
 NGRAM_ENTRIES = 2**20  # of the hashed table, each N_EMBD / 2 wide
 ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (any device)
 
-# Initialisation. A pair is for the first layer and the last, between them a straight line.
+# Initialisation. A pair is for the first and the last layer, with a straight line between.
 INIT_SCALE = 0.68  # of the block matrices: standard deviation, times sqrt(N_EMBD)
 RESID_LAMBDA_INIT = (1.15, 1.05)  # what a layer reads of the residual stream
 X0_LAMBDA_INIT = (0.2, 0.05)  # of the token embeddings
@@ -51,7 +51,7 @@ NGRAM_LAMBDA_INIT = (0.1, 0.1)  # of the n-gram embeddings
 TOTAL_BATCH_SIZE = 2**17  # tokens per step
 DEVICE_BATCH_SIZE = 64  # rows per micro-step; halved until they fit the memory
 
-# Learning rates of embeddings and head are for width 768; they scale by (N_EMBD / 768)^-0.5.
+# Learning rates. Those of embeddings and head are for width 768 and scale by its root.
 EMBEDDING_LR = 0.9  # token and value embeddings
 NGRAM_LR = 0.5
 UNEMBEDDING_LR = 0.008  # lm_head
@@ -79,7 +79,7 @@ WARMDOWN_RATIO = 0.75  # learning rates fall to FINAL_LR_FRAC
 FINAL_LR_FRAC = 0.05
 MOMENTUM_WARMUP_RATIO = 0.15
 
-# The same code, tiny. A smoke run builds the model of the knobs above as well: harness/dry_run.py.
+# The same code, tiny. A smoke run checks the knobs above as well: see harness/dry_run.py.
 if SMOKE:
     DEPTH = 4
     N_EMBD = 128
@@ -88,7 +88,7 @@ if SMOKE:
     SHORT_WINDOW = min(SHORT_WINDOW, MAX_SEQ_LEN)
 
 
-# ---- Model --------------------------------------------------------------------------------------
+# ---- Model -----------------------------------------------------------------------------
 GATE_CHANNELS = 32  # of its input, that a gate looks at
 
 
@@ -168,8 +168,8 @@ class Linear(nn.Linear):
 class NgramEmbedding(nn.Embedding):
     """Embeddings of the last two and the last three ids, by a hash, in one table.
 
-    Each n-gram has a sign of its own, so that what others do to its entry is noise that cancels.
-    They add nothing at first. Source: modded-nanogpt records 62 and 83.
+    Each n-gram has a sign of its own, so that what others do to its entry is noise that
+    cancels. They add nothing at first. Source: modded-nanogpt records 62 and 83.
     """
 
     # Odd multipliers, one per place of an id in its n-gram; all products stay below 2^63.
@@ -184,7 +184,7 @@ class NgramEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        """Return embeddings (B, T, 2, C / 2) of the bigrams and trigrams that end at idx (B, T)."""
+        """Return (B, T, 2, C / 2), of the bigram and the trigram that end at each idx (B, T)."""
         before = F.pad(idx[:, :-1], (1, 0))
         before_that = F.pad(before[:, :-1], (1, 0))
         bigram = idx * self.PLACES[0] + before * self.PLACES[1]
@@ -196,11 +196,12 @@ class NgramEmbedding(nn.Embedding):
 
 
 class CausalSelfAttention(nn.Module):
-    """Gated attention (arXiv:2505.06708), in every second layer with value embeddings
-    (arXiv:2410.17897). What is compiled stands around the attention itself: see Block.
+    """What stands before and after the attention itself, which Block calls between them.
 
-    Half of each key, that of the slow rotary angles, is taken from the token before: what
-    followed a like token earlier on is then found in one look. Source: modded-nanogpt record 49.
+    Every second layer adds embeddings to its values (arXiv:2410.17897); the output has a gate
+    per head (arXiv:2505.06708). Half of each key, that of the slow rotary angles, is taken
+    from the token before: what followed a like token is then found in one look. Source:
+    modded-nanogpt record 49.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -219,7 +220,7 @@ class CausalSelfAttention(nn.Module):
             self.value_gate = Linear(GATE_CHANNELS, H, std=0.0)  # 1 at first
 
     def project(self, x, idx, cos, sin):
-        """Return q, k and v (B, T, H, D) and the output's gate (B, T, H) of x (B, T, C)."""
+        """Return q, k, v (B, T, H, D) and the output's gate (B, T, H) of x (B, T, C)."""
         # One matmul, of three matrices that Muon sees apart.
         weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
         qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
@@ -254,7 +255,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream; the attention itself is between two graphs."""
+    """Attention and MLP on the residual stream; attention stands between two graphs."""
 
     def __init__(self, config: GPTConfig, layer: int, attend: Attention):
         super().__init__()
@@ -276,7 +277,7 @@ class Block(nn.Module):
 
     @compiled
     def before(self, x, x0, ngram, idx, cos, sin):
-        """Mix stream and embeddings, project; x and x0 (B, T, C), ngram (B, T, 2, C / 2)."""
+        """Mix x, x0 (B, T, C) and ngram (B, T, 2, C / 2); return the sum and projections."""
         gate = torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))  # (B, T, 2)
         gate = 2 * self.ngram_lambda * gate
         ngram = (gate[..., None] * ngram).flatten(-2)  # (B, T, C)
@@ -285,7 +286,7 @@ class Block(nn.Module):
 
     @compiled
     def after(self, x, y, gate):
-        """Add what attention gave, y (B, T, H, D), gated per head, and the MLP of the sum."""
+        """Add y (B, T, H, D), gated per head, and then the MLP of the sum."""
         y = (y * gate[..., None]).flatten(2)  # (B, T, C)
         x = x + self.attn.c_proj(y)
         return x + self.mlp(norm(x))
@@ -297,7 +298,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model: idx (B, T) -> logits (B, T, V) in float32; float32 weights, trunk in `dtype`."""
+    """The model: idx (B, T) -> logits (B, T, V), float32. Its trunk computes in `dtype`."""
 
     def __init__(self, config: GPTConfig, attend: Attention, dtype: torch.dtype):
         super().__init__()
@@ -323,7 +324,7 @@ class GPT(nn.Module):
 
     @compiled
     def embed(self, idx):
-        """Return token (B, T, C) and n-gram embeddings (B, T, 2, C / 2) in the trunk's dtype."""
+        """Return token (B, T, C) and n-gram embeddings (B, T, 2, C / 2), in `dtype`."""
         x0 = norm(self.wte(idx).to(self.dtype))
         return x0, self.ngram(idx).to(self.dtype)
 
@@ -354,8 +355,8 @@ class GPT(nn.Module):
             torch.enable_grad()
         ):  # also in evaluation, so that training's graphs serve it
             x = self.trunk(idx)
-        # The activations go before the logits are there.
-        x = x if training else x.detach()
+        if not training:
+            x = x.detach()  # the activations go before the logits are there
         return self.head(x)
 
     @compiled
@@ -367,21 +368,29 @@ class GPT(nn.Module):
         return (total.log() - torch.where(is_target, logits, 0.0).sum(-1)).mean()
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy in nats of targets y (B, T) after ids x (B, T)."""
+        """Return the mean cross-entropy, nats per token, of targets y after ids x, (B, T)."""
         return self.cross_entropy(self.trunk(x), y)
+
+    def row_bytes(self) -> float:
+        """Return the memory that a row of a micro-step takes, roughly: activations, logits.
+
+        There the warm-up begins to look for a batch that fits; what cannot is not tried.
+        """
+        trunk = 28 * self.config.n_layer * self.config.n_embd
+        return self.config.sequence_len * (trunk + 6 * self.config.vocab_size)
 
     def flops_per_token(self) -> float:
         """Return the FLOPs of forward and backward for one token, as MFU counts them.
 
-        6 for each weight of a matmul; 12 * C for each key of a layer's window, as if all were
-        seen. Source: arXiv:2204.02311, appendix B.
+        6 for each weight of a matmul; 12 * C for each key of a layer's window, as if all
+        were seen. Source: arXiv:2204.02311, appendix B.
         """
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         return 6 * matrices + 12 * self.config.n_embd * sum(self.config.windows)
 
 
 def build_config() -> GPTConfig:
-    """Return the model's configuration from the knobs; ValueError if they do not fit together."""
+    """Return the configuration of the knobs; ValueError if they do not fit together."""
     return GPTConfig(
         sequence_len=MAX_SEQ_LEN,
         vocab_size=VOCAB_SIZE,
@@ -402,16 +411,17 @@ def build_config() -> GPTConfig:
 
 
 def build_model(config: GPTConfig, attend: Attention, device: torch.device) -> GPT:
-    """Return a new model as a run uses it: its trunk in bf16 on a GPU. sample.py calls it too."""
+    """Return a new model as a run uses it, in bf16 on a GPU. sample.py calls it too."""
     torch.set_float32_matmul_precision("high")
     with device:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         return GPT(config, attend, dtype)
 
 
-# ---- Optimizer ----------------------------------------------------------------------------------
-# Polar Express, arXiv:2505.16932: five odd quintics a x + b x^3 + c x^5 whose composition brings
-# singular values from [1e-3, 1] closest to 1; algorithm 2, cushion 2e-2, safety factor 1.02.
+# ---- Optimizer -------------------------------------------------------------------------
+# Polar Express, arXiv:2505.16932: five odd quintics a x + b x^3 + c x^5 whose composition
+# brings singular values from [1e-3, 1] closest to 1; algorithm 2, cushion 2e-2, safety
+# factor 1.02.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -422,7 +432,10 @@ POLAR_EXPRESS = (
 
 
 def polar_express(G: torch.Tensor) -> torch.Tensor:
-    """Return, in bf16, about the nearest semi-orthogonal of G (N, rows, columns), not wide."""
+    """Return, in bf16, about the nearest semi-orthogonal of G (N, rows, columns).
+
+    rows >= columns.
+    """
     X = G.bfloat16()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
@@ -435,11 +448,12 @@ def polar_express(G: torch.Tensor) -> torch.Tensor:
 def muon_update(
     grad, param, momentum_buffer, second_momentum_buffer, momentum, beta2, lr, decay
 ):
-    """Return the new value of param (N, rows, columns), rows >= columns, moving both buffers.
+    """Return the new value of param (N, rows, columns), rows >= columns; move both buffers.
 
-    Nesterov momentum, orthogonalised (Muon, kellerjordan.github.io/posts/muon), each row scaled
-    by its own second moment at equal total norm (NorMuon, arXiv:2510.05491), decay only where it
-    agrees with the update (cautious, arXiv:2510.12402). The last four are 0-dim.
+    Nesterov momentum, orthogonalised (Muon, kellerjordan.github.io/posts/muon), each row
+    scaled by its own second moment at equal total norm (NorMuon, arXiv:2510.05491), decay
+    only where it agrees with the update (cautious, arXiv:2510.12402). The last four
+    arguments are 0-dim.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = polar_express(grad.lerp(momentum_buffer, momentum)).float()
@@ -456,9 +470,11 @@ def muon_update(
 class Muon(torch.optim.Optimizer):
     """Muon on groups of matrices; those of one shape are updated as one stack.
 
-    Wide matrices are updated transposed, so that each pair of lengths is compiled once; numbers
-    that change go in as 0-dim tensors for the same reason.
+    Wide matrices are updated transposed, so that each pair of lengths is compiled once;
+    numbers that change go in as 0-dim tensors for the same reason.
     """
+
+    STATE_PER_PARAM = 1  # numbers, about, that the warm-up leaves room for; 2 unless said
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {"momentum": 0.0})  # the schedule sets it
@@ -492,7 +508,10 @@ class Muon(torch.optim.Optimizer):
 
 @compiled
 def row_update(grad, param, second_momentum_buffer, beta2, lr, decay):
-    """Move param (entries, columns) and its second moment (entries, 1). The last are 0-dim."""
+    """Move param (entries, columns) and its second moment (entries, 1).
+
+    The last three arguments are 0-dim.
+    """
     second_momentum_buffer.lerp_(grad.square().mean(dim=-1, keepdim=True), 1 - beta2)
     update = grad * second_momentum_buffer.clamp_min(1e-30).rsqrt()
     param.copy_(param * (1 - lr * decay) - lr * update)
@@ -501,10 +520,12 @@ def row_update(grad, param, second_momentum_buffer, beta2, lr, decay):
 class RowRMSprop(torch.optim.Optimizer):
     """RMSprop with decoupled weight decay and one second moment per table entry.
 
-    The second moment is that of row-wise Adagrad, arXiv:1903.12287. No momentum, which would move
-    an entry long after its n-gram was seen; half the memory of AdamW. An entry that was not read
-    for long moves by lr / sqrt(1 - beta2) in root mean square.
+    As in row-wise Adagrad, arXiv:1903.12287. No momentum, which would move an entry long
+    after its n-gram was seen; half the memory of AdamW. An entry that was not read for long
+    moves by lr / sqrt(1 - beta2) in root mean square.
     """
+
+    STATE_PER_PARAM = 0
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
@@ -521,7 +542,7 @@ class RowRMSprop(torch.optim.Optimizer):
 
 
 def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """Return the optimizers, from one table: what moves by which, how fast, with what decay.
+    """Return the optimizers, from one table: what moves by which, how fast, what decay.
 
     Each parameter stands in exactly one group, which the warm-up checks. `kind` is what the
     schedules go by.
@@ -566,7 +587,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     ]
 
 
-# ---- Schedules ----------------------------------------------------------------------------------
+# ---- Schedules -------------------------------------------------------------------------
 def lr_multiplier(progress: float) -> float:
     """Return the factor on all learning rates at `progress`: up, flat, down, linearly."""
     up = min(1.0, progress / WARMUP_RATIO) if WARMUP_RATIO else 1.0
@@ -575,7 +596,7 @@ def lr_multiplier(progress: float) -> float:
 
 
 def muon_momentum(progress: float) -> float:
-    """Return Muon's momentum, which rises over the first MOMENTUM_WARMUP_RATIO of the budget."""
+    """Return Muon's momentum: it rises over the first MOMENTUM_WARMUP_RATIO of the budget."""
     low, high = MUON_MOMENTUM
     risen = progress / MOMENTUM_WARMUP_RATIO if MOMENTUM_WARMUP_RATIO else 1.0
     return low + (high - low) * min(1.0, risen)
@@ -584,7 +605,7 @@ def muon_momentum(progress: float) -> float:
 def set_schedules(
     optimizers: Iterable[torch.optim.Optimizer], progress: float, epoch: int = 1
 ) -> float:
-    """Set every group for the step that begins at `progress`; return the learning rates' factor.
+    """Set every group for the step that begins at `progress`; return the factor on all lrs.
 
     progress: fraction of the time budget that is gone, 0 to 1; epoch: 1 is the first.
     """
@@ -602,11 +623,11 @@ def set_schedules(
     return lrm
 
 
-# ---- Training -----------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------
 def train_step(
     model: GPT, optimizers, batches: Iterable, micro_steps: int
 ) -> torch.Tensor:
-    """Do one optimizer step over `batches`; return the mean loss of its micro-steps, 0-dim.
+    """Do one optimizer step over `batches`; return the mean loss, 0-dim, nats per token.
 
     batches: `micro_steps` pairs of ids x and targets y, both (B, T).
     """
@@ -621,22 +642,6 @@ def train_step(
     return total
 
 
-def memory_estimate(model: GPT) -> tuple[float, float]:
-    """Return bytes per row of a micro-step and bytes for any number of rows, roughly.
-
-    Where the warm-up begins to look for a batch that fits: a size that cannot fit is not tried.
-    """
-    config = model.config
-    row = MAX_SEQ_LEN * (28 * config.n_layer * config.n_embd + 6 * config.vocab_size)
-    params = sum(
-        p.numel() for p in model.parameters()
-    )  # gradients, and two moments but for
-    return (
-        row,
-        12 * params - 8 * model.ngram.weight.numel(),
-    )  # the n-grams, which have none
-
-
 def main() -> None:
     run = open_run()
     config = build_config()
@@ -649,7 +654,7 @@ def main() -> None:
         train_step,
         total_batch_size=TOTAL_BATCH_SIZE,
         device_batch_size=DEVICE_BATCH_SIZE,
-        memory=memory_estimate(model),
+        row_bytes=model.row_bytes(),
     )
     for step in run.steps():
         step.lrm = set_schedules(optimizers, step.progress, step.epoch)

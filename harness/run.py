@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from torch._dynamo.utils import counters
 
 import constants as C
 from harness import dry_run, gpu
+from harness.clock import Clock
 from harness.compile_cache import use_compile_cache
 from harness.data import load_manifest
 from harness.evaluation import Model, check_model, evaluate_bpb
@@ -142,7 +142,7 @@ class Run:
         *,
         total_batch_size: int,
         device_batch_size: int,
-        memory: tuple[float, float] = (1.0, 0.0),
+        row_bytes: float = 1.0,
         may_stand_still: Iterable[str] = (),
     ) -> None:
         """Compile everything, find the batch that fits, refuse an edit that does nothing.
@@ -151,7 +151,7 @@ class Run:
         model in evaluation mode; afterwards all is as before, bit for bit.
 
         total_batch_size: tokens per step; device_batch_size: rows per micro-step, at most: halved
-        until they fit. memory: bytes per row and for any number of rows, roughly.
+        until they fit. row_bytes: memory that a row takes, roughly.
 
         ValueError: a parameter in no optimizer group or in two, an empty group, a batch that cannot
         be made. RuntimeError: a parameter without a gradient or with zeros alone, unless its name
@@ -161,8 +161,8 @@ class Run:
         """
         batch = plan_batch(total_batch_size, device_batch_size)
         self.batch_size, self.micro_steps = warm_up(
-            *(self.random_batch, model, optimizers, train_step, batch, memory),
-            *(self.device, may_stand_still),
+            *(self.random_batch, model, optimizers, train_step, batch),
+            *(row_bytes, self.device, may_stand_still),
         )
         self.num_params = sum(p.numel() for p in model.parameters())
         if self.dry_run is not None:
@@ -386,44 +386,3 @@ def demand_result(run: Run) -> None:
     if not run.printed:
         print("train.py: the run ended without a result", flush=True)
         os._exit(1)
-
-
-# ---- The clock ----------------------------------------------------------------------------------
-class Clock:
-    """Counts the time budget, in seconds, by what the device has finished; the host runs ahead."""
-
-    MAX_AHEAD = (
-        2  # steps that the host may have queued: enough to hide launches, and no more
-    )
-
-    def __init__(self, budget: float, now: Callable[[], float] = time.perf_counter):
-        self.budget, self.now, self.running = budget, now, False
-        self.started_at: float | None = None
-        self.seconds = 0.0  # from the start to the end of the last finished step
-        self.durations: deque[float] = deque(
-            maxlen=8
-        )  # of the last steps, to judge the next by
-        self.queued: deque = deque()  # (CUDA event at its end, None on a CPU; step)
-
-    def start(self) -> None:
-        self.started_at, self.running = self.now(), True
-
-    def settle(self, ahead: int) -> Iterator["Step"]:
-        """Wait until at most `ahead` steps are unfinished; yield the finished ones, timed."""
-        while len(self.queued) > ahead:
-            event, step = self.queued.popleft()
-            if event is not None:
-                event.synchronize()
-            end = self.now() - self.started_at
-            step.seconds, self.seconds = end - self.seconds, end
-            self.durations.append(step.seconds)
-            yield step
-
-    def next_start(self) -> float:
-        """Return the seconds after the start at which the device will begin the next step."""
-        mean = sum(self.durations) / max(len(self.durations), 1)
-        return self.seconds + len(self.queued) * mean
-
-    def fits(self) -> bool:
-        """Return whether one more step, as slow as the slowest of late, ends within the budget."""
-        return self.next_start() + max(self.durations, default=0.0) <= self.budget

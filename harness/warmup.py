@@ -149,6 +149,19 @@ def plan_batch(total_batch_size: int, device_batch_size: int) -> tuple[int, int]
     return max(1, limit * C.MAX_SEQ_LEN // T), rows // limit
 
 
+def fixed_bytes(optimizers: Optimizers) -> int:
+    """Return the memory of gradients and optimizer state, about, for any number of rows.
+
+    An optimizer's STATE_PER_PARAM says how many numbers it keeps per parameter, 2 unless said.
+    """
+    total = 0
+    for optimizer in optimizers:
+        copies = 1 + getattr(optimizer, "STATE_PER_PARAM", 2)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        total += copies * sum(p.numel() * p.element_size() for p in params)
+    return total
+
+
 # ---- All of it ----------------------------------------------------------------------------------
 def warm_up(
     random_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
@@ -156,7 +169,7 @@ def warm_up(
     optimizers: Optimizers,
     train_step: TrainStep,
     batch: tuple[int, int],
-    memory: tuple[float, float],
+    row_bytes: float,
     device: torch.device,
     may_stand_still: Iterable[str] = (),
 ) -> tuple[int, int]:
@@ -167,7 +180,6 @@ def warm_up(
     """
     check_groups(model, optimizers)
     limit, micro_steps = batch
-    row_bytes, fixed_bytes = memory
     result: dict[str, list] = {}
 
     def attempt(rows: int) -> None:
@@ -194,7 +206,7 @@ def warm_up(
         ]
         return {"dead": dead, "still": still, "losses": losses}
 
-    rows = find_batch_size(attempt, limit, row_bytes, device, fixed_bytes)
+    rows = find_batch_size(attempt, limit, row_bytes, device, fixed_bytes(optimizers))
     check_first_loss(float(result["losses"][0]), "of the first step on random ids")
     if dead := result["dead"]:
         raise RuntimeError(

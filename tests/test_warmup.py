@@ -7,7 +7,13 @@ import torch
 import torch.nn as nn
 
 import constants as C
-from harness.warmup import check_first_loss, check_groups, plan_batch, warm_up
+from harness.warmup import (
+    check_first_loss,
+    check_groups,
+    fixed_bytes,
+    plan_batch,
+    warm_up,
+)
 
 CPU, V, T = torch.device("cpu"), C.VOCAB_SIZE, C.MAX_SEQ_LEN
 ROW = C.FULL_SEQ_LEN  # tokens of the full rules
@@ -55,9 +61,7 @@ def random_batch(rows: int):
 
 def warm(model, optimizers=None, step=train_step, batch=(2, 3), **others):
     optimizers = [sgd(*model.parameters())] if optimizers is None else optimizers
-    return warm_up(
-        random_batch, model, optimizers, step, batch, (1.0, 0.0), CPU, **others
-    )
+    return warm_up(random_batch, model, optimizers, step, batch, 1.0, CPU, **others)
 
 
 # ---- Groups -------------------------------------------------------------------------------------
@@ -274,7 +278,7 @@ def test_weights_buffers_state_and_generator_are_as_before_bit_for_bit(steps_bef
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     before = everything(model, optimizers)
-    warm_up(batch, model, optimizers, step, (2, 1), (1.0, 0.0), CPU)
+    warm_up(batch, model, optimizers, step, (2, 1), 1.0, CPU)
     assert same(before, everything(model, optimizers))
     assert same(before, seen[0])
     assert not torch.equal(seen[0][0], seen[1][0])  # it did move in between
@@ -344,3 +348,11 @@ def test_the_smoke_rules_take_smaller_rows_and_fewer_but_as_many_micro_steps():
     assert plan_batch(64 * ROW, 64) == (64 * T // ROW, 1)
     assert plan_batch(64 * ROW, 16) == (16 * T // ROW, 4)
     assert plan_batch(4 * ROW, 1) == (1, 4)
+
+
+def test_room_is_left_for_gradients_and_the_state_that_an_optimizer_says_it_keeps():
+    p, half = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(4).bfloat16())
+    lean = sgd(half)
+    lean.STATE_PER_PARAM = 0
+    assert fixed_bytes([torch.optim.AdamW([p])]) == 3 * 40
+    assert fixed_bytes([torch.optim.AdamW([p]), lean]) == 3 * 40 + 8

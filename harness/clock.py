@@ -1,0 +1,45 @@
+"""The clock of the time budget. Not edited; a part of the rules."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+
+class Clock:
+    """Counts the time budget, in seconds, by what the device has finished; the host runs ahead."""
+
+    MAX_AHEAD = (
+        2  # steps that the host may have queued: enough to hide launches, and no more
+    )
+
+    def __init__(self, budget: float, now: Callable[[], float] = time.perf_counter):
+        self.budget, self.now, self.running = budget, now, False
+        self.started_at: float | None = None
+        self.seconds = 0.0  # from the start to the end of the last finished step
+        self.durations: deque[float] = deque(
+            maxlen=8
+        )  # of the last steps, to judge the next by
+        self.queued: deque = deque()  # (CUDA event at its end, None on a CPU; step)
+
+    def start(self) -> None:
+        self.started_at, self.running = self.now(), True
+
+    def settle(self, ahead: int) -> Iterator:
+        """Wait until at most `ahead` steps are unfinished; yield the finished ones, timed."""
+        while len(self.queued) > ahead:
+            event, step = self.queued.popleft()
+            if event is not None:
+                event.synchronize()
+            end = self.now() - self.started_at
+            step.seconds, self.seconds = end - self.seconds, end
+            self.durations.append(step.seconds)
+            yield step
+
+    def next_start(self) -> float:
+        """Return the seconds after the start at which the device will begin the next step."""
+        mean = sum(self.durations) / max(len(self.durations), 1)
+        return self.seconds + len(self.queued) * mean
+
+    def fits(self) -> bool:
+        """Return whether one more step, as slow as the slowest of late, ends within the budget."""
+        return self.next_start() + max(self.durations, default=0.0) <= self.budget
