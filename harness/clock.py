@@ -6,23 +6,24 @@ from collections.abc import Callable, Iterator
 
 
 class Clock:
-    """Counts the time budget, in seconds, by what the device has finished; the host runs ahead."""
+    """Counts the budget, in seconds, by what the device has finished; the host runs ahead."""
 
-    MAX_AHEAD = (
-        2  # steps that the host may have queued: enough to hide launches, and no more
-    )
+    # Steps that the host may have queued: enough to hide launches, and no more.
+    MAX_AHEAD = 2
 
     def __init__(self, budget: float, now: Callable[[], float] = time.perf_counter):
-        self.budget, self.now, self.running = budget, now, False
+        self.budget = budget
+        self.now = now
+        self.running = False
         self.started_at: float | None = None
         self.seconds = 0.0  # from the start to the end of the last finished step
-        self.durations: deque[float] = deque(
-            maxlen=8
-        )  # of the last steps, to judge the next by
+        # Of the last steps, to judge the next by.
+        self.durations: deque[float] = deque(maxlen=8)
         self.queued: deque = deque()  # (CUDA event at its end, None on a CPU; step)
 
     def start(self) -> None:
-        self.started_at, self.running = self.now(), True
+        self.started_at = self.now()
+        self.running = True
 
     def settle(self, ahead: int) -> Iterator:
         """Wait until at most `ahead` steps are unfinished; yield the finished ones, timed."""
