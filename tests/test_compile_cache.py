@@ -1,0 +1,675 @@
+"""The compile cache: an edit is honoured in the next run, and a run after no such edit is warm.
+
+What it is for is tested on a script in processes that share a cache, its hash on small sources.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import compile_cache
+from harness.compile_cache import compile_tag, use_compile_cache
+
+ROOT = Path(compile_cache.__file__).parents[1]
+
+
+def operator(name: str, body: str = "x * 1", fake: str = "torch.empty_like(x)") -> str:
+    """Return the source of an operator `name`."""
+    return f"""
+@torch.library.custom_op("t::{name}", mutates_args=())
+def {name}(x: torch.Tensor) -> torch.Tensor:
+    return {body}
+{name}.register_fake(lambda x: {fake})
+"""
+
+
+# What each kind defines and what is compiled: it gives 3.0, or 5.0 once each 3.0 in it is edited.
+# All by an operator `scale`: plain torch would be compiled as C++, which takes seconds.
+HONOURED = {  # by torch itself: no other folder
+    "compiled function": ("", "lambda x: scale(x, 3.0)"),
+    "global": ("KNOB = 3.0", "lambda x: scale(x, KNOB)"),
+    "hook": (
+        "def hook(g): return scale(g, 3.0)\n"
+        "def hooked(x): y = scale(x, 1.0); y.register_hook(hook); return scale(y, 1.0)",
+        "hooked",
+    ),
+    "Function": (
+        """
+class Turned(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: scale(x, 1.0))
+    backward = staticmethod(lambda ctx, g: scale(g, 3.0))
+""",
+        "Turned.apply",
+    ),
+}
+HONOURED["Function in checkpoint"] = (
+    HONOURED["Function"][0].replace("Turned", "Again"),
+    "again(lambda x: Again.apply(x))",
+)
+STALE = {
+    "backward": (
+        operator("a") + "a.register_autograd(lambda ctx, g: scale(g, 3.0))",
+        "lambda x: a(x)",
+    ),
+    "setup_context": (
+        operator("b")
+        + "def keep_b(ctx, inputs, output): ctx.k = 3.0\n"
+        + "b.register_autograd(lambda ctx, g: scale(g, ctx.k), setup_context=keep_b)",
+        "lambda x: b(x)",
+    ),
+    "fake kernel": (
+        "def dtype(): return torch.float32 if 3.0 < 4 else torch.float64\n"
+        + operator("c", "x.to(dtype()).clone()", "x.to(dtype())")
+        + '@torch.library.triton_op("t::by_dtype", mutates_args=())\n'
+        + "def by_dtype(x: torch.Tensor) -> torch.Tensor:\n"
+        + "    return scale(x, 3 if x.dtype == torch.float32 else 5)",
+        "lambda x: by_dtype(c(x.detach()))",
+    ),
+    "default argument": (
+        operator("d", "x * k")
+        .replace("r)", "r, k: float = 3.0)")
+        .replace("a x", "a x, k=1"),
+        "lambda x: d(x.detach())",
+    ),
+    "mutates_args": (
+        """
+@torch.library.custom_op("t::e", mutates_args=("x",) if 3.0 > 4 else ())
+def e(x: torch.Tensor) -> None:
+    x.mul_(5.0)
+e.register_fake(lambda x: None)
+def written(x): y = scale(x.detach(), 1.0); e(y); return scale(y, 1.0)
+""",
+        "written",
+    ),
+    "vmap rule": (
+        operator("f") + "f.register_vmap(lambda info, dims, x: (scale(x, 3.0), dims[0]))",
+        "lambda x: torch.vmap(f)(x.detach())",
+    ),
+    "triton_op": (
+        '@torch.library.triton_op("t::g", mutates_args=())\n'
+        "def g(x: torch.Tensor) -> torch.Tensor: return scale(x, 3.0)",
+        "lambda x: g(x.detach())",
+    ),
+    "constant two names away": (
+        "NUMBER = 3.0\n"
+        "def number(): return NUMBER\n"
+        '@torch.library.triton_op("t::h", mutates_args=())\n'
+        "def h(x: torch.Tensor) -> torch.Tensor: return scale(x, number())",
+        "lambda x: h(x.detach())",
+    ),
+    "constant of a local module": (
+        "import settings\n"
+        '@torch.library.triton_op("t::i", mutates_args=())\n'
+        "def i(x: torch.Tensor) -> torch.Tensor: return scale(x, settings.FACTOR)",
+        "lambda x: i(x.detach())",
+    ),
+    "composite": (
+        'lib = torch.library.Library("tt", "DEF")\n'
+        'lib.define("j(Tensor x) -> Tensor")\n'
+        'lib.impl("j", lambda x: scale(x, 3.0), "CompositeImplicitAutograd")',
+        "lambda x: torch.ops.tt.j(x)",
+    ),
+    "allow_in_graph in checkpoint": (
+        "@torch.compiler.allow_in_graph\ndef k(x): return scale(x, 3.0)",
+        "again(lambda x: k(x))",
+    ),
+    "allow_in_graph in Function": (
+        "@torch.compiler.allow_in_graph\ndef l(g): return scale(g, 3.0)"
+        + HONOURED["Function"][0].replace("Turned", "L").replace("scale(g, 3.0)", "l(g)"),
+        "L.apply",
+    ),
+    "allow_in_graph in a hook": (
+        "@torch.compiler.allow_in_graph\ndef m(g): return scale(g, 3.0)\n"
+        "def hooked_m(x):\n"
+        "    y = scale(x, 1.0); y.register_hook(lambda g: m(g)); return scale(y, 1.0)",
+        "hooked_m",
+    ),
+    "py_impl": (
+        operator("o")
+        + "from torch._C import DispatchKey\n"
+        + "torch.ops.t.o.default.py_impl(DispatchKey.CompositeImplicitAutograd)(\n"
+        + "    lambda x: scale(x, 3.0))",
+        "lambda x: o(x.detach())",
+    ),
+}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+import torch._functorch.config
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+@torch.library.custom_op("t::scale", mutates_args=())
+def scale(x: torch.Tensor, k: float) -> torch.Tensor: return x * k
+scale.register_fake(lambda x, k: torch.empty_like(x))
+def keep(ctx, inputs, output): ctx.k = inputs[1]
+scale.register_autograd(lambda ctx, g: (scale(g, ctx.k), None), setup_context=keep)
+def again(function): return lambda x: checkpoint(function, x, use_reentrant=False)
+
+# definitions
+
+def run(name, function):
+    torch._dynamo.reset()
+    counters.clear()
+    x = torch.ones(1, 1, requires_grad=True)
+    y = torch.compile(function)(x)
+    if y.requires_grad:
+        y.backward()
+    said = [key.rpartition("_")[2] for key in counters["aot_autograd"] if "_cache_" in key]
+    return float(x.grad if y.requires_grad else y), [s for s in said if s in ("hit", "miss")]
+
+folder, kinds = sys.argv[1:3]
+if folder:
+    from harness.compile_cache import use_compile_cache
+    folder = use_compile_cache(Path(__file__), Path(folder)).name
+torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+results = {name: run(name, function) for name, function in FUNCTIONS.items() if name in kinds}
+print(json.dumps([folder, results]))
+"""
+
+
+def write_script(folder: Path, edited: Collection[str] = ()) -> Path:
+    """Write the script with all kinds to `folder`; those of `edited` with 5.0 for 3.0."""
+    folder.mkdir()
+    texts, functions = [], []
+    for name, (definition, function) in (HONOURED | STALE).items():
+        number = "5.0" if name in edited else "3.0"
+        texts.append(definition.replace("3.0", number))
+        functions.append(f"    {name!r}: {function.replace('3.0', number)},\n")
+        if "settings" in definition:
+            (folder / "settings.py").write_text(f"FACTOR = {number}\n")
+    texts.append("FUNCTIONS = {\n" + "".join(functions) + "}")
+    path = folder / "train.py"
+    path.write_text(SCRIPT.replace("# definitions", "\n".join(texts)))
+    return path
+
+
+def serve(jobs: list) -> None:
+    """Run each job, a script with its arguments and TORCHINDUCTOR_CACHE_DIR, in a process.
+
+    Forked from one that has imported and compiled, which takes ten times as long as a job.
+    """
+    torch.compile(lambda x: x @ x)(
+        torch.ones(1, 1)
+    )  # no backward: its threads forbid a fork
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    for script, cache, *arguments in jobs:
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+            continue
+        if cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        sys.argv = [script, *arguments]
+        sys.path.insert(0, os.path.dirname(script))
+        with open(f"{script}.json", "w") as sys.stdout:
+            runpy.run_path(script, run_name="__main__")
+            sys.stdout.flush()
+        os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[str, dict]]:
+    """Return folder and results of each run of the script: of a kind's name, it alone edited."""
+    root = tmp_path_factory.mktemp("runs")
+    plans = {  # kinds that are edited and that are run; whether the hash keeps them apart
+        "unguarded": ((), HONOURED | STALE, False),
+        "unguarded, edited": (HONOURED | STALE, HONOURED | STALE, False),
+        "first": ((), HONOURED | STALE, True),
+        "again": ((), HONOURED | STALE, True),
+        "model": (HONOURED, HONOURED | STALE, True),
+    } | {kind: ([kind], [kind], True) for kind in STALE}
+    jobs = []
+    for name, (edited, kinds, guarded) in plans.items():
+        script = write_script(root / name, edited)
+        base = "" if guarded else str(root / "unguarded cache")
+        folder = str(root / "cache") if guarded else ""
+        jobs.append([str(script), base, folder, json.dumps(list(kinds))])
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(root / "server"),
+    }
+    command = [sys.executable, __file__, json.dumps(jobs)]
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        return {
+            Path(job[0]).parent.name: json.loads(Path(f"{job[0]}.json").read_text())
+            for job in jobs
+        }
+    except ValueError:
+        pytest.fail(done.stdout.decode()[-4000:])
+
+
+def values(run: list) -> dict[str, float]:
+    return {kind: value for kind, (value, _) in run[1].items()}
+
+
+@pytest.mark.parametrize("kind", STALE)
+def test_an_edit_is_honoured_in_the_next_run_that_shares_the_cache(runs, kind):
+    assert values(runs["first"])[kind] == (1.0 if kind == "mutates_args" else 3.0)
+    assert values(runs[kind]) == {kind: 5.0}
+    assert runs[kind][0] != runs["first"][0]
+
+
+def test_without_the_hash_the_cache_answers_with_the_code_from_before(runs):
+    before, after = values(runs["unguarded"]), values(runs["unguarded, edited"])
+    assert {kind for kind in after if after[kind] == before[kind]} == set(STALE)
+
+
+def test_a_run_after_no_edit_is_warm(runs):
+    assert runs["again"][0] == runs["first"][0]
+    assert values(runs["again"]) == values(runs["first"])
+    assert {
+        kind: said for kind, (_, said) in runs["again"][1].items() if said != ["hit"]
+    } == {}
+
+
+def test_an_edit_of_the_model_is_honoured_and_leaves_the_rest_warm(runs):
+    folder, results = runs["model"]
+    assert folder == runs["first"][0]
+    assert {kind: results[kind][0] for kind in HONOURED} == dict.fromkeys(HONOURED, 5.0)
+    assert {kind for kind in STALE if results[kind][1] != ["hit"]} == set()
+
+
+# ---- The hash -----------------------------------------------------------------------------------
+HEADER = """
+import functools
+import torch
+import triton
+import triton.language as tl
+import constants as C
+from helper import TILE, table
+
+KNOB = 3
+WIDTH = 4
+HEIGHT = WIDTH * 2
+
+def norm(x):
+    return x * KNOB
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        self.register_buffer("one", torch.ones(1))
+        self.register_forward_hook(print)
+        self.fused = triton is not None and kernel is not None
+    def forward(self, x):
+        x = op(x) + 30
+        launch(x, triton.cdiv(x.numel(), 16))
+        return norm(x)
+
+def launch(x, programs):
+    kernel[(programs,)](x, WIDTH)
+
+def main():
+    model = Model()
+    model.x = KNOB
+    torch.manual_seed(300)
+
+# ops
+def op(x): return x
+def kernel(x): return x
+
+if __name__ == "__main__":
+    main()
+"""
+OP = """
+@torch.library.custom_op("a::op", mutates_args=())
+def op(x: torch.Tensor) -> torch.Tensor:
+    return launch(x, 1)
+"""
+KERNEL = """
+@triton.jit
+def kernel(x, W: tl.constexpr):
+    tl.store(x, tl.load(x) * 2)
+"""
+HELPERS = {
+    "helper.py": "import deeper\nTILE = 16\ndef table(): return deeper.TABLE\n",
+    "deeper.py": "TABLE = [1, 2]\n",
+    "constants.py": "SIZE = 8\n",
+    "package/__init__.py": "",
+    "package/inner.py": "from . import sibling\ndef give(): return sibling.GIVEN\n",
+    "package/sibling.py": "GIVEN = 7\n",
+}
+# name: code of operators and kernels; what is edited there or in the header or a helper, and into
+# what. Each changes the hash.
+SEEN = {
+    "body": (OP, "launch(x, 1)", "launch(x, 2)"),
+    "default argument": (OP.replace("r)", "r, k: int = 1)"), "int = 1", "int = 2"),
+    "schema": (OP, "mutates_args=()", "mutates_args=('x',)"),
+    "fake": (OP + "@op.register_fake\ndef _(x): return x.new_empty(5)", "5", "6"),
+    "fake by a call": (OP + "op.register_fake(lambda x: x.new_empty(5))", "5", "6"),
+    "fake by name": (
+        OP + 'torch.library.register_fake("a::op")(lambda x: x[5:])',
+        "5",
+        "6",
+    ),
+    "backward": (
+        OP + "def back(ctx, g): return g * 5\nop.register_autograd(back)",
+        "5",
+        "6",
+    ),
+    "setup_context": (
+        OP + "def keep(ctx, inputs, output): ctx.k = 5\n"
+        "op.register_autograd(print, setup_context=keep)",
+        "5",
+        "6",
+    ),
+    "vmap": (OP + "@op.register_vmap\ndef _(info, dims, x): return x, 5", "5", "6"),
+    "kernel for a device": (
+        OP + '@op.register_kernel("cpu")\ndef _(x): return x * 5',
+        "5",
+        "6",
+    ),
+    "torch_dispatch": (OP + "op.register_torch_dispatch(M, lambda *a: 5)", "5", "6"),
+    "triton_op": (OP.replace("custom_op", "triton_op"), "launch(x, 1)", "launch(x, 2)"),
+    "launch of a triton_op": (OP.replace("custom_op", "triton_op"), "WIDTH)", "HEIGHT)"),
+    "library": (
+        'lib = torch.library.Library("a", "DEF")\nlib.define("f(Tensor x) -> Tensor")\n'
+        'lib.impl("f", lambda x: x * 5, "CompositeImplicitAutograd")',
+        "5",
+        "6",
+    ),
+    "library, decorated": (
+        'lib = torch.library.Library("a", "DEF")\n'
+        '@torch.library.impl(lib, "f", "Meta")\ndef f(x): return x * 5',
+        "5",
+        "6",
+    ),
+    "schema as text": (
+        'torch.library.define("a::f", "(Tensor x) -> Tensor")',
+        "x)",
+        "y)",
+    ),
+    "alias of a function": (
+        "from torch.library import custom_op as co\n"
+        '@co("a::op", mutates_args=())\ndef op(x: torch.Tensor) -> torch.Tensor: return x * 5',
+        "5",
+        "6",
+    ),
+    "alias of the module": (
+        'import torch.library as L\n@L.register_fake("a::op")\ndef _(x): return x * 5',
+        "5",
+        "6",
+    ),
+    "assigned alias": (
+        "lib = torch.library\nco = lib.custom_op\n"
+        '@co("a::op", mutates_args=())\ndef op(x: torch.Tensor) -> torch.Tensor: return x * 5',
+        "5",
+        "6",
+    ),
+    "conditional alias": (
+        "jit = triton.jit if triton else lambda f: f\nj = jit\n"
+        "@j\ndef kernel(x): tl.store(x, 5)",
+        "5",
+        "6",
+    ),
+    "alias made at import": (
+        "try:\n    from torch.library import custom_op as co\nexcept ImportError:\n    co = None\n"
+        '@co("a::op", mutates_args=())\ndef op(x: torch.Tensor) -> torch.Tensor: return x * 5',
+        "5",
+        "6",
+    ),
+    "partial": (
+        "co = functools.partial(torch.library.custom_op, mutates_args=())\n"
+        '@co("a::op")\ndef op(x: torch.Tensor) -> torch.Tensor: return x * 5',
+        "5",
+        "6",
+    ),
+    "kept decorator": (
+        'co = torch.library.custom_op("a::op", mutates_args=())\n'
+        "@co\ndef op(x: torch.Tensor) -> torch.Tensor: return x * 5",
+        "5",
+        "6",
+    ),
+    "function form": (
+        "def body(x: torch.Tensor) -> torch.Tensor: return x * 5\n"
+        'op = torch.library.custom_op("a::op", body, mutates_args=())',
+        "5",
+        "6",
+    ),
+    "factory": (
+        "def make(name, f): return torch.library.custom_op(name, f, mutates_args=())\n"
+        "def body(x: torch.Tensor) -> torch.Tensor: return x * 5\n"
+        'op = make("a::op", body)',
+        "5",
+        "6",
+    ),
+    "factory called inside": (
+        "def make(name, f): return torch.library.custom_op(name, f, mutates_args=())\n"
+        "def body(x: torch.Tensor) -> torch.Tensor: return x * 5\n"
+        'class Layer:\n    def __init__(self): self.op = make("a::op", body)',
+        "5",
+        "6",
+    ),
+    "registrar": (
+        OP + "def register(o, f): o.register_fake(f)\ndef fake(x): return x[5:]\n"
+        "register(op, fake)",
+        "5",
+        "6",
+    ),
+    "inside a function": (
+        "def build():\n    @torch.library.custom_op('a::op', mutates_args=())\n"
+        "    def op(x: torch.Tensor) -> torch.Tensor: return x * 5\n    return op",
+        "5",
+        "6",
+    ),
+    "inside a class": (
+        "class Ops:\n    @torch.library.custom_op('a::op', mutates_args=())\n"
+        "    def op(x: torch.Tensor) -> torch.Tensor: return x * 5",
+        "5",
+        "6",
+    ),
+    "inside an if": ("if torch.cuda:\n" + OP.replace("\n", "\n    "), "x, 1", "x, 2"),
+    "allow_in_graph": (
+        "@torch.compiler.allow_in_graph\ndef f(x): return x * 5",
+        "5",
+        "6",
+    ),
+    "allow_in_graph by a call": (
+        "def f(x): return x * 5\ntorch._dynamo.allow_in_graph(f)",
+        "5",
+        "6",
+    ),
+    "allow_in_graph of a class": (
+        "class F(torch.autograd.Function):\n    backward = staticmethod(lambda ctx, g: g * 5)\n"
+        "torch.compiler.allow_in_graph(F)",
+        "5",
+        "6",
+    ),
+    "nonstrict_trace": (
+        "@torch._dynamo.nonstrict_trace\ndef f(x): return x * 5",
+        "5",
+        "6",
+    ),
+    "decomposition": (
+        "@register_decomposition(torch.ops.a.op)\ndef f(x): return x * 5",
+        "5",
+        "6",
+    ),
+    "decomposition table": ("decompositions[torch.ops.a.op] = lambda x: x * 5", "5", "6"),
+    "lowering": ("@register_lowering(torch.ops.a.op)\ndef f(x): return x * 5", "5", "6"),
+    "py_impl": ("@torch.ops.a.op.py_impl(KEY)\ndef f(x): return x * 5", "5", "6"),
+    "tensor subclass": (
+        "class Held(torch.Tensor):\n    @classmethod\n"
+        "    def __torch_dispatch__(cls, f, types, args, kwargs): return f(*args) * 5",
+        "5",
+        "6",
+    ),
+    "constant two names away": (
+        OP.replace("launch(x, 1)", "x * factor()") + "def factor(): return HEIGHT",
+        "WIDTH = 4",
+        "WIDTH = 5",
+    ),
+    "constant that is changed": (
+        OP.replace("launch(x, 1)", "x * WIDTH") + "WIDTH += 5",
+        "+= 5",
+        "+= 6",
+    ),
+    "constant that a function sets": (
+        OP.replace("launch(x, 1)", "x * WIDTH")
+        + "def widen():\n    global WIDTH\n    WIDTH = 5",
+        "= 5",
+        "= 6",
+    ),
+    "table that is filled": (
+        OP.replace("launch(x, 1)", "x * TABLE[0]")
+        + "TABLE = {}\nfor i in range(5):\n    TABLE[i] = i",
+        "5",
+        "6",
+    ),
+    "list that is appended to": (
+        OP.replace("launch(x, 1)", "x * LIST[0]")
+        + "LIST = []\ndef fill():\n    LIST.append(5)\nfill()",
+        "5",
+        "6",
+    ),
+    "class of a constant": (
+        OP.replace("launch(x, 1)", "x * Settings.K") + "class Settings:\n    K = 5",
+        "5",
+        "6",
+    ),
+    "attribute of a local module": (
+        OP.replace("x, 1", "x, C.SIZE"),
+        "SIZE = 8",
+        "SIZE = 9",
+    ),
+    "attribute that is set from outside": (OP + "C.SIZE = 5", "5", "6"),
+    "attributes that a function sets": (
+        OP + "def override():\n    setattr(C, 'SIZE', 5)",
+        "5",
+        "6",
+    ),
+    "name from a local module": (OP.replace("x, 1", "x, TILE"), "TILE = 16", "TILE = 32"),
+    "what a local module imports": (OP.replace("x, 1", "x, table()"), "[1, 2]", "[1, 3]"),
+    "package": (
+        "from package.inner import give\n" + OP.replace("x, 1", "x, give()"),
+        "GIVEN = 7",
+        "GIVEN = 8",
+    ),
+    "package as a module": (
+        "import package.inner\n" + OP.replace("x, 1", "x, package.inner.give()"),
+        "GIVEN = 7",
+        "GIVEN = 8",
+    ),
+    "import inside": (
+        OP.replace("return", "from package import inner\n    return inner.give(),"),
+        "GIVEN = 7",
+        "GIVEN = 8",
+    ),
+    "star import": (
+        "from package.sibling import *\n" + OP.replace("x, 1", "x, GIVEN"),
+        "N = 7",
+        "N = 8",
+    ),
+    "operator of a local module": ("import extra", "x * 5", "x * 6"),
+    "kernel": (KERNEL, "* 2", "* 3"),
+    "kernel's decorator": (KERNEL.replace("jit", "jit(debug=5)"), "5", "6"),
+    "kernel, conditional": (
+        KERNEL.replace("triton.jit", "triton.jit if triton else lambda f: f"),
+        "* 2",
+        "* 3",
+    ),
+    "jit by alias": (
+        "from triton import jit as j\n" + KERNEL.replace("triton.jit", "j"),
+        "* 2",
+        "* 3",
+    ),
+    "jit by a call": (
+        "def _kernel(x): tl.store(x, 5)\nkernel = triton.jit(_kernel)",
+        "5",
+        "6",
+    ),
+    "autotune": (
+        "@triton.autotune([triton.Config({'B': 5})], key=['n'])" + KERNEL,
+        "5",
+        "6",
+    ),
+    "attribute that a kernel reads": (
+        KERNEL.replace("* 2", "* C.SIZE"),
+        "SIZE = 8",
+        "SIZE = 9",
+    ),
+    "global that a kernel reads": (
+        KERNEL.replace("* 2", "* WIDTH"),
+        "WIDTH = 4",
+        "WIDTH = 5",
+    ),
+    "default argument of a kernel's helper": (
+        "@triton.jit\ndef twice(x, k=5): return x * k\n"
+        + KERNEL.replace("* 2", "+ twice(1)"),
+        "k=5",
+        "k=6",
+    ),
+    "what a constexpr_function reads": (
+        "@triton.constexpr_function\ndef size(): return WIDTH\n" + KERNEL,
+        "WIDTH = 4",
+        "WIDTH = 5",
+    ),
+    "kernel handed over in a tuple": (
+        "@triton.jit\ndef twice(x): return x * 5\nPASSED = (twice,)",
+        "5",
+        "6",
+    ),
+    "extension": (
+        "from torch.utils.cpp_extension import load_inline\nload_inline('a', cpp_sources='5')",
+        "5",
+        "6",
+    ),
+}
+# What is edited in the header, with an operator and a kernel in place; each keeps the hash.
+KEPT = {
+    "knob": ("KNOB = 3", "KNOB = 4"),
+    "number of the model": ("+ 30", "+ 31"),
+    "function of the model": ("x * KNOB", "x + KNOB"),
+    "loop": ("manual_seed(300)", "manual_seed(301)"),
+    "comment": ("KNOB = 3", "KNOB = 3  # of three"),
+    "comment in an operator": ("return launch(x, 1)", "return launch(x, 1)  # launches"),
+    "lines": ("def norm", "\n\n\ndef norm"),
+    "parentheses": ("return launch(x, 1)", "return (launch(x,\n        1))"),
+    "new function": ("def norm", "def new(x): return op(x)\n\ndef norm"),
+    "new import": ("import functools", "import functools, math"),
+    "number of another file": ("[1, 2]", "[1, 3]"),
+    "order": ("KNOB = 3\nWIDTH = 4", "WIDTH = 4\nKNOB = 3"),
+}
+
+
+def tag(folder: Path, ops: str, old: str = "", new: str = "") -> str:
+    """Return the hash of the header with `ops` and its helpers, where `old` has become `new`."""
+    files = {"train.py": HEADER.replace("# ops", "# ops\n" + ops), **HELPERS}
+    files["extra.py"] = OP.replace("launch(x, 1)", "x * 5").join(["import torch\n", ""])
+    changed = 0
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        hits = old and text.count(old)
+        changed += bool(hits)
+        (folder / name).write_text(text.replace(old, new) if old else text)
+    assert changed or not old, "nothing was edited"
+    return compile_tag(folder / "train.py")
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_the_hash_changes_with_what_the_keys_leave_out(kind, tmp_path):
+    ops, old, new = SEEN[kind]
+    compile(ops, kind, "exec")
+    assert tag(tmp_path, ops) == tag(tmp_path, ops)
+    assert tag(tmp_path, ops, old, new) != tag(tmp_path, ops)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_hash_stays_after_any_other_edit(kind, tmp_path):
+    assert tag(tmp_path, OP + KERNEL, *KEPT[kind]) == tag(tmp_path, OP + KERNEL)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
