@@ -5,10 +5,14 @@ What it is for is tested on a script in processes that share a cache, its hash o
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+import tempfile
+import traceback
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -166,12 +170,12 @@ def run(name, function):
     said = [key.rpartition("_")[2] for key in counters["aot_autograd"] if "_cache_" in key]
     return float(x.grad if y.requires_grad else y), [s for s in said if s in ("hit", "miss")]
 
-folder, kinds = sys.argv[1:3]
+folder = sys.argv[1]
 if folder:
     from harness.compile_cache import use_compile_cache
     folder = use_compile_cache(Path(__file__), Path(folder)).name
 torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-results = {name: run(name, function) for name, function in FUNCTIONS.items() if name in kinds}
+results = {name: run(name, function) for name, function in FUNCTIONS.items()}
 print(json.dumps([folder, results]))
 """
 
@@ -192,74 +196,92 @@ def write_script(folder: Path, edited: Collection[str] = ()) -> Path:
     return path
 
 
-def serve(jobs: list) -> None:
-    """Run each job, a script with its arguments and TORCHINDUCTOR_CACHE_DIR, in a process.
+def serve(lanes: list[list]) -> None:
+    """Run the jobs of each lane in turn, the lanes at once: a script, TORCHINDUCTOR_CACHE_DIR and
+    arguments.
 
-    Forked from one that has imported and compiled, which takes ten times as long as a job.
+    Each in a process forked from this one, which imports and compiles first: that takes longer
+    than a job does.
     """
-    torch.compile(lambda x: x @ x)(
-        torch.ones(1, 1)
-    )  # no backward: its threads forbid a fork
+    # Without a gradient: the threads of autograd would forbid a fork.
+    torch.compile(lambda x: x @ x)(torch.ones(1, 1))
     del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    for script, cache, *arguments in jobs:
-        if pid := os.fork():
-            os.waitpid(pid, 0)
-            continue
-        if cache:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        sys.argv = [script, *arguments]
-        sys.path.insert(0, os.path.dirname(script))
+    for lane in lanes:
+        if not os.fork():
+            for job in lane:
+                if not os.fork():
+                    run_job(*job)
+                os.wait()
+            os._exit(0)
+    for _ in lanes:
+        os.wait()
+
+
+def run_job(script: str, cache: str, *arguments: str) -> None:
+    """Run `script`, write what it prints beside it and end the process."""
+    if cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.path.dirname(script))
+    try:
         with open(f"{script}.json", "w") as sys.stdout:
             runpy.run_path(script, run_name="__main__")
-            sys.stdout.flush()
-        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, tuple[str, dict]]:
-    """Return folder and results of each run of the script: of a kind's name, it alone edited."""
+def runs(tmp_path_factory) -> dict[str, list]:
+    """Return the folder and the results of each run of the script."""
     root = tmp_path_factory.mktemp("runs")
-    plans = {  # kinds that are edited and that are run; whether the hash keeps them apart
-        "unguarded": ((), HONOURED | STALE, False),
-        "unguarded, edited": (HONOURED | STALE, HONOURED | STALE, False),
-        "first": ((), HONOURED | STALE, True),
-        "again": ((), HONOURED | STALE, True),
-        "model": (HONOURED, HONOURED | STALE, True),
-    } | {kind: ([kind], [kind], True) for kind in STALE}
-    jobs = []
-    for name, (edited, kinds, guarded) in plans.items():
+    everything = [*HONOURED, *STALE]
+    plans = {  # kinds that are edited; whether the hash keeps the runs apart
+        "unguarded": ([], False),
+        "unguarded, edited": (everything, False),
+        "first": ([], True),
+        "again": ([], True),
+        "model": ([*HONOURED], True),
+        "edited": (everything, True),
+    }
+    lanes, outputs = ([], []), {}
+    for name, (edited, guarded) in plans.items():
         script = write_script(root / name, edited)
-        base = "" if guarded else str(root / "unguarded cache")
-        folder = str(root / "cache") if guarded else ""
-        jobs.append([str(script), base, folder, json.dumps(list(kinds))])
+        folders = ("", root / "cache") if guarded else (root / "unguarded cache", "")
+        lanes[guarded and name != "edited"].append([str(script), *map(str, folders)])
+        outputs[name] = Path(f"{script}.json")
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_VEC_ISA_OK": "0",  # no C++ is compiled: no need to try g++
         "TORCHINDUCTOR_CACHE_DIR": str(root / "server"),
     }
-    command = [sys.executable, __file__, json.dumps(jobs)]
-    done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = [sys.executable, __file__, json.dumps(lanes)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     try:
-        return {
-            Path(job[0]).parent.name: json.loads(Path(f"{job[0]}.json").read_text())
-            for job in jobs
-        }
-    except ValueError:
-        pytest.fail(done.stdout.decode()[-4000:])
+        return {name: json.loads(output.read_text()) for name, output in outputs.items()}
+    except (OSError, ValueError):
+        pytest.fail(done.stderr[-4000:])
 
 
 def values(run: list) -> dict[str, float]:
     return {kind: value for kind, (value, _) in run[1].items()}
 
 
+def test_an_edit_is_honoured_in_the_next_run_that_shares_the_cache(runs):
+    assert set(values(runs["first"]).values()) == {1.0, 3.0}  # 1.0: of mutates_args
+    assert set(values(runs["edited"]).values()) == {5.0}
+    assert runs["edited"][0] != runs["first"][0]
+
+
 @pytest.mark.parametrize("kind", STALE)
-def test_an_edit_is_honoured_in_the_next_run_that_shares_the_cache(runs, kind):
-    assert values(runs["first"])[kind] == (1.0 if kind == "mutates_args" else 3.0)
-    assert values(runs[kind]) == {kind: 5.0}
-    assert runs[kind][0] != runs["first"][0]
+def test_an_edit_of_each_kind_has_a_folder_of_its_own(kind, tmp_path):
+    before, after = (
+        write_script(tmp_path / "before"),
+        write_script(tmp_path / "after", [kind]),
+    )
+    assert compile_tag(before) != compile_tag(after)
 
 
 def test_without_the_hash_the_cache_answers_with_the_code_from_before(runs):
@@ -669,6 +691,117 @@ def test_the_hash_changes_with_what_the_keys_leave_out(kind, tmp_path):
 @pytest.mark.parametrize("kind", KEPT)
 def test_the_hash_stays_after_any_other_edit(kind, tmp_path):
     assert tag(tmp_path, OP + KERNEL, *KEPT[kind]) == tag(tmp_path, OP + KERNEL)
+
+
+def test_the_hash_of_this_repository_stays_after_an_edit_of_knob_model_or_comment(
+    tmp_path,
+):
+    for name in ("train.py", "constants.py", "sample.py", "prepare.py", "harness"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    train = tmp_path / "train.py"
+    text, before = train.read_text(), compile_tag(train)
+    edits = {
+        r"^DEPTH = .*": "DEPTH = 3  # edited",
+        r"^    def forward\(self.*:$": r"\g<0>\n        print('edited')",
+        r"^def main\(.*$": r"def added():\n    pass\n\n\n\g<0>",
+    }
+    for pattern, replacement in edits.items():
+        edited, count = re.subn(pattern, replacement, text, flags=re.MULTILINE)
+        assert count, pattern
+        train.write_text(edited)
+        assert compile_tag(train) == before, pattern
+    train.write_text(f"{text}\n{OP}")
+    assert compile_tag(train) != before
+
+
+def test_the_hash_does_not_depend_on_where_the_repository_lies(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert tag(tmp_path / "a", OP + KERNEL) == tag(tmp_path / "b", OP + KERNEL)
+
+
+@pytest.mark.parametrize("content", [b"def (", b"\0", b"\xff", b"x = " + b"(" * 9999])
+def test_what_cannot_be_parsed_counts_with_its_bytes(tmp_path, content):
+    source = tmp_path / "train.py"
+    source.write_bytes(content)
+    before = compile_tag(source)
+    source.write_bytes(content + b" ")
+    assert compile_tag(source) != before
+
+
+def test_a_file_that_is_not_there_has_a_hash(tmp_path):
+    assert compile_tag(tmp_path / "train.py")
+
+
+# ---- The folder ---------------------------------------------------------------------------------
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> Iterator[Path]:
+    """Yield a train.py from before this process; what the call sets is put back."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # noted, to be put back
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TORCH_COMPILE_CACHE_KEY_TAG", raising=False)
+    path = tmp_path / "train.py"
+    path.write_text("import torch\n" + OP)
+    os.utime(path, (0, 0))
+    allowed = "autograd_cache_allow_custom_autograd_functions"
+    with (
+        torch.compiler.config.patch(cache_key_tag=""),
+        torch._functorch.config.patch({allowed: False}),
+    ):
+        yield path
+
+
+def test_torch_and_triton_keep_their_code_in_the_folder_of_the_hash(source, tmp_path):
+    folder = use_compile_cache(source, tmp_path / "compiled")
+    assert folder == tmp_path / "compiled" / compile_tag(source)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
+    assert torch.compiler.config.cache_key_tag == folder.name
+    assert torch._functorch.config.autograd_cache_allow_custom_autograd_functions
+
+
+def test_a_second_call_and_a_child_process_have_the_same_folder(source, tmp_path):
+    folders = {use_compile_cache(source, tmp_path / "compiled") for _ in range(2)}
+    assert len(folders) == 1
+
+
+def test_the_folder_and_the_tag_of_the_user_are_used(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("TORCH_COMPILE_CACHE_KEY_TAG", "mine")
+    folder = use_compile_cache(source, tmp_path / "compiled")
+    assert folder.parent == tmp_path / "own"
+    assert torch.compiler.config.cache_key_tag == f"mine{folder.name}"
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_place_to_torch(
+    source, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    folder = use_compile_cache(source, tmp_path / "file" / "compiled")
+    assert folder.is_relative_to(tmp_path / "temporary")
+    assert folder.name == torch.compiler.config.cache_key_tag
+
+
+def test_a_tag_holds_where_no_folder_can_be_written(source, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    assert use_compile_cache(source, tmp_path / "file" / "compiled") is None
+    assert torch.compiler.config.cache_key_tag == compile_tag(source)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_a_file_that_changed_after_the_start_is_compiled_for_this_run_alone(
+    source, tmp_path, capsys
+):
+    os.utime(source)
+    folders = {use_compile_cache(source, tmp_path / str(i)).name for i in range(2)}
+    assert len(folders | {compile_tag(source)}) == 3
+    assert "warning: edit: train.py changed after the start" in capsys.readouterr().out
 
 
 if __name__ == "__main__":
