@@ -158,7 +158,9 @@ def made_names(node: ast.AST, known: set[str], functions: set[str]) -> set[str]:
     if isinstance(node, Function):
         inside = any(mentions(n, known) for n in [node.args, *node.body])
         return {node.name} if inside else set()
-    inner = [made_names(n, known, functions) for n in ast.iter_child_nodes(node)]
+    blocks = ast.stmt | ast.ExceptHandler | ast.match_case
+    children = [n for n in ast.iter_child_nodes(node) if isinstance(n, blocks)]
+    inner = [made_names(n, known, functions) for n in children]
     if isinstance(node, ast.ClassDef):
         return {node.name} if any(inner) else set()
     if isinstance(node, ast.Assign | ast.AnnAssign) and mentions(node, known):
@@ -192,7 +194,9 @@ def given_names(
     for tree in trees:
         calls = [n.value for n in ast.walk(tree) if isinstance(n, ast.Expr)]
         methods = [c.func for c in calls if isinstance(c, ast.Call)]
-        parts = {base_name(m) for m in methods if isinstance(m, ast.Attribute)} | set_parts(tree)
+        parts = {
+            base_name(m) for m in methods if isinstance(m, ast.Attribute)
+        } | set_parts(tree)
         if not isinstance(tree, Definition | Assignment):
             parts |= names(tree)  # run at once: fill(TABLE), for i in TABLE: ...
         given[tree] |= parts & variables
