@@ -1,105 +1,59 @@
 """Each cheat is committed, by accident or not, against a real smoke run, which must notice.
 
-A cheat is an edit of one file in a throw-away copy of the repository, under smoke rules made
-smaller still. One process imports torch and forks a child for each run, two at a time; what the
-child does is `python train.py`.
+A cheat is an edit of one file in a throw-away copy of the repository, where minimal_train.py stands
+as train.py; the rules are smaller still than those of smoke: see runs.py.
 """
 
-import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import copy_checkout
+from runs import (
+    NO_DRY_RUN,
+    SHARED,
+    SMALLER,
+    Edit,
+    Result,
+    apply,
+    run_all,
+    stopped,
+    values,
+)
 
 import constants as C
 from harness.data import load_manifest
 from harness.tokenizer import Tokenizer
 
 ROOT = Path(C.__file__).parent
-SMALLER = [
-    ("constants.py", "20 if SMOKE", "0.5 if SMOKE"),
-    (
-        "constants.py",
-        "OVERRUN_TOLERANCE = 1.0 if SMOKE",
-        "OVERRUN_TOLERANCE = 4.0 if SMOKE",
-    ),
-    ("constants.py", "EVAL_TOKENS = 2**16 if SMOKE", "EVAL_TOKENS = 2**13 if SMOKE"),
-    ("train.py", "NGRAM_ROWS = 4, 128, 32, 2**11", "NGRAM_ROWS = 2, 32, 16, 2**6"),
-    # On a busy machine the budget holds one step, after which layers that began as nothing would
-    # still do next to nothing: too little to show what they see.
-    ("train.py", 'name.endswith(("c_proj.weight", "gate', 'name.endswith(("gate'),
-]
-RUNNER = """
-import json, os, runpy, sys
-import numpy, pyarrow.parquet, requests, rustbpe, tiktoken, torch
-import torch._inductor.async_compile, torch.nn.attention.flex_attention
-torch.compile(len)  # imports the rest of what train.py imports
-
-def reap():
-    pid, status = os.wait()
-    done[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-
-running, done = {}, {}
-for folder in sys.argv[1:]:
-    if len(running) == (2 if done else 1):  # the first run prepares what all the others use
-        reap()
-    if (pid := os.fork()) == 0:
-        break
-    running[pid] = folder
-else:
-    while running:
-        reap()
-    sys.exit(json.dump(done, sys.stdout))
-os.chdir(folder)
-with open("run.log", "wb") as log:
-    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-sys.argv[:], sys.path[0] = ["train.py"], folder
-runpy.run_path("train.py", run_name="__main__")
-"""
-EVALUATE, STEPS = "run.evaluate(model)", "for step in run.steps(batch_size, grad_acc"
-SUMMARY = "run.print_summary("
-CHEATS: dict[str, tuple[str, str, str]] = {}
+EVALUATE, STEPS = "run.evaluate(model)", "for step in run.steps():"
+SUMMARY, TRAINS = "run.print_summary(", "step.loss = train_step("
+CHEATS: dict[str, list[Edit]] = {}
 
 
-def cheat(*edit: str):
-    """Decorate a test with its edit: the file, what to replace, by what."""
+def cheat(name: str, *texts: str):
+    """Decorate a test with its edit of file `name`: what to replace, by what, and so on."""
 
     def register(test):
-        CHEATS[test.__name__] = edit
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        CHEATS[test.__name__] = [(name, old, new) for old, new in pairs]
         return test
 
     return register
 
 
-def apply(folder: Path, name: str, old: str, new: str) -> None:
-    text = (folder / name).read_text("utf-8")
-    assert text.count(old) == 1, (
-        f"{name} holds {old!r} {text.count(old)} times; fix the cheat"
-    )
-    (folder / name).write_text(text.replace(old, new), "utf-8")
-
-
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def runs(request, cache, tmp_path_factory) -> dict[str, tuple[int, str]]:
-    """Run the untouched train.py and the cheats of all selected tests: exit status and log."""
+def runs(request, tmp_path_factory) -> dict[str, Result]:
+    """Run the honest script and the cheats of all selected tests: exit status and log."""
     folder = tmp_path_factory.mktemp("cheats")
-    honest = folder / "honest"
-    copy_checkout(honest)
-    for edit in SMALLER:
-        apply(honest, *edit)
+    honest = copy_checkout(folder / "honest")
+    shutil.copy(Path(__file__).with_name("minimal_train.py"), honest / "train.py")
+    apply(honest, [*SMALLER, NO_DRY_RUN])
     git = ["git", "-C", str(honest), "-c", "user.name=a", "-c", "user.email=a@localhost"]
     git += ["-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "start"]):
@@ -107,37 +61,16 @@ def runs(request, cache, tmp_path_factory) -> dict[str, tuple[int, str]]:
     selected = [item.name for item in request.session.items if item.name in CHEATS]
     for name in selected:
         shutil.copytree(honest, folder / name)
-        apply(folder / name, *CHEATS[name])
-    folders = [str(folder / name) for name in ("honest", *selected)]
-    env = os.environ | {"AUTORESEARCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUNNER, *folders]
-    text = subprocess.run(
-        command, env=env, check=True, capture_output=True, text=True
-    ).stdout
-    paths = {Path(path): status for path, status in json.loads(text).items()}
-    return {
-        path.name: (status, (path / "run.log").read_text())
-        for path, status in paths.items()
-    }
+        apply(folder / name, CHEATS[name])
+    return run_all({folder / name: {} for name in ("honest", *selected)})
 
 
 @pytest.fixture
-def result(runs, request) -> tuple[int, str]:
+def result(runs, request) -> Result:
     return runs[request.node.name]
 
 
-def values(log: str) -> dict[str, str]:
-    return dict(re.findall(r"^(\w+): (.*)$", log.partition("\n---\n")[2], re.MULTILINE))
-
-
-def stopped(result: tuple[int, str], why: str) -> None:
-    """Assert that the run ended with status 1, said why and printed no result."""
-    status, log = result
-    assert status == 1 and re.search(why, log), log
-    assert "\n---\n" not in log and log.endswith("the run ended without a result\n")
-
-
-def shows(result: tuple[int, str], honest: tuple[int, str]) -> None:
+def shows(result: Result, honest: Result) -> None:
     """Assert that the run's `rules:` is not the honest run's, so that it is void."""
     mine, other = values(result[1]), values(honest[1])
     assert (result[0], honest[0]) == (0, 0), result[1]
@@ -149,34 +82,40 @@ def test_an_honest_run_has_a_result(runs):
     status, log = runs["honest"]
     assert status == 0 and len(re.findall("^val_bpb:", log, re.MULTILINE)) == 1, log
     assert 0 < float(values(log)["val_bpb"]) < 6 and "without a result" not in log
-    assert not values(log)["commit"].endswith("+dirty")
+    assert "warning:" not in log and not values(log)["commit"].endswith("+dirty")
 
 
 # ---- The model ----------------------------------------------------------------------------------
-ATTEND = "self.attend(q, k, v, self.window, self.scale)"
-UNMASKED = "F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)"
+LEAK = "evaluation refused: the model sees the future"
 
 
-@cheat("train.py", ATTEND, UNMASKED)
+@cheat("train.py", "is_causal=self.causal", "is_causal=False")
 def test_a_mask_that_sees_the_future(result):
-    """Gain: every layer reads the tokens that it is to predict; val_bpb falls towards 0."""
-    stopped(result, "evaluation refused: the model sees the future")
+    """Gain: every position reads the tokens that it is to predict; val_bpb falls towards 0."""
+    stopped(result, LEAK)
+    assert "\nstep " not in result[1]  # before the clock
 
 
-@cheat(
-    "train.py",
-    "F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))",
-    "F.pad(k[:, 1:], (0, 0, 0, 0, 0, 1))",
-)
+@cheat("train.py", EVALUATE, f"model.causal = False\n    {EVALUATE}")
+def test_a_mask_that_sees_the_future_in_the_evaluation_alone(result):
+    """Gain: the same, and the warm-up has seen an honest model."""
+    stopped(result, LEAK)
+    assert "\nstep " in result[1]
+
+
+KEYS = "self.query(x), self.key(x)"
+
+
+@cheat("train.py", KEYS, "self.query(x), F.pad(self.key(x)[:, 1:], (0, 0, 0, 1))")
 def test_keys_taken_from_the_token_behind(result):
     """Gain: a key tells what follows its token, so the last query finds what it is to predict."""
-    stopped(result, "evaluation refused: the model sees the future")
+    stopped(result, LEAK)
 
 
 @cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model(idx.roll(-1, 1)))")
 def test_targets_shifted_by_one(result):
     """Gain: the target is the last input; copying it costs no bits."""
-    stopped(result, "evaluation refused: the model sees the future")
+    stopped(result, LEAK)
 
 
 CACHE = """seen = torch.zeros(VOCAB_SIZE)
@@ -195,7 +134,7 @@ def test_a_cache_over_evaluation_batches(result):
 
 @cheat("train.py", EVALUATE, CACHE.replace("RATE", "1.5e-4"))
 def test_a_cache_too_slow_to_be_seen_before_the_evaluation(result):
-    """Gain: the same, a little at a time; over 80 batches it adds up."""
+    """Gain: the same, a little at a time; over eight batches it adds up."""
     stopped(result, "evaluation refused: the model keeps state")
 
 
@@ -220,11 +159,11 @@ def test_a_refused_evaluation_that_is_tried_again(result):
 def test_logits_of_the_wrong_vocabulary(result):
     """Gain: the probability that belongs to rare ids goes to the others."""
     stopped(
-        result, r"evaluation refused: .*\(4, 256, 512\) .*, not logits \(4, 256, 1024\)"
+        result, r"evaluation refused: .*\(4, 64, 512\) .*, not logits \(4, 64, 1024\)"
     )
 
 
-@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model.loss(idx, idx) / 9)")
+@cheat("train.py", EVALUATE, "run.evaluate(lambda idx: model(idx).mean() / 9)")
 def test_a_returned_loss_instead_of_logits(result):
     """Gain: the model names its own loss, over whatever it likes."""
     stopped(
@@ -240,17 +179,17 @@ FEW_ROWS = """def uniform(idx):
 
 
 @cheat("train.py", EVALUATE, FEW_ROWS)
-def test_fewer_evaluation_tokens_through_the_batch_size(result, cache):
+def test_fewer_evaluation_tokens_through_the_batch_size(result):
     """Gain: a model that runs out of memory chooses the batch size; another would leave rows out.
 
     The model is uniform, so that its bits per byte over all rows are known.
     """
-    folder = cache / "smoke"
+    folder = SHARED / "smoke"
     rows = load_manifest(folder)["rows"]
     (val,) = (
         folder / "rows" / name for name, about in rows.items() if about["split"] == "val"
     )
-    ids = np.fromfile(val, "<u2").reshape(32, C.MAX_SEQ_LEN + 1)[:, 1:]
+    ids = np.fromfile(val, "<u2").reshape(32, 65)[:, 1:]
     sizes = Tokenizer.load(folder / "tokenizer").token_bytes
     expected = [
         math.log2(C.VOCAB_SIZE) * (sizes[k] > 0).sum() / sizes[k].sum()
@@ -281,22 +220,28 @@ def test_an_evaluation_that_runs_out_of_memory_to_be_tried_again(result):
 
 # ---- The clock ----------------------------------------------------------------------------------
 EARLY = f"""from harness.loader import load_batches
-    early = load_batches(run.train_rows, batch_size, device)
-    for _ in range(5):
+    early = load_batches(run.train_rows, run.batch_size, run.device)
+    for _ in range(MANY):
         train_step(model, optimizers, [next(early) for _ in range(2)], 2)
     {STEPS}"""
 
 
-@cheat("train.py", STEPS, EARLY)
+@cheat("train.py", STEPS, EARLY.replace("MANY", "5"))
 def test_training_before_the_clock_starts(result):
     """Gain: as much again as the start-up limit allows, five minutes of it."""
+    stopped(result, r"the loss of step 0 is 6\.\d+, and a guess has ln 1024 = 6.93")
+
+
+@cheat("train.py", STEPS, EARLY.replace("MANY", "1"))
+def test_so_little_of_it_that_the_first_loss_does_not_show_it(result):
+    """Gain: less; the rows that were read are counted."""
     stopped(
-        result, r"evaluation refused: \d+\.\d s and 44 rows were used outside the clock"
+        result, r"evaluation refused: \d+\.\d s and 12 rows were used outside the clock"
     )
 
 
 LATE = f"""import time
-    kept = [run.random_batch(batch_size)] * 2
+    kept = [run.random_batch(run.batch_size)] * 2
     while run.clock.now() - run.clock.started_at - run.clock.seconds < 2.5:
         train_step(model, optimizers, kept, 2)
     {EVALUATE}"""
@@ -311,16 +256,19 @@ def test_training_after_the_clock_has_stopped(result):
 
 
 @cheat(
-    "train.py",
-    EVALUATE,
-    f"train_step(model, optimizers, step.batches, 2)\n    {EVALUATE}",
+    *("train.py", TRAINS, f"first = next(step.batches)\n        {TRAINS}"),
+    *("step.batches, step.micro_steps)", "[first], 1)"),
+    *(EVALUATE, f"train_step(model, optimizers, step.batches, 1)\n    {EVALUATE}"),
 )
 def test_a_batch_after_the_clock_has_stopped(result):
     """Gain: tokens that the budget does not hold."""
-    stopped(result, "its batches cannot be had now|no gradient for")
+    stopped(result, r"step \d+ is over; its batches cannot be had now")
 
 
 # ---- The rules ----------------------------------------------------------------------------------
+OPENED = "run = open_run()"
+
+
 @cheat("constants.py", "0.5 if SMOKE", "1 if SMOKE")
 def test_an_edited_constant(result, runs):
     """Gain: twice the training time. It shows: other rules, and a dirty commit."""
@@ -330,8 +278,8 @@ def test_an_edited_constant(result, runs):
 
 @cheat(
     "train.py",
-    "from harness import gpu\n",
-    "import constants\nconstants.TIME_BUDGET = 1\nfrom harness import gpu\n",
+    OPENED,
+    f"import constants\n    constants.TIME_BUDGET = 1\n    {OPENED}",
 )
 def test_a_constant_changed_in_memory(result, runs):
     """Gain: the same, with every fixed file as it was."""
@@ -347,8 +295,8 @@ def test_an_edited_harness(result, runs):
 
 @cheat(
     "train.py",
-    "model, optimizers = build_tr",
-    "torch.manual_seed(7)\n    model, optimizers = build_tr",
+    OPENED,
+    f"{OPENED}\n    torch.manual_seed(7)",
 )
 def test_a_seed_of_its_own(result):
     """Gain: a lucky seed passes for an idea, and repeats with other seeds are no repeats."""
@@ -382,16 +330,13 @@ CATCH = """try:
         run.evaluate(lambda idx: model(idx.roll(-1, 1)))
     except RuntimeError as error:
         print(error)
-        sys.exit(0)"""
+        raise SystemExit(0)"""
 
 
 @cheat("train.py", EVALUATE, CATCH)
 def test_the_error_caught_and_exit_status_0(result):
     """Gain: a script that asks for the exit status alone takes a refused run for a good one."""
-    stopped(result, "evaluation refused: the model sees the future")
-
-
-TRAINS = "step.loss = train_step("
+    stopped(result, LEAK)
 
 
 @cheat(
