@@ -6,6 +6,7 @@ warm-up, on fake tensors: no data, no memory, no GPU.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,10 +51,9 @@ class DryRun:
                 call_model(model, idx)
         except BEYOND_SHAPES as error:
             print(f"the full model's step was not tried: {str(error).splitlines()[0]}")
-        print(
-            f"full rules: {micro_steps} micro-steps of up to {rows} rows per step",
-            flush=True,
-        )
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        batch = f"{micro_steps} micro-steps of up to {rows} rows per step"
+        print(f"full rules: {millions:.1f} M parameters, {batch}", flush=True)
         sys.exit(0)
 
 
@@ -70,12 +70,13 @@ def start(script: Path) -> subprocess.Popen | None:
 def finish(process: subprocess.Popen) -> str:
     """Return the last line of the dry run; RuntimeError with it if it failed."""
     try:
-        lines = process.communicate(timeout=SECONDS)[0].strip().splitlines() or [
-            "no word"
-        ]
+        log = process.communicate(timeout=SECONDS)[0]
     except subprocess.TimeoutExpired:
         process.kill()
         return f"full rules: not checked, the dry run took over {SECONDS} s"
+    last = (log.strip().splitlines() or ["the dry run said nothing"])[-1]
     if process.returncode:
-        raise RuntimeError(f"under the full rules: {lines[-1]}")
-    return lines[-1]
+        lines = re.findall(r'^  File ".*train\.py", line (\d+)', log, re.MULTILINE)
+        where = f" (train.py, line {lines[-1]})" if lines else ""
+        raise RuntimeError(f"under the full rules: {last}{where}")
+    return last

@@ -92,7 +92,8 @@ class Gradients:
     def look(self, optimizer, args, kwargs) -> None:
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         watched = {name: p for name, p in self.watched.items() if id(p) in mine}
-        if missing := [name for name, p in watched.items() if p.grad is None]:
+        if any(p.grad is None for p in watched.values()):
+            missing = [name for name, p in self.watched.items() if p.grad is None]
             raise RuntimeError(f"{join(missing)}: no gradient; {ADVICE}")
         for name, p in watched.items():
             self.alive[name] = self.alive.get(name, False) | (p.grad != 0).any()

@@ -61,7 +61,9 @@ def run_dry(tmp_path: Path, **parts: str) -> subprocess.CompletedProcess:
 def test_a_model_that_works_at_full_size_ends_well_before_the_clock(tmp_path):
     done = run_dry(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "full rules: 1 micro-steps of up to 64 rows per step\n"
+    # 8192 x 8 and 2048 x 8 numbers.
+    expected = "full rules: 0.1 M parameters, 1 micro-steps of up to 64 rows per step\n"
+    assert done.stdout == expected
 
 
 def test_a_length_that_only_the_smoke_rules_have_is_an_error(tmp_path):
@@ -94,6 +96,13 @@ def test_the_smoke_run_stops_with_the_last_line_of_a_dry_run_that_failed():
         RuntimeError, match="^under the full rules: ValueError: 7 is odd$"
     ):
         finish("raise ValueError('7 is odd')")
+
+
+def test_the_line_of_train_py_is_named(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("\n\nraise ValueError('7 is odd')\n")
+    with pytest.raises(RuntimeError, match=r"7 is odd \(train\.py, line 3\)$"):
+        finish(f"import runpy; runpy.run_path({str(script)!r})")
 
 
 def test_a_dry_run_that_hangs_is_given_up_on(monkeypatch):
