@@ -238,7 +238,7 @@ def prepared_copy(prepared, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def model_file(tmp_path, monkeypatch) -> Path:
     """Where models are saved in a test, in a folder that is not there yet."""
-    monkeypatch.setattr("sample.MODEL", tmp_path / "checkout" / "model.npz")
+    monkeypatch.setattr("harness.checkpoint.MODEL", tmp_path / "checkout" / "model.npz")
     return tmp_path / "checkout" / "model.npz"
 
 
@@ -250,11 +250,3 @@ def ended_run(prepared, tmp_path, monkeypatch) -> Run:
     run = Run(prepared, torch.device("cpu"))
     run.val_bpb = 1.25
     return run
-
-
-@pytest.fixture
-def model() -> torch.nn.Module:
-    """A small model of train.py, see tiny.py."""
-    from tiny import drawn_model  # here: train.py takes seconds to import
-
-    return drawn_model()

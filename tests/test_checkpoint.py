@@ -7,18 +7,25 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIG
+from tiny import Config, Model
 
 import constants as C
-import sample
+from harness import checkpoint
 from harness.files import data_dir
 from harness.run import Run
+
+CONFIG = Config()
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model(CONFIG)
 
 
 def test_what_is_saved_is_the_model_in_a_format_without_pickle(
     ended_run, model, model_file
 ):
-    sample.save(ended_run, model, CONFIG)
+    checkpoint.save(ended_run, model, CONFIG)
     with zipfile.ZipFile(model_file) as archive:  # numpy's format, by hand
         assert archive.testzip() is None
         bodies = {name: archive.read(name) for name in archive.namelist()}
@@ -37,12 +44,12 @@ def test_what_is_saved_is_the_model_in_a_format_without_pickle(
 def test_the_next_run_writes_over_it_and_sweeps_up_what_a_killed_one_left(
     ended_run, model, model_file
 ):
-    sample.save(ended_run, model, CONFIG)
+    checkpoint.save(ended_run, model, CONFIG)
     before, left = model_file.read_bytes(), model_file.with_name(".model.npz.123.tmp")
     left.write_bytes(b"half")
     with torch.no_grad():
         model.wte.weight += 1.0
-    sample.save(ended_run, model, CONFIG)
+    checkpoint.save(ended_run, model, CONFIG)
     assert model_file.read_bytes() != before and list(model_file.parent.iterdir()) == [
         model_file
     ]
@@ -52,7 +59,7 @@ def test_weights_in_half_precision_are_saved_as_floats_and_a_compiled_model_by_i
     ended_run, model, model_file
 ):
     names = set(model.state_dict())
-    sample.save(ended_run, torch.compile(model.bfloat16()), CONFIG)
+    checkpoint.save(ended_run, torch.compile(model.bfloat16()), CONFIG)
     arrays = {k: v for k, v in np.load(model_file).items() if k != "about.json"}
     assert set(arrays) == names and {a.dtype for a in arrays.values()} == {
         np.dtype("float32")
@@ -63,7 +70,7 @@ def test_saving_can_be_turned_off_and_that_is_no_rule(
     ended_run, model, model_file, monkeypatch
 ):
     monkeypatch.setattr(C, "SAVE", False)
-    sample.save(ended_run, model, CONFIG)
+    checkpoint.save(ended_run, model, CONFIG)
     assert not model_file.parent.exists()
     assert Run(data_dir(), torch.device("cpu")).rules == ended_run.rules
 
@@ -74,7 +81,7 @@ def test_a_model_that_cannot_be_saved_costs_a_line_and_no_result(
 ):
     if config is CONFIG:
         (tmp_path / "checkout").write_text("a file where the folder should be")
-    sample.save(ended_run, model, config)
+    checkpoint.save(ended_run, model, config)
     (line,) = capsys.readouterr().out.splitlines()
     assert (
         line.startswith(f"the model was not saved in {model_file} (")
@@ -85,7 +92,7 @@ def test_a_model_that_cannot_be_saved_costs_a_line_and_no_result(
 def test_a_full_disk_leaves_the_model_of_the_run_before(
     ended_run, model, model_file, monkeypatch, capsys
 ):
-    sample.save(ended_run, model, CONFIG)
+    checkpoint.save(ended_run, model, CONFIG)
     before = model_file.read_bytes()
 
     def full(out, **arrays):
@@ -93,8 +100,28 @@ def test_a_full_disk_leaves_the_model_of_the_run_before(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    sample.save(ended_run, model, CONFIG)
+    checkpoint.save(ended_run, model, CONFIG)
     assert "No space left on device" in capsys.readouterr().out
     assert model_file.read_bytes() == before and list(model_file.parent.iterdir()) == [
         model_file
     ]
+
+
+def test_what_was_saved_is_loaded(ended_run, model, model_file):
+    checkpoint.save(ended_run, model, CONFIG)
+    about, weights = checkpoint.load()
+    assert Config(**about["config"]) == CONFIG and about["commit"] == ended_run.commit
+    assert about["val_bpb"] == 1.25 and about["tokenizer"] == ended_run.tokenizer.sha256
+    expected = model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_missing_model_names_the_smoke_runs_under_the_full_rules_alone(
+    model_file, monkeypatch
+):
+    smoke = r" \(AUTORESEARCH_SMOKE=1 in front takes a smoke run's\)"
+    for is_smoke, end in ((True, ""), (False, smoke)):
+        monkeypatch.setattr(C, "SMOKE", is_smoke)
+        with pytest.raises(ValueError, match=f"^there is no .*AUTORESEARCH_SAVE=0{end}$"):
+            checkpoint.load()

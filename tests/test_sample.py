@@ -1,41 +1,58 @@
 """The model of the last run: it continues a text, or says in a sentence why it cannot."""
 
-import dataclasses
 import json
+import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import sentence
-from tiny import CONFIG
+from tiny import TRAIN, Config, Model, build_model
 
 import constants as C
 import sample
-import train
+from harness import checkpoint
+from harness.attention import masked_attention
+from harness.files import data_dir
 
 CPU = torch.device("cpu")
+ROOT = Path(C.__file__).parent
 pytestmark = pytest.mark.usefixtures("model_file")  # never the file of the checkout
 
 
+@pytest.fixture(autouse=True)
+def tiny_train(monkeypatch) -> None:
+    """Let the model be that of tiny.py, whatever train.py has."""
+    monkeypatch.setattr(sample, "train", TRAIN)
+
+
+def save(run, config: Config | None = None) -> Model:
+    """Save a model as a run does; return it."""
+    config = config or Config()
+    model = build_model(config, masked_attention, CPU)
+    checkpoint.save(run, model, config)
+    return model.eval()
+
+
+# ---- The text -----------------------------------------------------------------------------------
 def test_a_text_is_continued_by_the_saved_weights_the_same_each_time(
-    ended_run, model, model_file, monkeypatch, capfdbinary
+    ended_run, monkeypatch, capfdbinary
 ):
     monkeypatch.setattr(sample, "SAMPLE_TOKENS", 12)
-    sample.save(ended_run, model, CONFIG)
-    outs = []
+    model, outs = save(ended_run), []
     for _ in range(2):
-        train.main(["--sample", "def main():\n    "])
+        sample.main(["def main():\n    "])
         out, err = capfdbinary.readouterr()
         outs.append(out)
     assert f"model of commit {ended_run.commit}, val_bpb 1.250000" in err.decode()
     assert outs[0] == outs[1] and outs[0].startswith(b"def main():\n    ")
     # The same by hand: the whole row through the model each time, the seed of the rules.
-    ids, generator = (
-        ended_run.tokenizer.encode("def main():\n    ").tolist(),
-        torch.Generator(),
-    )
-    generator.manual_seed(C.SEED)
+    ids = ended_run.tokenizer.encode("def main():\n    ").tolist()
+    generator = torch.Generator().manual_seed(C.SEED)
     n = len(ids)
     while len(ids) < n + 12:
         with torch.no_grad():
@@ -47,32 +64,28 @@ def test_a_text_is_continued_by_the_saved_weights_the_same_each_time(
     assert outs[0] == ended_run.tokenizer.encoding.decode_bytes(ids[1:]) + b"\n"
 
 
-def test_ctrl_c_ends_the_text_without_a_traceback(
-    ended_run, model, model_file, monkeypatch, capfdbinary
-):
+def test_dropout_is_off(ended_run, monkeypatch, capfdbinary):
+    monkeypatch.setattr(sample, "SAMPLE_TOKENS", 12)
+    save(ended_run, Config(dropout=0.5))
+    outs = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        sample.main(["a text"])
+        outs.append(capfdbinary.readouterr().out)
+    model, _, _ = sample.restore(CPU)
+    assert not model.training and model.dropout.p == 0.5
+    assert outs[0] == outs[1] == outs[2]
+
+
+def test_ctrl_c_ends_the_text_without_a_traceback(ended_run, monkeypatch, capfdbinary):
     def interrupted(*args):
         yield b"one"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "continue_text", interrupted)
-    sample.save(ended_run, model, CONFIG)
-    train.main(["--sample", "count: "])
+    save(ended_run)
+    sample.main(["count: "])
     assert capfdbinary.readouterr().out == b"count: one\n"
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_no_room_on_the_gpu_is_one_sentence_in_whoevers_words(
-    ended_run, model, model_file, error, monkeypatch
-):
-    def full(*args):
-        raise error("CUDA error: CUBLAS_STATUS_ALLOC_FAILED; out of memory")
-
-    sample.save(ended_run, model, CONFIG)
-    monkeypatch.setattr(train, "build_training", full)
-    with pytest.raises(
-        SystemExit, match="no room on the GPU .*; CUDA_VISIBLE_DEVICES= in front"
-    ):
-        train.main(["--sample", "count: "])
 
 
 def one_id(wanted: int):
@@ -100,16 +113,60 @@ def test_a_text_longer_than_a_row_is_continued_from_its_end(tiny_tokenizer):
     assert len(next(sample.continue_text(one_id(65), tiny_tokenizer, text, CPU))) == 1
 
 
-def test_no_model_is_one_sentence(ended_run, model_file):
-    said = sentence(train.main, ["--sample", "a"])
-    assert said.startswith(
-        f"train.py: there is no {model_file}; run uv run train.py first"
+PIPED = """
+import sys
+import sample
+def pieces():
+    while True:
+        yield b"more and more\\n"
+sample.write("a text: ", pieces())
+"""
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PIPED]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        assert process.stdout.readline() == b"a text: more and more\n"
+        process.stdout.close()  # as `| head -n 1` does
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0
+
+
+# ---- What cannot be had -------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_no_room_on_the_gpu_is_one_sentence_in_whoevers_words(
+    ended_run, error, monkeypatch
+):
+    def full(*args):
+        raise error("CUDA error: CUBLAS_STATUS_ALLOC_FAILED; out of memory")
+
+    save(ended_run)
+    monkeypatch.setattr(
+        sample, "train", types.SimpleNamespace(GPTConfig=Config, build_model=full)
     )
+    said = sentence(sample.main, ["count: "])
+    assert "no room on the GPU" in said and "; CUDA_VISIBLE_DEVICES= in front" in said
+
+
+def test_no_model_is_one_sentence_that_names_the_smoke_runs(
+    ended_run, model_file, monkeypatch
+):
+    said = sentence(sample.main, ["a"])
+    assert said.startswith(
+        f"sample.py: there is no {model_file}; run uv run train.py first"
+    )
+    assert "AUTORESEARCH_SMOKE=1" not in said  # these are the smoke rules
+    monkeypatch.setattr(C, "SMOKE", False)
+    monkeypatch.setattr("harness.gpu.compute_capability", lambda: (0, 0))
+    said = sentence(sample.main, ["a"])
+    assert said.endswith("(AUTORESEARCH_SMOKE=1 in front takes a smoke run's)")
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "no json", "half"])
-def test_a_damaged_model_is_one_sentence(ended_run, model, model_file, damage):
-    sample.save(ended_run, model, CONFIG)
+def test_a_damaged_model_is_one_sentence(ended_run, model_file, damage):
+    save(ended_run)
     if damage == "cut":
         model_file.write_bytes(model_file.read_bytes()[:-1000])
     elif damage == "text":
@@ -117,11 +174,9 @@ def test_a_damaged_model_is_one_sentence(ended_run, model, model_file, damage):
     else:
         about = {"about.json": np.array('{"config": {}}')} if damage == "half" else {}
         np.savez(model_file, wte=np.zeros(3), **about)
-    said = sentence(train.main, ["--sample", "a"])
-    assert (
-        said.startswith(f"train.py: {model_file} is damaged (")
-        and "run uv run train.py" in said
-    )
+    said = sentence(sample.main, ["a"])
+    assert said.startswith(f"sample.py: {model_file} is damaged (")
+    assert "run uv run train.py" in said
 
 
 def test_nothing_is_unpickled_from_it(ended_run, model_file, tmp_path):
@@ -131,55 +186,63 @@ def test_nothing_is_unpickled_from_it(ended_run, model_file, tmp_path):
 
     model_file.parent.mkdir()
     np.savez(model_file, **{"about.json": np.array([Trap()], dtype=object)})
-    assert "is damaged" in sentence(train.main, ["--sample", "a"])
+    assert "is damaged" in sentence(sample.main, ["a"])
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"n_layer": 3}, {"n_embd": 64}, {"n_experts": 8}, {"head_dim": 3}],
+    [{"n_layer": 3}, {"n_embd": 64}, {"n_experts": 8}, {"n_embd": 3}],
     ids=["layers", "width", "new knob", "impossible"],
 )
 def test_a_model_of_another_train_py_is_one_sentence_with_its_commit(
-    ended_run, model, model_file, change
+    ended_run, model_file, change
 ):
     ended_run.commit = "abc1234"
-    sample.save(ended_run, model, CONFIG)
+    save(ended_run)
     with np.load(model_file) as saved:
         arrays = dict(saved)
     about = json.loads(str(arrays.pop("about.json")))
     about["config"] |= change
     np.savez(model_file, **arrays, **{"about.json": np.array(json.dumps(about))})
-    said = sentence(train.main, ["--sample", "a"])
+    said = sentence(sample.main, ["a"])
     assert said.startswith(
-        f"train.py: {model_file} is of another train.py, that of commit abc1234 ("
+        f"sample.py: {model_file} is of another train.py, that of commit abc1234 ("
     )
 
 
-def test_a_model_of_another_tokenizer_is_one_sentence(ended_run, model, model_file):
+def test_a_train_py_without_the_names_that_are_asked_of_it_is_one_sentence(
+    ended_run, monkeypatch
+):
+    save(ended_run)
+    monkeypatch.setattr(sample, "train", types.SimpleNamespace(build_model=build_model))
+    assert "is of another train.py" in sentence(sample.main, ["a"])
+
+
+def test_a_model_of_another_tokenizer_is_one_sentence(ended_run, model_file):
     ended_run.tokenizer.sha256 = "of other rules"
-    sample.save(ended_run, model, CONFIG)
-    assert "was trained with another tokenizer" in sentence(train.main, ["--sample", "a"])
+    save(ended_run)
+    said = sentence(sample.main, ["a"])
+    other = (
+        f"is of another tokenizer than that in {data_dir()}; run uv run train.py again"
+    )
+    assert said == f"sample.py: {model_file} {other}"
 
 
-def test_another_option_is_a_mistake(capsys):
+@pytest.mark.parametrize("argv", [[], ["--smaple", "a"], ["a", "b"]])
+def test_a_command_that_is_not_one_text_is_a_mistake(argv, capsys):
     with pytest.raises(SystemExit) as end:
-        train.main(["--smaple", "a"])
-    assert end.value.code == 2 and "--sample TEXT" in capsys.readouterr().err
+        sample.main(argv)
+    assert end.value.code == 2 and "usage: " in capsys.readouterr().err
 
 
 # ---- On a GPU -----------------------------------------------------------------------------------
 @pytest.mark.gpu
-def test_a_text_is_continued_on_a_gpu_as_on_a_cpu(ended_run):
-    config = dataclasses.asdict(CONFIG) | {"n_embd": 128, "head_dim": 64}
-    model, device = train.build_saved(config, CPU), torch.device("cuda")
-    on_gpu = train.build_saved(config, device)
-    on_gpu.load_state_dict(model.state_dict())
-    with torch.compiler.set_stance("force_eager"):
-        out = b"".join(sample.continue_text(on_gpu, ended_run.tokenizer, "def", device))
-    assert len(out) > 0
-    idx = torch.tensor([ended_run.tokenizer.encode("def main").tolist()])
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        torch.testing.assert_close(
-            on_gpu(idx.to(device)).cpu(), model(idx), atol=0.3, rtol=0.05
-        )
+def test_a_text_is_continued_on_a_gpu(ended_run, monkeypatch, capfdbinary):
+    monkeypatch.setattr(
+        "harness.gpu.choose_device", lambda training: torch.device("cuda")
+    )
+    save(ended_run)
+    sample.main(["def"])
+    out = capfdbinary.readouterr().out
+    assert out.startswith(b"def") and len(out) > len(b"def\n")
