@@ -53,10 +53,9 @@ def test_a_window_of_one_token_returns_its_value():
 @pytest.mark.filterwarnings("ignore")  # that FlexAttention is not compiled here
 def test_flex_attention_agrees_with_the_definition():
     T = 160  # more than one block of 128
-    windows = [1, 40, 128, T]
-    attend = attention.build_flex_attention(windows, T, CPU)
+    attend = attention.build_flex_attention(CPU)
     q, k, v = (t.detach() for t in qkv(1, T, 4, 16))  # on a CPU, forward only
-    for window in windows:
+    for window in (1, 40, 128, T):
         y = attend(q, k, v, window, 0.3)
         assert y.shape == (1, T, 4, 16)
         assert torch.allclose(
@@ -64,14 +63,30 @@ def test_flex_attention_agrees_with_the_definition():
         )
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_makes_a_block_mask_for_each_window_it_meets(monkeypatch):
+    made, create = [], attention.create_block_mask
+
+    def counted(visible, B, H, rows, columns, device):
+        made.append((rows, columns))
+        return create(visible, B, H, rows, columns, device=device)
+
+    monkeypatch.setattr(attention, "create_block_mask", counted)
+    attend = attention.build_flex_attention(CPU)
+    # A window that grows from step to step, twice, and a row of another length.
+    for T, window in [(160, 8), (160, 16), (160, 160), (160, 8), (160, 16), (32, 8)]:
+        q, k, v = (t.detach() for t in qkv(1, T, 2, 16))
+        expected = attention.masked_attention(q, k, v, window, 0.3)
+        assert torch.allclose(attend(q, k, v, window, 0.3), expected, atol=1e-5)
+    assert made == [(160, 160)] * 3 + [(32, 32)]
+
+
 # ---- Choice -------------------------------------------------------------------------------------
 @pytest.fixture
 def flex(monkeypatch):
     """Stands in for FlexAttention, whose block masks would be built on a GPU."""
     built = object()
-    monkeypatch.setattr(
-        attention, "build_flex_attention", lambda windows, T, device: built
-    )
+    monkeypatch.setattr(attention, "build_flex_attention", lambda device: built)
     return built
 
 
@@ -85,7 +100,7 @@ def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(
         raise RuntimeError("the hub could not be reached")
 
     monkeypatch.setattr(attention, "load_flash_attention", load)
-    assert attention.choose_attention("auto", [8], 8, GPU) == ("flex", flex)
+    assert attention.choose_attention("auto", GPU) == ("flex", flex)
     line = capsys.readouterr().out.splitlines()[-1]
     assert (
         "flex" in line and "fallback" in line and "the hub could not be reached" in line
@@ -98,7 +113,7 @@ def test_flash_attention_asked_for_by_name_never_falls_back(monkeypatch):
 
     monkeypatch.setattr(attention, "load_flash_attention", load)
     with pytest.raises(RuntimeError, match="no build for this GPU"):
-        attention.choose_attention("fa3", [8], 8, GPU)
+        attention.choose_attention("fa3", GPU)
 
 
 def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(
@@ -111,7 +126,7 @@ def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(
         return q
 
     monkeypatch.setattr(attention, "load_flash_attention", lambda: flash_attn_func)
-    name, attend = attention.choose_attention("auto", [8], 8, GPU)
+    name, attend = attention.choose_attention("auto", GPU)
     q, k, v = qkv(1, 8, 2, 4)
     assert name == "fa3" and attend(q, k, v, 5, 0.7) is q
     assert calls == [(0.7, True, (4, 0))]  # itself and four before it
@@ -119,22 +134,37 @@ def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(
 
 
 def test_a_cpu_uses_the_plain_softmax(capsys):
-    assert attention.choose_attention("auto", [8], 8, CPU) == (
+    assert attention.choose_attention("auto", CPU) == (
         "masked",
         attention.masked_attention,
     )
     assert "attention: masked (no GPU)" in capsys.readouterr().out
 
 
-def test_flex_can_be_asked_for(flex):
-    assert attention.choose_attention("flex", [8], 8, GPU) == ("flex", flex)
+def test_flex_can_be_asked_for(flex, capsys):
+    assert attention.choose_attention("flex", GPU) == ("flex", flex)
+    assert capsys.readouterr().out == "attention: flex (as set by ATTENTION)\n"
+
+
+def test_the_plain_softmax_can_be_asked_for_anywhere(capsys):
+    chosen = attention.choose_attention("masked", GPU)
+    assert chosen == ("masked", attention.masked_attention)
+    assert "attention: masked (as set by ATTENTION)" in capsys.readouterr().out
+
+
+def test_a_dry_run_has_no_kernel(monkeypatch):
+    monkeypatch.setattr(attention.C, "DRY_RUN", True)
+    chosen = ("masked", attention.masked_attention)
+    assert attention.choose_attention("fa3", GPU) == chosen
+    with pytest.raises(ValueError, match="ATTENTION is 'fa9'"):
+        attention.choose_attention("fa9", GPU)
 
 
 def test_an_unknown_attention_is_refused():
     with pytest.raises(
         ValueError, match="ATTENTION is 'fa9'; it must be auto, fa3, flex or masked"
     ):
-        attention.choose_attention("fa9", [8], 8, CPU)
+        attention.choose_attention("fa9", CPU)
 
 
 def test_without_a_gpu_flash_attention_says_so(monkeypatch):
@@ -161,7 +191,7 @@ def test_kernels_agree_with_the_definition_forward_and_backward(name, heads, D):
     windows = [1, 64, 100, T]
     if name == "flex":
         torch._dynamo.reset()  # or the windows of all sizes count as one function's recompilations
-        attend = attention.build_flex_attention(windows, T, device)
+        attend = attention.build_flex_attention(device)
     else:
         attend = flash_attention()
     for window in windows:
