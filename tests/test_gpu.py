@@ -68,16 +68,15 @@ def test_the_device_is_chosen_by_what_is_there(
     "fits, limit, tried",
     [
         (1000, 128, [128]),
-        (1000, 96, [64]),  # a power of two, not above the limit
+        (1000, 96, [96]),  # any number of rows
         (1000, 1, [1]),
         (127, 128, [128, 64]),
         (5, 128, [128, 64, 32, 16, 8, 4]),
-        (1, 3, [2, 1]),
+        (30, 96, [96, 48, 24]),
+        (3, 96, [96, 48, 24, 12, 6, 3]),  # an odd number is not halved
     ],
 )
-def test_the_largest_power_of_two_that_fits_is_found_by_halving(
-    fits, limit, tried, capsys
-):
+def test_a_number_of_rows_that_fits_is_found_by_halving(fits, limit, tried, capsys):
     memory = Memory(fits)
     assert gpu.find_batch_size(memory, limit, 1.0, CPU) == tried[-1]
     assert memory.tried == tried
@@ -132,9 +131,12 @@ def test_what_is_taken_for_any_number_of_rows_is_left_out_of_what_rows_can_take(
         assert gpu.find_batch_size(memory, 64, 1.0, GPU, fixed) == first
 
 
-def test_a_single_row_that_does_not_fit_is_an_error():
+@pytest.mark.parametrize("limit, tried", [(4, [4, 2, 1]), (6, [6, 3]), (5, [5])])
+def test_an_odd_number_of_rows_that_does_not_fit_is_an_error(limit, tried):
+    memory = Memory(0)
     with pytest.raises(torch.OutOfMemoryError):
-        gpu.find_batch_size(Memory(0), 4, 1.0, CPU)
+        gpu.find_batch_size(memory, limit, 1.0, CPU)
+    assert memory.tried == tried
 
 
 def test_everything_of_a_failed_attempt_is_let_go_before_the_next():
@@ -166,36 +168,6 @@ def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_sh
     assert gpu.free_memory(CPU) == math.inf
 
 
-# ---- Training -----------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "total, device, limit",
-    [(64, 16, 16), (64, 128, 64), (3, 128, 2), (96, 80, 64), (0.5, 128, 1)],  # in rows
-)
-def test_a_micro_step_has_a_power_of_two_of_rows_within_the_knob_and_the_whole_batch(
-    total, device, limit
-):
-    assert gpu.batch_limit(device, int(total * C.MAX_SEQ_LEN)) == limit
-
-
-@pytest.mark.parametrize(
-    "total, rows, count, rounded",
-    [
-        (64 * C.MAX_SEQ_LEN, 64, 1, None),
-        (64 * C.MAX_SEQ_LEN, 8, 8, None),
-        (100 * C.MAX_SEQ_LEN, 32, 2, 64 * C.MAX_SEQ_LEN),  # the same as with 64 rows
-        (100 * C.MAX_SEQ_LEN, 64, 1, 64 * C.MAX_SEQ_LEN),
-        (64 * C.MAX_SEQ_LEN + 1, 64, 1, 64 * C.MAX_SEQ_LEN),
-        (7, 1, 1, C.MAX_SEQ_LEN),
-    ],
-)
-def test_a_total_that_is_not_whole_batches_is_rounded_with_a_notice_whatever_fits_the_memory(
-    capsys, total, rows, count, rounded
-):
-    assert gpu.grad_accumulation(total, gpu.batch_limit(128, total), rows) == count
-    notice = f"batch: TOTAL_BATCH_SIZE ({total} tokens) is rounded to {rounded}\n"
-    assert capsys.readouterr().out == (notice if rounded else "")
-
-
 # ---- Out of memory ------------------------------------------------------------------------------
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -210,9 +182,12 @@ CUDA_SAYS = (
         ({}, "before training; lower DEPTH or N_EMBD, or end"),
         (
             {"batch_size": 64, "num_steps": 12},
-            "at step 12 with 64 rows a micro-step; set DEVICE_BATCH_SIZE below 64, or lower DEPTH",
+            "at step 12 with 64 rows per micro-step; set DEVICE_BATCH_SIZE below 64, or lower",
         ),
-        ({"batch_size": 1}, "at step 0 with 1 rows a micro-step; lower DEPTH or N_EMBD"),
+        (
+            {"batch_size": 1},
+            "at step 0 with 1 rows per micro-step; lower DEPTH or N_EMBD",
+        ),
         (
             {"batch_size": 64, "evaluated": True},
             "in the evaluation; lower DEPTH or N_EMBD",
