@@ -221,7 +221,7 @@ def test_refuses_dropout_left_on(rows):
     def model(idx):
         return torch.nn.functional.dropout(causal(idx), 0.1, training=True)
 
-    refused(model, rows, r"random \(dropout: call model.eval\(\)\)")
+    refused(model, rows, "is random in evaluation mode")
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,9 @@ def test_replaced_ids_differ_at_every_position_after_the_cut(rows):
 def a_trained_run(prepared, monkeypatch, rows: int) -> Run:
     monkeypatch.setattr(C, "TIME_BUDGET", 0.1)
     run = Run(prepared, CPU)
-    for step in run.steps(rows, 1):
-        step.loss = float(len(list(step.batches)))
+    run.batch_size, run.micro_steps = rows, 1  # the warm-up sets them
+    for step in run.steps():
+        step.loss = len(list(step.batches)) * math.log(C.VOCAB_SIZE)
     run.val_rows.files = [run.val_rows.files[0][:40]]  # enough to tell, and quick
     return run
 
@@ -356,6 +357,25 @@ def test_a_model_that_mixes_rows_is_refused_also_after_training_of_single_rows(
     run = a_trained_run(prepared, monkeypatch, 1)
     with pytest.raises(RuntimeError, match="evaluation refused: the model mixes rows"):
         run.evaluate(lambda idx: some_model(idx) + some_model(idx).mean(0, keepdim=True))
+
+
+class Dropping(torch.nn.Module):
+    """some_model with dropout, and the modes that it was called in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.modes = torch.nn.Dropout(0.5), set()
+
+    def forward(self, idx):
+        self.modes.add((self.training, self.dropout.training))
+        return self.dropout(some_model(idx))
+
+
+def test_a_module_is_measured_in_evaluation_mode(prepared, monkeypatch):
+    run, model = a_trained_run(prepared, monkeypatch, 4), Dropping()
+    value, plain = run.evaluate(model), a_trained_run(prepared, monkeypatch, 4)
+    assert model.modes == {(False, False)}
+    assert value == pytest.approx(plain.evaluate(some_model), rel=1e-7)
 
 
 @pytest.mark.parametrize("rows", [1, 9])

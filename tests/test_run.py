@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import STEP_LINE, copy_checkout, sentence
+from torch._dynamo.utils import counters
 
 import constants as C
 import prepare
-import train
 from harness import download, gpu
 from harness.data import load_manifest
 from harness.files import PREPARE, data_dir
 from harness.loader import Rows
-from harness.run import Clock, Run, Step
+from harness.run import LOG_EVERY, MAX_LATE_GRAPHS, Clock, Run, Step, open_run
 
 CPU = torch.device("cpu")
-HARNESS = Path(C.__file__).parent / "harness"
+ROOT = Path(C.__file__).parent
+HARNESS = ROOT / "harness"
+GUESS = math.log(C.VOCAB_SIZE)  # the loss that the first step is expected to have
 FIRST_NINE = (
     "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M"
 )
@@ -171,7 +173,7 @@ def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
     env = os.environ | {"AUTORESEARCH_SMOKE": "0", "CUDA_VISIBLE_DEVICES": ""}
     env["AUTORESEARCH_CACHE"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, train.__file__],
+        [sys.executable, ROOT / "train.py"],
         env=env,
         capture_output=True,
         text=True,
@@ -184,14 +186,13 @@ def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
 
 
 def test_no_data_and_no_network(full_rules, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "SMOKE", False)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
     assert C.DATASET in sentence(prepare.main, [])
-    # The same through train.py, which prepares first.
+    # The same through a run, which prepares first.
     monkeypatch.setattr(gpu, "choose_device", lambda: torch.device("cuda"))
-    assert C.DATASET in sentence(train.main)
+    assert C.DATASET in sentence(open_run)
     assert not (data_dir() / "manifest.json").exists()
 
 
@@ -245,7 +246,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_artifact_is_named_with_what_to_do(prepared_copy, damage):
     path = damage(prepared_copy)
-    said = sentence(train.main)
+    said = sentence(open_run)
     assert said.startswith("train.py: ") and PREPARE in said
     assert str(path) in said or str(path.parent) in said
 
@@ -262,7 +263,7 @@ def test_the_advice_of_the_error_repairs_it(prepared_copy, damage, capsys):
 
 def test_data_prepared_under_other_rules_is_refused(prepared_copy, monkeypatch):
     monkeypatch.setattr(C, "DATA_RULES", [*C.DATA_RULES[:-1], -1])
-    said = sentence(train.main)
+    said = sentence(open_run)
     assert "other rules" in said and str(prepared_copy) in said and PREPARE in said
 
 
@@ -304,7 +305,7 @@ def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(
     prepared, tmp_path
 ):
     # At exit torch waits for its compile workers, for up to 300 s if they are still starting.
-    code = "import torch; from harness.run import open_run; run = open_run(torch.device('cpu'));"
+    code = "from harness.run import open_run; run = open_run();"
     code += (
         "from torch._inductor.async_compile import maybe_warm_pool; maybe_warm_pool();"
     )
@@ -318,7 +319,7 @@ def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stderr.endswith("ValueError: a mistake\n")
-    assert done.stdout.endswith("prepare.py: the run ended without a result\n")
+    assert done.stdout.endswith("train.py: the run ended without a result\n")
 
 
 def test_a_run_that_is_out_of_memory_ends_with_the_line_and_status_1(prepared, tmp_path):
@@ -326,11 +327,12 @@ def test_a_run_that_is_out_of_memory_ends_with_the_line_and_status_1(prepared, t
     script.write_text(
         "import torch\n"
         "from harness.run import open_run\n"
-        "run = open_run(torch.device('cpu'))\n"
-        "for step in run.steps(4, 1):\n"
+        "run = open_run()\n"
+        "run.batch_size, run.micro_steps = 4, 1\n"
+        "for step in run.steps():\n"
         "    if step.number == 3:\n"
         "        raise torch.OutOfMemoryError('does not fit')\n"
-        "    step.loss = float(len(list(step.batches)))\n"
+        "    step.loss = 7.0 * len(list(step.batches))\n"
     )
     (tmp_path / "smoke").symlink_to(prepared)
     env = {"AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_SMOKE": "1"}
@@ -340,7 +342,7 @@ def test_a_run_that_is_out_of_memory_ends_with_the_line_and_status_1(prepared, t
     )
     assert done.returncode == 1 and "val_bpb" not in done.stdout
     assert done.stderr == (
-        "train.py: out of GPU memory at step 3 with 4 rows a micro-step (line 6); set "
+        "train.py: out of GPU memory at step 3 with 4 rows per micro-step (line 7); set "
         "DEVICE_BATCH_SIZE below 4, or lower DEPTH or N_EMBD, or end what else uses the GPU "
         "(does not fit)\n"
     )
@@ -364,23 +366,35 @@ def seconds() -> Seconds:
 
 @pytest.fixture
 def run(prepared, monkeypatch, seconds) -> Run:
-    """A run on the smoke data whose budget is 8 of those seconds."""
+    """A run on the smoke data, warmed up, whose budget is 8 of those seconds."""
     monkeypatch.setattr(C, "TIME_BUDGET", 8.0)
     monkeypatch.setattr(C, "OVERRUN_TOLERANCE", 0.25)
     run = Run(prepared, CPU)
     run.clock.now = seconds.now
+    return warmed(run)
+
+
+def warmed(run: Run, batch_size: int = 2, micro_steps: int = 1) -> Run:
+    """Return `run` with the batch that a warm-up would have found."""
+    run.batch_size, run.micro_steps = batch_size, micro_steps
     return run
 
 
-def go_through(run: Run, seconds: Seconds, batch_size: int = 2, **kwargs) -> list[Step]:
+def go_through(run: Run, seconds: Seconds, losses=lambda number: GUESS) -> list[Step]:
     """Go through all steps of a run, one second each; return them."""
     steps = []
-    for step in run.steps(batch_size, kwargs.get("grad_accum_steps", 1)):
-        assert all(x.shape == (batch_size, C.MAX_SEQ_LEN) for x, _ in step.batches)
-        step.loss = kwargs.get("loss", 1.0)
+    for step in run.steps():
+        shapes = [(tuple(x.shape), tuple(y.shape)) for x, y in step.batches]
+        assert shapes == [((run.batch_size, C.MAX_SEQ_LEN),) * 2] * run.micro_steps
+        step.loss = losses(step.number)
         seconds.time += 1.0
         steps.append(step)
     return steps
+
+
+def use(step: Step, loss: float = GUESS) -> None:
+    """Take the step's batches and set its loss."""
+    step.loss = loss * len(list(step.batches)) / step.micro_steps
 
 
 def zeros(idx: torch.Tensor) -> torch.Tensor:
@@ -389,9 +403,9 @@ def zeros(idx: torch.Tensor) -> torch.Tensor:
 
 def test_a_run_hands_out_the_training_rows_in_order(run, seconds):
     read = []
-    for step in run.steps(2, 3):
+    for step in warmed(run, 2, 3).steps():
         read += [x for x, _ in step.batches]
-        step.loss = 1.0
+        step.loss = GUESS
         seconds.time += 1.0
     assert len(read) == 3 * 8
     read = torch.cat(read).numpy()
@@ -400,11 +414,45 @@ def test_a_run_hands_out_the_training_rows_in_order(run, seconds):
     )
 
 
-def test_no_batch_after_its_step(run):
-    steps = run.steps(2, 2)
+def test_no_step_before_the_warm_up(run):
+    with pytest.raises(RuntimeError, match="call run.warm_up before run.steps"):
+        warmed(run, 0, 0).steps()
+
+
+def test_the_warm_up_sets_the_batch_that_the_steps_have(prepared, capsys):
+    run, model = Run(prepared, CPU), torch.nn.Embedding(C.VOCAB_SIZE, C.VOCAB_SIZE)
+    torch.nn.init.zeros_(model.weight)
+
+    def train_step(model, optimizers, batches, micro_steps):
+        total = 0.0
+        for x, y in batches:
+            logits = model(x).flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, y.flatten()) / micro_steps
+            loss.backward()
+            total += loss.detach()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        return total
+
+    sgd, rows = torch.optim.SGD(model.parameters(), lr=1.0), C.FULL_SEQ_LEN
+    run.warm_up(
+        *(model, [sgd], train_step),
+        **{"total_batch_size": 48 * rows, "device_batch_size": 16},
+    )
+    assert (run.batch_size, run.micro_steps) == (16 * C.MAX_SEQ_LEN // rows, 3)
+    assert run.num_params == C.VOCAB_SIZE**2 and not model.weight.any()
+    line = f"batch: 3 micro-steps of {run.batch_size} rows of {C.MAX_SEQ_LEN} tokens\n"
+    assert capsys.readouterr().out == line
+    step = next(run.steps())
+    assert step.micro_steps == 3
+    assert [tuple(x.shape) for x, _ in step.batches] == [(2, C.MAX_SEQ_LEN)] * 3
+
+
+def test_no_batch_after_its_step(run, seconds):
+    steps = warmed(run, 2, 2).steps()
     first = next(steps)
     next(first.batches)
-    first.loss = 1.0
+    first.loss, seconds.time = GUESS, 1.0
     next(steps)
     with pytest.raises(
         RuntimeError, match="step 0 is over; its batches cannot be had now"
@@ -413,9 +461,9 @@ def test_no_batch_after_its_step(run):
 
 
 def test_no_batch_after_the_clock_has_stopped(run, seconds):
-    for step in run.steps(2, 2):
+    for step in warmed(run, 2, 2).steps():
         next(step.batches)
-        step.loss = 1.0
+        step.loss = GUESS
         seconds.time += 1.0
     with pytest.raises(
         RuntimeError, match="step 7 is over; its batches cannot be had now"
@@ -423,22 +471,23 @@ def test_no_batch_after_the_clock_has_stopped(run, seconds):
         next(step.batches)
 
 
-def test_a_step_holds_as_many_batches_as_were_asked_for(run):
-    step = next(run.steps(3, 4))
+def test_a_step_holds_as_many_batches_as_the_warm_up_found(run):
+    step = next(warmed(run, 3, 4).steps())
+    assert step.micro_steps == 4
     assert [tuple(x.shape) for x, _ in step.batches] == [(3, C.MAX_SEQ_LEN)] * 4
 
 
 def test_a_run_trains_once(run, seconds):
     go_through(run, seconds)
     with pytest.raises(RuntimeError, match="one run trains once"):
-        run.steps(2, 1)
+        run.steps()
 
 
 def test_asking_for_the_steps_twice_does_not_set_the_clock_back(run, seconds):
     with pytest.raises(RuntimeError, match="one run trains once"):
-        first, second = run.steps(2, 1), run.steps(2, 1)
-        step = next(first)
-        step.loss, seconds.time = 1.0, 4.0
+        first, second = run.steps(), run.steps()
+        use(next(first))
+        seconds.time = 4.0
         next(second)
 
 
@@ -446,13 +495,28 @@ def test_start_up_has_a_limit(run, monkeypatch):
     monkeypatch.setattr(C, "STARTUP_LIMIT", 0.001)
     time.sleep(0.002)
     with pytest.raises(RuntimeError, match="start-up took .* of 0.001 s; compile less"):
-        run.steps(2, 1)
+        run.steps()
+
+
+def test_a_seed_of_train_pys_own_is_an_error(run):
+    torch.manual_seed(C.SEED + 1)
+    with pytest.raises(RuntimeError, match="train.py set a seed"):
+        run.steps()
 
 
 def test_a_step_without_a_loss_is_an_error(run):
-    steps = run.steps(2, 1)
-    next(steps)
+    steps = run.steps()
+    list(next(steps).batches)
     with pytest.raises(RuntimeError, match="step 0 ended without a loss; set step.loss"):
+        next(steps)
+
+
+def test_a_step_that_takes_no_batch_is_an_error(run, seconds):
+    steps = run.steps()
+    use(next(steps))
+    seconds.time = 1.0
+    next(steps).loss = 1.0
+    with pytest.raises(RuntimeError, match="step 1 took no batch; use step.batches"):
         next(steps)
 
 
@@ -463,28 +527,59 @@ def test_a_loss_that_is_not_finite_voids_the_run_within_the_steps_ahead(
     with pytest.raises(
         RuntimeError, match=f"loss is {bad} at step 3 .lrm 0.25.; the run is void"
     ):
-        for step in run.steps(2, 1):
-            step.loss, step.lrm = torch.tensor(bad if step.number == 3 else 1.0), 0.25
+        for step in run.steps():
+            list(step.batches)
+            step.loss, step.lrm = torch.tensor(bad if step.number == 3 else GUESS), 0.25
             seconds.time += 1.0
     assert step.number <= 3 + Clock.MAX_AHEAD
     with pytest.raises(RuntimeError):  # and there is no result of it
         run.evaluate(zeros)
 
 
-def test_every_step_is_reported_with_its_loss_and_tokens(run, seconds):
-    go_through(run, seconds, loss=torch.tensor(2.5), grad_accum_steps=3)
-    assert (
-        [step.number for step in run.finished]
-        == list(range(run.num_steps))
-        == list(range(8))
-    )
-    assert {step.loss for step in run.finished} == {2.5}
-    assert {step.tokens for step in run.finished} == {3 * 2 * C.MAX_SEQ_LEN}
+def test_a_first_loss_that_no_untrained_model_has_voids_the_run(run, seconds):
+    with pytest.raises(RuntimeError, match="the loss of step 0 is .*; the run is void"):
+        go_through(run, seconds, lambda number: 0.94 * GUESS)
+    assert run.num_steps <= 1 + Clock.MAX_AHEAD
+    with pytest.raises(RuntimeError):
+        run.evaluate(zeros)
+
+
+def test_a_later_loss_may_be_as_low_as_it_is(run, seconds, capsys):
+    go_through(run, seconds, lambda number: 0.1 if number else GUESS)
+    assert run.num_steps == 8 and "warning" not in capsys.readouterr().out
+
+
+def test_a_high_first_loss_is_a_warning_that_voids_nothing(run, seconds, capsys):
+    go_through(run, seconds, lambda number: 1.06 * GUESS)
+    lines = capsys.readouterr().out.splitlines()
+    (warning,) = (line for line in lines if line.startswith("warning"))
+    assert warning.startswith("warning: edit: the loss of step 0 is ")
+    assert run.num_steps == 8
+
+
+def test_every_step_has_its_loss_and_tokens_when_it_is_done(run, seconds):
+    steps = go_through(warmed(run, 2, 3), seconds, lambda number: torch.tensor(GUESS))
+    assert [step.number for step in steps] == list(range(run.num_steps)) == list(range(8))
+    assert all(isinstance(step.loss, float) for step in steps)
+    assert [step.loss for step in steps] == pytest.approx([GUESS] * 8)
+    assert {step.tokens for step in steps} == {3 * 2 * C.MAX_SEQ_LEN}
+
+
+def test_the_log_has_whole_lines_of_every_tenth_step(run, seconds, capsys, monkeypatch):
+    monkeypatch.setattr(C, "TIME_BUDGET", 25.0)
+    run.clock.budget = 25.0
+    go_through(run, seconds, lambda number: GUESS - number / 8)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert out.endswith("\n") and "\r" not in out and all(map(STEP_LINE.fullmatch, lines))
+    assert [line[:10] for line in lines] == [f"step {n:05d}" for n in (0, 10, 20)]
+    assert LOG_EVERY == 10 and f"| loss: {GUESS - 10 / 8:.4f} |" in lines[1]
+    assert lines[1].endswith("remaining: 14s")  # eleven are done
 
 
 def test_a_step_on_a_cpu_takes_its_own_time_not_that_of_the_steps_after_it(run, seconds):
-    go_through(run, seconds)
-    assert [step.seconds for step in run.finished] == [1.0] * 8
+    steps = go_through(run, seconds)
+    assert [step.seconds for step in steps] == [1.0] * 8
     assert run.clock.seconds == 8.0
 
 
@@ -496,7 +591,7 @@ def test_progress_on_a_cpu_is_the_share_of_the_budget_gone(run, seconds):
 
 def test_tokens_and_epochs_are_counted(run, seconds):
     batch_size = len(run.train_rows) // 3  # an epoch is a little over three steps
-    steps = go_through(run, seconds, batch_size)
+    steps = go_through(warmed(run, batch_size), seconds)
     assert run.tokens == len(steps) * batch_size * C.MAX_SEQ_LEN
     rows_before = [k * batch_size for k in range(len(steps))]
     assert [step.epoch for step in steps] == [
@@ -507,25 +602,70 @@ def test_tokens_and_epochs_are_counted(run, seconds):
 
 def test_a_last_step_that_ends_late_voids_the_run(run, seconds):
     with pytest.raises(RuntimeError, match="ended 3.0 s late; the run is void"):
-        for step in run.steps(2, 1):
+        for step in run.steps():
+            use(step)
             seconds.time += 4.0 if step.number == 7 else 1.0
-            step.loss = 1.0
     with pytest.raises(RuntimeError):
-        run.print_summary(1, 1, 1.0, "masked")
+        run.print_summary(1, 1.0, "masked")
 
 
 def test_a_last_step_that_ends_a_little_late_is_tolerated(run, seconds):
-    for step in run.steps(2, 1):
+    for step in run.steps():
+        use(step)
         seconds.time += 2.0 if step.number == 7 else 1.0
-        step.loss = 1.0
     assert run.clock.seconds == 9.0
 
 
-def test_no_evaluation_before_or_during_training(run):
+# ---- Code that is compiled while the clock runs --------------------------------------------------
+@pytest.fixture
+def graphs(monkeypatch):
+    """Return a function that pretends that torch compiled so many graphs."""
+
+    def compiled(count: int) -> None:
+        stats = counters["stats"]
+        monkeypatch.setitem(stats, "unique_graphs", stats["unique_graphs"] + count)
+
+    compiled(1000)  # before the clock: any number
+    return compiled
+
+
+def test_graphs_compiled_while_the_clock_runs_are_one_warning(
+    run, seconds, graphs, capsys
+):
+    for step in run.steps():
+        graphs({2: 3, 5: MAX_LATE_GRAPHS - 3}.get(step.number, 0))
+        use(step)
+        seconds.time += 1.0
+    lines = capsys.readouterr().out.splitlines()
+    (warning,) = (line for line in lines if line.startswith("warning"))
+    assert warning.startswith("warning: edit: step 2: 3 graphs were compiled while the ")
+    assert run.num_steps == 8
+
+
+def test_graphs_compiled_over_and_over_void_the_run(run, seconds, graphs):
+    what = f"step 5: {MAX_LATE_GRAPHS + 1} graphs were compiled .*; the run is void"
+    assert MAX_LATE_GRAPHS == 16
+    with pytest.raises(RuntimeError, match=what):
+        for step in run.steps():
+            graphs({2: MAX_LATE_GRAPHS, 5: 1}.get(step.number, 0))
+            use(step)
+            seconds.time += 1.0
+    with pytest.raises(RuntimeError):
+        run.evaluate(zeros)
+
+
+def test_graphs_compiled_before_the_clock_are_no_matter(run, seconds, graphs, capsys):
+    go_through(run, seconds)
+    assert "warning" not in capsys.readouterr().out
+
+
+# ---- After the steps ----------------------------------------------------------------------------
+def test_no_evaluation_before_or_during_training(run, seconds):
     with pytest.raises(RuntimeError, match="evaluate after training"):
         run.evaluate(zeros)
-    for step in run.steps(2, 1):
-        step.loss = 1.0
+    for step in run.steps():
+        use(step)
+        seconds.time += 1.0
         with pytest.raises(RuntimeError, match="evaluate after training"):
             run.evaluate(zeros)
         if step.number == 2:
@@ -537,7 +677,7 @@ def test_no_evaluation_before_or_during_training(run):
 def test_no_summary_without_a_result(run, seconds, capsys):
     go_through(run, seconds)
     with pytest.raises(RuntimeError, match="no result"):
-        run.print_summary(1, 1, 1.0, "masked")
+        run.print_summary(1, 1.0, "masked")
     assert "val_bpb" not in capsys.readouterr().out
 
 
@@ -565,7 +705,7 @@ def test_the_first_batch_is_read_before_the_clock_starts(run, monkeypatch):
     monkeypatch.setattr(
         Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i)
     )
-    run.steps(2, 1)
+    run.steps()
     assert read == [0, 1]
 
 
@@ -573,19 +713,16 @@ def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(
     prepared, monkeypatch
 ):
     monkeypatch.setattr(C, "TIME_BUDGET", 1.0)
-    for model in (
-        lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE),
-        lambda idx: "refused",
-    ):
-        run = Run(prepared, CPU)
-        for step in run.steps(2, 1):
-            step.loss = float(len(list(step.batches)))
+    for model in (zeros, lambda idx: "refused"):
+        run = warmed(Run(prepared, CPU))
+        for step in run.steps():
+            use(step)
         with contextlib.suppress(
             RuntimeError
         ):  # a refused model has seen the text as well
             run.evaluate(model)
         with pytest.raises(RuntimeError, match="evaluate after training, once"):
-            run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
+            run.evaluate(zeros)
 
 
 # ---- The rules ----------------------------------------------------------------------------------
@@ -658,15 +795,13 @@ def summary(prepared) -> str:
     patch.undo()
     time = 0.0
     run.clock.now = lambda: time
-    for step in run.steps(2, 3):
-        assert len(list(step.batches)) == 3
-        step.loss, time = 1.0, float(next(seconds) + 1)
-    run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
-    lines = []
+    for step in warmed(run, 2, 3).steps():
+        use(step)
+        time = float(next(seconds) + 1)
+    run.evaluate(zeros)
+    run.num_params, lines = 1_234_567, []  # the warm-up counts them
     patch.setattr("builtins.print", lambda *args, **kwargs: lines.append(*args))
-    run.print_summary(
-        num_params=1_234_567, depth=3, flops_per_token=1e9, attention="masked"
-    )
+    run.print_summary(depth=3, flops_per_token=1e9, attention="masked")
     patch.undo()
     (text,) = lines
     return text
@@ -706,7 +841,7 @@ def test_the_numbers_of_the_summary_are_those_of_the_run(summary, prepared):
     assert values["tok_per_sec"] == str(tokens // 8)
     assert (
         values["tflops"] == f"{tokens / 8 * 1e9 / 1e12:.2f}" == "1.54"
-    )  # 1e9 FLOPs a token
+    )  # 1e9 FLOPs per token
     assert values["total_tokens_M"] == f"{tokens / 1e6:.1f}"
     manifest = load_manifest(prepared)["rows"]
     sizes = [about["size"] for about in manifest.values() if about["split"] == "train"]
@@ -744,32 +879,3 @@ def test_a_run_without_a_gpu_says_so(summary):
 
 def test_the_commit_is_a_short_hash_or_none(summary):
     assert re.fullmatch(r"[0-9a-f]{7,}(\+dirty)?|none", parse(summary)["commit"])
-
-
-# ---- Step lines ---------------------------------------------------------------------------------
-def a_step(number: int) -> Step:
-    step = Step(number, 0.4321, 1)
-    step.loss, step.lrm, step.tokens, step.seconds = 3.14159, 0.875, 524_288, 0.315
-    return step
-
-
-def test_a_step_line_has_the_fields_of_the_family():
-    line = train.step_line(a_step(412), 5.0)
-    assert STEP_LINE.fullmatch(line)
-    assert line.startswith("step 00412 (43.2%) | loss: 3.1416 | lrm: 0.8")
-    assert "| dt: 315ms | tok/sec: 1,664,406 | epoch: 1 |" in line
-
-
-def test_the_time_that_remains_is_never_negative():
-    assert train.step_line(a_step(1), C.TIME_BUDGET + 1.0).endswith("remaining: 0s")
-    assert train.step_line(a_step(1), C.TIME_BUDGET - 2.0).endswith("remaining: 2s")
-
-
-def test_the_log_has_whole_lines_and_the_first_step(prepared, capsys):
-    run = Run(prepared, CPU)
-    run.finished.extend(map(a_step, range(100)))
-    train.report(run)
-    out = capsys.readouterr().out
-    lines = out.splitlines()
-    assert not run.finished and out.endswith("\n") and "\r" not in out
-    assert lines[0].startswith("step 00000 ") and all(map(STEP_LINE.fullmatch, lines))

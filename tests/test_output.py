@@ -1,0 +1,40 @@
+"""The lines of the log that tools read."""
+
+import pytest
+from conftest import STEP_LINE
+
+import constants as C
+from harness.output import step_line, warning
+from harness.run import Step
+
+
+def a_step(number: int = 412) -> Step:
+    step = Step(number, 0.4321, 1)
+    step.loss, step.lrm, step.tokens, step.seconds = 3.14159, 0.875, 524_288, 0.315
+    return step
+
+
+def test_a_step_line_has_the_fields_of_the_family():
+    line = step_line(a_step(), 170.4)
+    assert STEP_LINE.fullmatch(line)
+    assert line.startswith("step 00412 (43.2%) | loss: 3.1416 | lrm: 0.8")
+    assert "| dt: 315ms | tok/sec: 1,664,406 | epoch: 1 | remaining: 170s" in line
+
+
+def test_the_time_that_remains_is_never_negative():
+    assert step_line(a_step(), -1.0).endswith("remaining: 0s")
+    assert step_line(a_step(), 2.0).endswith("remaining: 2s")
+
+
+def test_a_warning_begins_with_its_kind():
+    assert warning("gpu", "it is shared") == "warning: gpu: it is shared"
+    assert warning("edit", "no change") == "warning: edit: no change"
+
+
+def test_a_kind_that_no_tool_knows_is_refused():
+    with pytest.raises(ValueError, match="'note' is no kind of warning; constants.py"):
+        warning("note", "it rains")
+
+
+def test_what_an_edit_is_warned_of_voids_nothing_and_a_slow_gpu_does():
+    assert C.WARNINGS == {"gpu": True, "edit": False}
