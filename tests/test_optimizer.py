@@ -1,25 +1,28 @@
-"""The optimizers against torch's AdamW, loops, an SVD and Muon written out one matrix at a time."""
+"""Laws of the optimizers, against loops, an SVD and Muon written out one matrix at a time.
+
+What train.py need not have is tested only if it is there.
+"""
 
 import itertools
-import types
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
+from laws import (
+    difference,
+    fresh,
+    lively,
+    loss_and_gradients,
+    part,
+    some_batch,
+)
 
 import train
-from train import Muon
+from harness.warmup import check_groups
 
 
 def muon_group(params, **changes) -> dict:
-    group = {
-        "params": params,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "beta2": 0.9,
-        "weight_decay": 0.0,
-    }
-    return group | changes
+    group = {"lr": 0.1, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
+    return {"params": params} | group | changes
 
 
 def random_params(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
@@ -29,49 +32,38 @@ def random_params(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
     ]
 
 
-# ---- Rates and decays ---------------------------------------------------------------------------
-@torch.no_grad()
-def test_every_table_and_scalar_moves_with_its_own_rate_and_decay(monkeypatch):
-    monkeypatch.setattr(train, "EMBEDDING_LR", 0.4)
-    monkeypatch.setattr(train, "UNEMBEDDING_LR", 0.02)
-    monkeypatch.setattr(train, "RESID_LAMBDA_LR", 0.003)
-    monkeypatch.setattr(train, "X0_LAMBDA_LR", 0.3)
-    monkeypatch.setattr(train, "NGRAM_LAMBDA_LR", 0.06)
-    monkeypatch.setattr(train, "NGRAM_LR", 0.5)
-    monkeypatch.setattr(train, "NGRAM_BETA2", 0.9)
-    monkeypatch.setattr(train, "NGRAM_WEIGHT_DECAY", 0.4)
-    monkeypatch.setattr(train, "WTE_WEIGHT_DECAY", 0.1)
-    monkeypatch.setattr(train, "VALUE_EMBED_WEIGHT_DECAY", 0.2)
-    monkeypatch.setattr(train, "LM_HEAD_WEIGHT_DECAY", 0.3)
-    model, by_width = tiny_model(), (32 / 768) ** -0.5
-    expected = {  # part of the name: rate, decay
-        "wte": (0.4 * by_width, 0.1),
-        "value_embed": (0.4 * by_width, 0.2),
-        "lm_head": (0.02 * by_width, 0.3),
-        "resid_lambda": (0.003, 0.0),
-        "x0_lambda": (0.3, 0.0),
-        "ngram_lambda": (0.06, 0.0),
-        "ngram.": (0.5 * by_width, 0.4),
-    }
-    adamw, rows, _ = train.build_optimizers(model)
-    model.ngram.weight.normal_()  # begins at zero, where no decay shows
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape)
-    adamw.step()
-    rows.step()
-    for name, p in model.named_parameters():
-        rates = [rate for part, rate in expected.items() if part in name]
-        if not rates:  # a matrix: Muon's
-            assert torch.equal(p, before[name])
-            continue
-        (lr, decay), old = rates[0], before[name]
-        # Of the first step both moments are the gradient's own: it moves by the rate.
-        update = p.grad.sign()
-        if name == "ngram.weight":  # its second moment is the row's, and begins at zero
-            update = p.grad / (0.1 * p.grad.square().mean(1, keepdim=True)).sqrt()
-        slow = old * (1 - lr * decay) - lr * update
-        assert torch.allclose(p, slow, rtol=1e-4, atol=1e-5), name
+# ---- Whatever the optimizers are ----------------------------------------------------------------
+def test_every_parameter_is_in_exactly_one_group():
+    model = fresh()
+    check_groups(model, train.build_optimizers(model))
+
+
+def test_training_lowers_the_loss():
+    model, batch, losses = fresh(), some_batch(4), []
+    optimizers = train.build_optimizers(model)
+    for _ in range(10):
+        train.set_schedules(optimizers, 0.3, 1)
+        losses.append(float(train.train_step(model, optimizers, [batch], 1)))
+    assert losses[-1] < 0.9 * losses[0]  # the same batch each time
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_micro_steps_add_up_to_the_step(count):
+    model, (x, y) = lively(), some_batch(8)
+    whole_loss, whole = loss_and_gradients(model, [(x, y)])
+    parts = list(zip(x.chunk(count), y.chunk(count), strict=True))
+    loss, gradients = loss_and_gradients(model, parts)
+    assert loss == pytest.approx(whole_loss, rel=1e-3)
+    assert difference(gradients, whole) < 0.01
+
+
+def test_a_step_leaves_no_gradient_to_the_next():
+    model, first, second = lively(), some_batch(seed=1), some_batch(seed=2)
+    loss_and_gradients(model, [first])
+    after = loss_and_gradients(model, [second])
+    alone = loss_and_gradients(lively(), [second])
+    assert after[0] == pytest.approx(alone[0], rel=1e-5)
+    assert difference(after[1], alone[1]) < 1e-4
 
 
 # ---- RowRMSprop ---------------------------------------------------------------------------------
@@ -79,7 +71,7 @@ def test_rows_move_as_in_the_slow_loop_over_rows():
     (p,), beta2 = random_params((6, 5)), 0.9
     slow, moments = p.detach().clone(), [0.0] * 6
     group = {"params": [p], "lr": 0.1, "weight_decay": 0.2, "beta2": beta2}
-    rows = train.RowRMSprop([group], {})
+    rows = part("RowRMSprop")([group])
     for step in range(4):
         p.grad = torch.randn(6, 5)
         p.grad[2] = 0.0  # never read
@@ -91,7 +83,7 @@ def test_rows_move_as_in_the_slow_loop_over_rows():
             if moments[i]:
                 slow[i] -= 0.1 * grad / moments[i] ** 0.5
     assert torch.allclose(p, slow, atol=1e-6)
-    # One number a row beside the table: memory is what it is for.
+    # One number per entry beside the table: memory is what it is for.
     assert sum(value.numel() for value in rows.state[p].values()) == 6
 
 
@@ -100,7 +92,7 @@ def test_a_row_that_is_read_once_moves_once_however_small_its_gradient():
     for scale in (1.0, 1e-10):
         p = torch.nn.Parameter(torch.zeros(2, 8))
         group = {"params": [p], "lr": 0.1, "weight_decay": 0.0, "beta2": 0.95}
-        rows = train.RowRMSprop([group], {})
+        rows = part("RowRMSprop")([group])
         for step in range(3):
             p.grad = torch.zeros(2, 8)
             p.grad[1] = scale * (step == 1)
@@ -131,7 +123,7 @@ def test_the_polar_factor_is_that_of_an_svd(shape, smallest):
     torch.manual_seed(0)
     G = torch.randn(shape) if smallest is None else conditioned(shape, smallest)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    got = train.polar_express(17 * G[None])[0].float()
+    got = part("polar_express")(17 * G[None])[0].float()
     values = torch.linalg.svdvals(got)
     # Five steps lift what is not lost in the norm of the matrix.
     well = S > 0.02 * S.norm()
@@ -147,13 +139,15 @@ def test_a_stack_is_orthogonalised_one_matrix_at_a_time():
     G = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1e-3, 1.0, 1e3]
     ).view(3, 1, 1)
-    together = train.polar_express(G).float()
+    together = part("polar_express")(G).float()
     for one, among in zip(G, together, strict=True):
-        assert torch.allclose(train.polar_express(one[None])[0].float(), among, atol=0.02)
+        assert torch.allclose(
+            part("polar_express")(one[None])[0].float(), among, atol=0.02
+        )
 
 
 # ---- Muon ---------------------------------------------------------------------------------------
-def exact_polar(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def exact_polar(G: torch.Tensor) -> torch.Tensor:
     """Return the polar factor of each matrix, without the rounding of bf16."""
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     return U @ Vh
@@ -184,11 +178,12 @@ def slow_muon(p, grad, state, momentum, beta2, lr, decay):
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(12, 12), (24, 8), (8, 24)])
-def test_muon_is_the_slow_loop_over_single_matrices(monkeypatch, shape):
+def test_muon_is_the_slow_loop_over_single_matrices_of_any_shapes(monkeypatch, shape):
+    part("polar_express")
     monkeypatch.setattr(train, "polar_express", exact_polar)
-    params = random_params(shape, shape, shape)
+    params = random_params(shape, shape, (6, 10), shape)
     expected, states = [p.clone() for p in params], [{} for _ in params]
-    optimizer = Muon([muon_group(params)])
+    optimizer = part("Muon")([muon_group(params)])
     generator = torch.Generator().manual_seed(1)
     for momentum, lr, decay in ((0.0, 0.1, 0.0), (0.9, 0.05, 0.5), (0.95, 0.2, 1.0)):
         optimizer.param_groups[0] |= {
@@ -197,7 +192,7 @@ def test_muon_is_the_slow_loop_over_single_matrices(monkeypatch, shape):
             "weight_decay": decay,
         }
         for i, p in enumerate(params):
-            p.grad = 10.0**-i * torch.randn(shape, generator=generator)
+            p.grad = 10.0**-i * torch.randn(p.shape, generator=generator)
             args = (expected[i], p.grad, states[i], momentum, 0.9, lr, decay)
             expected[i] = slow_muon(*args)
         optimizer.step()
@@ -209,7 +204,7 @@ def muon_change(p, grad, decay: float = 0.0, lr: float = 1.0) -> torch.Tensor:
     """Return what the first step with `grad` takes from p (1, rows, columns)."""
     param = torch.nn.Parameter(p[0].clone())
     param.grad = grad[0].clone()
-    Muon([muon_group([param], momentum=0.0, lr=lr, weight_decay=decay)]).step()
+    part("Muon")([muon_group([param], momentum=0.0, lr=lr, weight_decay=decay)]).step()
     return p - param
 
 
@@ -220,7 +215,7 @@ def test_variance_reduction_equalises_the_longer_sides_norms_and_keeps_the_total
         grad = torch.randn(1, *shape) * torch.logspace(-1, 1, shape[0])[:, None]
         update = muon_change(torch.zeros(1, *shape), grad)[0]
         tall = grad[0] if shape[0] >= shape[1] else grad[0].T
-        plain = train.polar_express(tall[None])[0].float()
+        plain = part("polar_express")(tall[None])[0].float()
         plain = plain if shape[0] >= shape[1] else plain.T
         dim = 1 if shape[0] >= shape[1] else 0
         before, after = plain.norm(dim=dim), update.norm(dim=dim)
@@ -249,9 +244,10 @@ def test_momentum_is_nesterovs(monkeypatch):
         seen.append(G.clone())
         return torch.ones_like(G)
 
+    part("polar_express")
     monkeypatch.setattr(train, "polar_express", polar_express)
     (p,) = random_params((4, 4))
-    optimizer, buffer = Muon([muon_group([p], momentum=0.75)]), torch.zeros(4, 4)
+    optimizer, buffer = part("Muon")([muon_group([p], momentum=0.75)]), torch.zeros(4, 4)
     for _ in range(4):
         p.grad = torch.randn(4, 4)
         optimizer.step()
@@ -263,7 +259,7 @@ def test_momentum_is_nesterovs(monkeypatch):
 @pytest.mark.parametrize("shape", [(8, 8), (16, 4), (4, 16)])
 def test_a_gradient_of_zero_moves_nothing_and_poisons_nothing(shape):
     (p,) = random_params(shape)
-    before, optimizer = p.clone(), Muon([muon_group([p])])
+    before, optimizer = p.clone(), part("Muon")([muon_group([p])])
     p.grad = torch.zeros(shape)
     optimizer.step()
     assert torch.equal(p, before)
@@ -279,172 +275,3 @@ def test_the_size_of_a_gradient_does_not_matter_to_muon():
     reference = muon_change(p, grad)
     for factor in (2.0**-10, 2.0**10):
         assert torch.allclose(muon_change(p, factor * grad), reference, atol=0.02)
-
-
-# ---- Groups -------------------------------------------------------------------------------------
-def test_a_muon_group_of_mixed_shapes_is_refused():
-    with pytest.raises(ValueError, match="one shape"):
-        Muon([muon_group(random_params((4, 8), (8, 4)))])
-
-
-def test_every_parameter_is_in_exactly_one_group():
-    model = tiny_model()
-    optimizers = train.build_optimizers(model)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    assert len(grouped) == len(set(grouped))
-    assert all(
-        p.ndim == 2 for group in optimizers[-1].param_groups for p in group["params"]
-    )
-
-
-# ---- Steps --------------------------------------------------------------------------------------
-def test_training_lowers_the_loss():
-    model, (x, y) = tiny_model(), tiny_batch(4)
-    optimizers, losses = train.build_optimizers(model), []
-    for _ in range(50):
-        train.set_schedules(optimizers, 0.5)
-        loss = train.train_step(model, optimizers, [(x, y)], 1)
-        losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_micro_steps_add_up_to_the_step(count):
-    x, y = tiny_batch(8)
-    results = []
-    for n in (1, count):
-        model = tiny_model()
-        # A plain gradient step, so that the change is the gradient.
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        parts = list(zip(x.chunk(n), y.chunk(n), strict=True))
-        loss = train.train_step(model, [optimizer], iter(parts), n)
-        results.append((loss, [p.detach() for p in model.parameters()]))
-        assert all(p.grad is None for p in model.parameters())
-    (whole_loss, whole), (loss, parts) = results
-    assert loss.ndim == 0 and not loss.requires_grad
-    assert float(loss) == pytest.approx(float(whole_loss), rel=1e-5)
-    for a, b in zip(whole, parts, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_an_unused_parameter_is_named_not_a_type_error_from_torch():
-    model = tiny_model()
-    model.unused = torch.nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(RuntimeError, match=r"no gradient for \['unused'\]"):
-        train.train_step(model, [], [tiny_batch(2)], 1)
-
-
-def test_the_losses_do_not_depend_on_the_accumulation():
-    losses = {}
-    for count in (1, 2, 8):
-        model = tiny_model()
-        optimizers = train.build_optimizers(model)
-        losses[count] = []
-        for number in range(3):
-            train.set_schedules(optimizers, 0.5)
-            x, y = tiny_batch(8)
-            x, y = (x + number) % 50, (y + number) % 50  # another batch each time
-            batches = zip(x.chunk(count), y.chunk(count), strict=True)
-            losses[count].append(
-                train.train_step(model, optimizers, batches, count).item()
-            )
-    assert (
-        len(set(losses[1])) == 3 and max(losses[1]) - min(losses[1]) > 1e-2
-    )  # it does move
-    assert losses[2] == pytest.approx(losses[1], rel=2e-4)
-    assert losses[8] == pytest.approx(losses[1], rel=2e-4)
-
-
-# ---- Warm-up ------------------------------------------------------------------------------------
-def snapshot(model, optimizers) -> list[torch.Tensor]:
-    states = [s for optimizer in optimizers for s in optimizer.state.values()]
-    tensors = [*model.parameters(), *(t for state in states for t in state.values())]
-    return [t.detach().clone() for t in tensors]
-
-
-@pytest.fixture
-def trained():
-    """A model and its optimizers after two steps, so that no state is zero."""
-    model = tiny_model()
-    optimizers = train.build_optimizers(model)
-    for _ in range(2):
-        train.set_schedules(optimizers, 0.5)
-        train.train_step(model, optimizers, [tiny_batch(4)], 1)
-    return model, optimizers
-
-
-RUN = types.SimpleNamespace(random_batch=tiny_batch)
-
-
-def spoil(monkeypatch, model, fails_at: int) -> list[bool]:
-    """Let the loss run out of memory at a call; return the calls so far: had wte moved?"""
-    wte, loss, calls = model.wte.weight.detach().clone(), model.loss, []
-
-    def spoiled(x, y):
-        calls.append(not torch.equal(model.wte.weight, wte))
-        if len(calls) == fails_at:
-            raise torch.OutOfMemoryError("does not fit")
-        return loss(x, y)
-
-    monkeypatch.setattr(model, "loss", spoiled)
-    return calls
-
-
-def rates(optimizers) -> list[dict]:
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    return [{k: v for k, v in group.items() if k != "params"} for group in groups]
-
-
-def test_warm_up_puts_weights_and_state_back_bit_for_bit(trained, monkeypatch):
-    model, optimizers = trained
-    before, moved, settings = snapshot(model, optimizers), [], rates(optimizers)
-    trunk = model.trunk
-
-    def watched(idx):
-        moved.append(not torch.equal(model.wte.weight, before[0]))
-        return trunk(idx)
-
-    monkeypatch.setattr(model, "trunk", watched)
-    train.warm_up(RUN, model, optimizers, 2)
-    assert moved == [
-        False,
-        False,
-        True,
-        True,
-        True,
-    ]  # two steps of two, then what they made
-    after = snapshot(model, optimizers)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert all(p.grad is None for p in model.parameters())
-    assert rates(optimizers) == settings
-
-
-def test_a_warm_up_before_any_step_leaves_a_run_as_it_would_be_without(monkeypatch):
-    results = []
-    for warm in (False, True):
-        model = tiny_model()
-        optimizers = train.build_optimizers(model)
-        if warm:
-            train.warm_up(RUN, model, optimizers, 2)
-        for progress in (0.0, 0.5):
-            train.set_schedules(optimizers, progress)
-            train.train_step(model, optimizers, [tiny_batch(4)], 1)
-        results.append(snapshot(model, optimizers))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_warm_up_that_does_not_fit_leaves_nothing_behind(
-    trained, monkeypatch, fails_at
-):
-    model, optimizers = trained
-    before = snapshot(model, optimizers)
-    calls = spoil(monkeypatch, model, fails_at)
-    with pytest.raises(torch.OutOfMemoryError):
-        train.warm_up(RUN, model, optimizers, 2)
-    assert len(calls) == fails_at
-    after = snapshot(model, optimizers)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert all(p.grad is None for p in model.parameters())
