@@ -1,9 +1,10 @@
 """Shards from the dataset hub, whatever the connection does.
 
-The hub answers for a file with its commit, size and SHA-256 and a redirect to a second host that
-has the bytes. Nothing exists under its name before it is complete and its SHA-256 is right;
-what has come stays in shards/.<name>.<hash>.part and goes on by HTTP Range, in a later run too.
-Names of files are made here, never taken from a server. Not edited.
+The hub answers for a file with its commit, size and SHA-256 and a redirect to a second
+host that has the bytes. Nothing exists under its name before it is complete and its
+SHA-256 is right; what has come stays in shards/.<name>.<hash>.part and goes on by HTTP
+Range, in a later run too. Names of files are made here, never taken from a server. Not
+edited.
 """
 
 import itertools
@@ -24,15 +25,8 @@ from harness.jobs import Progress, describe_all, metric, run_jobs
 
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
 DOWNLOADS = 8  # side by side
-RETRY_SECONDS = (
-    0,
-    1,
-    2,
-    4,
-    8,
-    16,
-    32,
-)  # waits before the tries for one shard, while nothing comes
+# Seconds to wait before each try for a shard, while no more of it comes.
+RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)
 MAX_RETRY_AFTER = 600  # seconds that a server may ask to wait
 MAX_REDIRECTS = 5
 CHUNK = 1 << 14  # bytes that are lost at most when a connection breaks
@@ -55,26 +49,25 @@ class Busy(ConnectionError):
 
 
 def hub_endpoint() -> str:
-    """Return the hub's address without a slash at its end; ValueError if it is none."""
+    """Return the hub's address without a slash at its end; ValueError for a bad one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if (
-        urlsplit(endpoint).scheme not in ("http", "https")
-        or not urlsplit(endpoint).hostname
-    ):
-        raise ValueError(
-            "HF_ENDPOINT is no address like https://huggingface.co; mend or unset it"
-        )
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        problem = "HF_ENDPOINT is no address like https://huggingface.co"
+        raise ValueError(f"{problem}; fix or unset it")
     return endpoint
 
 
 def open_session(workers: int) -> requests.Session:
-    """Return a session that sends HF_TOKEN to the hub and to no host that it redirects to."""
+    """Return a session that sends HF_TOKEN to the hub and to no host behind a redirect.
+
+    workers: threads that use it. ValueError if HF_ENDPOINT or HF_TOKEN cannot be right.
+    """
     hub_endpoint()  # before anything is tried again and again
     token = (os.environ.get("HF_TOKEN") or "").strip()
     if not re.fullmatch("[!-~]*", token):
-        raise ValueError(
-            "HF_TOKEN holds characters that no token has; set it anew or unset it"
-        )
+        problem = "HF_TOKEN holds characters that no token has"
+        raise ValueError(f"{problem}; set it again or unset it")
 
     def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
         if token:
@@ -82,16 +75,27 @@ def open_session(workers: int) -> requests.Session:
         return request
 
     session = requests.Session()
-    session.auth = (
-        authorize  # requests takes it off for a new host; ~/.netrc does not replace it
-    )
+    # By `auth`, requests takes it off for a new host, and ~/.netrc does not replace it.
+    session.auth = authorize
     session.max_redirects = MAX_REDIRECTS
-    session.headers["Accept-Encoding"] = (
-        "identity"  # bytes and ranges are those of the file
-    )
+    # Bytes and ranges are then those of the file.
+    session.headers["Accept-Encoding"] = "identity"
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=workers))
     return session
+
+
+def retry_after(answer: requests.Response) -> float:
+    """Return the seconds that `answer` asks to wait, 0 if it does not say."""
+    after = answer.headers.get("Retry-After", "")
+    if re.fullmatch(r"\d{1,9}", after):
+        return float(after)
+    try:  # a date: set against the server's own clock, for ours may be wrong
+        until = parsedate_to_datetime(after)
+        now = parsedate_to_datetime(answer.headers.get("Date", ""))
+        return (until - now).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
 
 
 def check_status(answer: requests.Response) -> None:
@@ -99,7 +103,8 @@ def check_status(answer: requests.Response) -> None:
 
     The text names the host and no more: addresses and headers hold secrets.
     """
-    host, status = urlsplit(answer.url).netloc.rpartition("@")[2], answer.status_code
+    host = urlsplit(answer.url).netloc.rpartition("@")[2]
+    status = answer.status_code
     if status < 400:
         return
     text = f"{host} answered {status}"
@@ -108,12 +113,8 @@ def check_status(answer: requests.Response) -> None:
         raise Refused(f"{text}: it {REFUSALS[status]}")
     if at_hub and status < 500 and status not in (408, 425, 429):
         raise Refused(text)
-    busy, after = Busy(text), answer.headers.get("Retry-After", "")
-    try:  # a number, or a date: set against the server's own clock, for ours may be wrong
-        until, now = map(parsedate_to_datetime, (after, answer.headers.get("Date", "")))
-        busy.seconds = (until - now).total_seconds()
-    except (ValueError, TypeError):
-        busy.seconds = float(after) if re.fullmatch(r"\d{1,9}", after) else 0.0
+    busy = Busy(text)
+    busy.seconds = retry_after(answer)
     if busy.seconds > MAX_RETRY_AFTER:
         raise Refused(f"{text} and asks to come back in {busy.seconds:.0f} s")
     raise busy
@@ -123,16 +124,20 @@ def tell(error: Exception) -> str:
     """Return what the innermost of an error's causes says, without addresses."""
     while error.args and isinstance(error.args[0], Exception):
         error = getattr(error.args[0], "reason", None) or error.args[0]
-    plain = error.args and isinstance(error.args[0], str)
-    return re.sub(r"\w+://\S+|url: \S+", "...", error.args[0] if plain else str(error))
+    said = str(error)
+    if error.args and isinstance(error.args[0], str):
+        said = error.args[0]
+    return re.sub(r"\w+://\S+|url: \S+", "...", said)
 
 
 def persist(action: Callable, name: str, progress: Progress, size: Callable = lambda: 0):
     """Return action(), tried again while the network fails; ConnectionError at last.
 
-    size: bytes that are there; as long as they become more, tries are not counted.
+    size: returns the bytes that are there; while they become more, tries are not counted.
     """
-    tries, wait_seconds, most = 0, RETRY_SECONDS[0], size()
+    tries = 0
+    wait_seconds = RETRY_SECONDS[0]
+    most = size()
     while True:
         progress.pause(wait_seconds)
         try:
@@ -143,12 +148,12 @@ def persist(action: Callable, name: str, progress: Progress, size: Callable = la
             raise ConnectionError(f"{name}: {error}") from error
         except (requests.RequestException, ConnectionError, ValueError) as error:
             problem = f"{name}: {tell(error)}"
-            tries = 1 if size() > most else tries + 1
-            most = max(most, size())
+            there = size()
+            tries = 1 if there > most else tries + 1
+            most = max(most, there)
             if tries >= len(RETRY_SECONDS):
-                raise ConnectionError(
-                    f"{problem}; run {PREPARE} again, it goes on"
-                ) from error
+                advice = f"run {PREPARE} again, it goes on"
+                raise ConnectionError(f"{problem}; {advice}") from error
             wait_seconds = max(RETRY_SECONDS[tries], getattr(error, "seconds", 0.0))
             progress.note(f"{problem}; again in {wait_seconds:.0f} s")
 
@@ -156,22 +161,23 @@ def persist(action: Callable, name: str, progress: Progress, size: Callable = la
 def stat_shard(
     session: requests.Session, revision: str, name: str
 ) -> tuple[str, str, dict]:
-    """Ask the hub about a shard; return its address, commit and {"size": bytes, "sha256": hex}."""
+    """Ask the hub about a shard; return its address, commit and size + SHA-256.
+
+    The last are as `describe` returns them. Raises ConnectionError or ValueError.
+    """
     endpoint = hub_endpoint()
-    url = place = f"{endpoint}/datasets/{C.DATASET}/resolve/{revision}/{name}"
+    url = f"{endpoint}/datasets/{C.DATASET}/resolve/{revision}/{name}"
+    place = url
     for _ in range(MAX_REDIRECTS + 1):
         answer = session.head(place, allow_redirects=False, timeout=HTTP_TIMEOUT)
-        if (
-            answer.status_code == 404
-            and answer.headers.get("X-Error-Code") == "RevisionNotFound"
-        ):
+        code = answer.headers.get("X-Error-Code")
+        if answer.status_code == 404 and code == "RevisionNotFound":
             raise Refused(f"the hub has no revision {revision} of {C.DATASET} (any more)")
         check_status(answer)
         keys = ("X-Repo-Commit", "X-Linked-Size", "X-Linked-Etag")
         commit, size, sha256 = (answer.headers.get(key, "").strip('"') for key in keys)
-        if re.fullmatch(
-            "[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", f"{commit} {size} {sha256}"
-        ):
+        found = f"{commit} {size} {sha256}"
+        if re.fullmatch("[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", found):
             return url, commit, {"size": int(size), "sha256": sha256}
         place = urljoin(place, answer.headers.get("Location", "?"))
         if not answer.is_redirect or urlsplit(place)[:2] != urlsplit(endpoint)[:2]:
@@ -183,25 +189,28 @@ def stat_shard(
 def fetch(
     session: requests.Session, url: str, part: Path, size: int, progress: Progress
 ) -> None:
-    """Add to `part` what it lacks of `size` bytes, or raise OSError and leave what has come."""
+    """Add to `part` what it lacks of `size` bytes.
+
+    An OSError, of which ConnectionError is one, leaves in it what has come.
+    """
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
     with session.get(url, headers=headers, stream=True, timeout=HTTP_TIMEOUT) as answer:
         check_status(answer)
-        host, chunks = urlsplit(answer.url).hostname, answer.iter_content(CHUNK)
+        host = urlsplit(answer.url).hostname
+        chunks = answer.iter_content(CHUNK)
         whole = answer.status_code == 200  # also when the server does not know ranges
-        if (
-            not whole
-            and answer.headers.get("Content-Range") != f"bytes {start}-{size - 1}/{size}"
-        ):
-            raise ConnectionError(
-                f"{host} sent another part than bytes {start} to {size}"
-            )
-        if whole and (first := next(chunks, b""))[:4] != b"PAR1":
-            raise ConnectionError(f"{host} sent no parquet: the login page of a network?")
         if whole:
+            first = next(chunks, b"")
+            if first[:4] != b"PAR1":
+                problem = "sent no parquet: the login page of a network?"
+                raise ConnectionError(f"{host} {problem}")
+            chunks = itertools.chain([first], chunks)
             progress.add(-start)
-            start, chunks = 0, itertools.chain([first], chunks)
+            start = 0
+        elif answer.headers.get("Content-Range") != f"bytes {start}-{size - 1}/{size}":
+            problem = f"sent another part than bytes {start} to {size}"
+            raise ConnectionError(f"{host} {problem}")
         with naming(part), open(part, "wb" if whole else "ab") as file:
             try:
                 for chunk in chunks:
@@ -214,20 +223,22 @@ def fetch(
                 file.flush()
             os.fsync(file.fileno())
     if start < size:
-        raise ConnectionError(
-            f"the connection to {host} ended after {start} of {size} bytes"
-        )
+        came = f"{start} of {size} bytes"
+        raise ConnectionError(f"the connection to {host} ended after {came}")
 
 
 def part_of(path: Path, remote: dict) -> Path:
-    """Return where the bytes of shard `path` wait until they are all there and checked."""
+    """Return where the bytes of shard `path` wait until all are there and checked."""
     return path.with_name(f".{path.name}.{remote['sha256'][:12]}.part")
 
 
 def download_shard(
     session: requests.Session, url: str, path: Path, remote: dict, progress: Progress
 ) -> None:
-    """Have a shard at `path` as the hub has it, of size and SHA-256 `remote`, or raise OSError."""
+    """Have a shard at `path` as the hub has it, of size and SHA-256 `remote`.
+
+    OSError if that cannot be done; what has come is kept.
+    """
     part = part_of(path, remote)
 
     def size() -> int:
@@ -249,8 +260,9 @@ def download_shard(
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raise OSError if `folder` has not so many bytes left."""
-    if (free := shutil.disk_usage(folder).free) < needed:
+    """Raise OSError if `folder` has fewer than `needed` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
         text = f"{folder} has {metric(free, 'B')} free, and shards and rows need"
         advice = "free some, move AUTORESEARCH_CACHE or lower --num-shards"
         raise OSError(f"{text} {metric(needed, 'B')}; {advice}")
@@ -259,25 +271,30 @@ def check_free_space(folder: Path, needed: int) -> None:
 def ensure_shards(
     folder: Path, names: list[str], manifest: dict, workers: int = DOWNLOADS
 ) -> tuple[str, dict[str, dict]]:
-    """Have shards in `folder`, or raise ConnectionError; return the commit, size + SHA-256 each."""
-    known, revision = manifest.get("shards", {}), manifest.get("revision", C.REVISION)
+    """Have shards in `folder`; return their commit, and size + SHA-256 of each by name.
+
+    ConnectionError says which could not be had; OSError that there is no space for them.
+    """
+    known = manifest.get("shards", {})
+    revision = manifest.get("revision", C.REVISION)
     shards = describe_all(folder, [name for name in names if name in known])
     for name in [name for name in shards if shards[name] != known[name]]:
         state = "damaged" if (folder / name).exists() else "gone"
         print(f"{name} is {state}: it is fetched again", flush=True)
         del shards[name]
-    if missing := [name for name in names if name not in shards]:
+    missing = [name for name in names if name not in shards]
+    if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        session, first = open_session(workers), f"{missing[0]} of {C.DATASET}"
+        session = open_session(workers)
         ask = partial(stat_shard, session, revision, missing[0])
+        asking = Progress("asking the hub", " shards", 1)
         try:
-            _, commit, _ = persist(ask, first, Progress("asking the hub", " shards", 1))
+            _, commit, _ = persist(ask, f"{missing[0]} of {C.DATASET}", asking)
         except ConnectionError as error:
             if revision == C.REVISION or not isinstance(error.__cause__, Refused):
                 raise
-            advice = (
-                f"delete {folder.parent / 'manifest.json'} to go on with the present ones"
-            )
+            path = folder.parent / "manifest.json"
+            advice = f"delete {path} to go on with the present ones"
             raise ConnectionError(f"{error}; {advice}: what is the same stays") from error
         revision = commit
         shards |= fetch_shards(session, folder, missing, revision, workers)
@@ -291,19 +308,25 @@ def ensure_shards(
 def fetch_shards(
     session: requests.Session, folder: Path, names: list[str], revision: str, workers: int
 ) -> dict[str, dict]:
-    """Have shards in `folder` as they are at a commit; return size + SHA-256 of each."""
+    """Have shards in `folder` as of commit `revision`; return size + SHA-256 by name.
+
+    ConnectionError says which could not be had; OSError that there is no space for them.
+    """
     asking = Progress("asking the hub", " shards", len(names))
 
     def ask(name: str) -> tuple[str, dict, bool]:
-        url, _, remote = persist(
-            partial(stat_shard, session, revision, name), name, asking
-        )
+        stat = partial(stat_shard, session, revision, name)
+        url, _, remote = persist(stat, name, asking)
         present = describe(folder / name) == remote
         asking.add(1)
         return url, remote, present
 
     answers = run_jobs({name: partial(ask, name) for name in names}, workers, asking)
-    missing = {name: about[:2] for name, about in answers.items() if not about[2]}
+    missing = {
+        name: (url, remote)
+        for name, (url, remote, present) in answers.items()
+        if not present
+    }
     parts = [part_of(folder / name, remote) for name, (_, remote) in missing.items()]
     there = sum(part.stat().st_size for part in parts if part.exists())
     total = sum(remote["size"] for _, remote in missing.values())
