@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their hashes, and the folder where everything lies."""
+"""Files that appear whole or not at all, their hashes, and the folder that holds them."""
 
 import hashlib
 import json
@@ -14,14 +14,15 @@ try:
 except ImportError:  # Windows: no lock there
     fcntl = None
 
-PREPARE = (
-    "AUTORESEARCH_SMOKE=1 " if C.SMOKE else ""
-) + "uv run prepare.py"  # advice in errors
+# The command that prepares under the rules in force, for the advice in errors.
+PREPARE = "uv run prepare.py"
+if C.SMOKE:
+    PREPARE = f"AUTORESEARCH_SMOKE=1 {PREPARE}"
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the operating system say which file it is about; a full disk does not."""
+    """Add `path` to an OSError of the block that names no file, such as a full disk's."""
     try:
         yield
     except OSError as error:
@@ -31,8 +32,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def describe(path: Path) -> dict:
-    """Return {"size": bytes, "sha256": hex} of a file; a missing one is like an empty one."""
-    digest, size = hashlib.sha256(), 0
+    """Return {"size": bytes, "sha256": hex} of a file; a missing one counts as empty."""
+    digest = hashlib.sha256()
+    size = 0
     if path.is_file():
         with naming(path), open(path, "rb") as file:
             while chunk := file.read(1 << 20):
@@ -49,7 +51,10 @@ def data_dir() -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator:
-    """Open a temporary binary file that becomes `path` only if the block succeeds."""
+    """Open a temporary binary file that becomes `path` only if the block succeeds.
+
+    An OSError names the file it is about.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -63,9 +68,13 @@ def atomic_write(path: Path) -> Iterator:
 
 
 def remove_temporaries(folder: Path, pid: int | str = "*") -> None:
-    """Delete what `atomic_write` of process `pid` left below `folder` when it was killed."""
-    for path in [*folder.glob(f".*.{pid}.tmp"), *folder.glob(f"*/.*.{pid}.tmp")]:
-        path.unlink(missing_ok=True)
+    """Delete what `atomic_write` of process `pid` left below `folder` when it was killed.
+
+    pid: "*" stands for every process. Looks into `folder` and the folders in it.
+    """
+    for pattern in (f".*.{pid}.tmp", f"*/.*.{pid}.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def content_key(*parts: object) -> str:
@@ -86,13 +95,11 @@ def lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(
-                    f"another prepare.py is at work in {folder}; waiting for its end",
-                    flush=True,
-                )
+                busy = f"another prepare.py is at work in {folder}"
+                print(f"{busy}; waiting for its end", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        except (OSError, AttributeError) as error:  # a folder to read only; no locks here
-            print(
-                f"no lock on {folder} ({error}); do not prepare twice at once", flush=True
-            )
+        # A folder that cannot be written, or a system without locks.
+        except (OSError, AttributeError) as error:
+            advice = "do not prepare twice at once"
+            print(f"no lock on {folder} ({error}); {advice}", flush=True)
         yield

@@ -16,65 +16,72 @@ LOG_SECONDS = 10  # between two lines of progress where they are not on a termin
 
 
 class Stopped(Exception):
-    """Ends a job because another one failed, or because the user wants it."""
+    """Ends a job because another one failed, or because the user wants it to end."""
 
 
 class Progress:
-    """What has been done of a total, shown on one line that changes, or in a log line by line.
+    """What has been done of a total: one line that changes, or in a log line by line.
 
+    what, unit: words of that line. total, done: amounts in that unit; done: at first.
     Jobs on any thread call `add` and `pause`, which raise Stopped once `stop` is set.
     """
 
     def __init__(self, what: str, unit: str, total: float, done: float = 0):
-        self.what, self.unit, self.total, self.done = what, unit, total, done
-        self.lock, self.stop, self.terminal = threading.Lock(), threading.Event(), False
-        self.started_at = self.shown_at = time.monotonic()
-        self.before = done  # what was there already says nothing about the rate
-        if sys.stdout is not None:
-            self.terminal = sys.stdout.isatty()
+        self.what = what
+        self.unit = unit
+        self.total = total
+        self.done = done
+        self.before = done  # what was there already says nothing about the speed
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.started_at = time.monotonic()
+        self.shown_at = self.started_at
 
     def add(self, n: float) -> None:
+        """Count `n` more as done."""
         if self.stop.is_set():
             raise Stopped
         with self.lock:
             self.done += n
 
     def pause(self, seconds: float) -> None:
+        """Sleep, until `stop` is set at most."""
         if self.stop.wait(seconds):
             raise Stopped
 
     def line(self) -> str:
         """Return "fetching: 510 M of 1.80 GB | 45.10 MB/s | 29 s left"."""
         seconds = time.monotonic() - self.started_at
-        rate = max(self.done - self.before, 0) / max(seconds, 1e-3)
-        done, total = metric(self.done, "").strip(), metric(self.total, self.unit)
-        parts = [f"{self.what}: {done} of {total}"]
-        if rate:
-            left = max(self.total - self.done, 0) / rate
+        speed = max(self.done - self.before, 0) / max(seconds, 1e-3)
+        done = metric(self.done, "").strip()
+        parts = [f"{self.what}: {done} of {metric(self.total, self.unit)}"]
+        if speed:
+            left = max(self.total - self.done, 0) / speed
             clock = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-            parts += [f"{metric(rate, self.unit)}/s", f"{clock} left"]
+            parts += [f"{metric(speed, self.unit)}/s", f"{clock} left"]
         return " | ".join(parts)
 
     def show(self) -> None:
         """Print the line if it is time."""
         now = time.monotonic()
-        if now - self.shown_at >= (0.2 if self.terminal else LOG_SECONDS):
-            self.shown_at = now
-            print(
-                f"\r{self.line()}\x1b[K" if self.terminal else self.line(),
-                end="",
-                flush=True,
-            )
-            if not self.terminal:
-                print(flush=True)
+        if now - self.shown_at < (0.2 if self.terminal else LOG_SECONDS):
+            return
+        self.shown_at = now
+        if self.terminal:
+            print(f"\r{self.line()}\x1b[K", end="", flush=True)
+        else:
+            print(self.line(), flush=True)
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the one that changes."""
-        print(f"\r\x1b[K{text}\n" if self.terminal else f"{text}\n", end="", flush=True)
+        clear = "\r\x1b[K" if self.terminal else ""
+        # Text and end of line in one write: other threads print as well.
+        print(f"{clear}{text}\n", end="", flush=True)
 
 
 def metric(n: float, unit: str) -> str:
-    """Return a number of about three digits with its unit: "1.80 GB", "310 M characters"."""
+    """Return a number of about three digits with its unit, such as "1.80 GB"."""
     prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
     scale, prefix = next((pair for pair in prefixes if n >= pair[0]), (1, ""))
     digits = 0 if scale == 1 or n >= 100 * scale else 2
@@ -82,12 +89,15 @@ def metric(n: float, unit: str) -> str:
 
 
 def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress) -> dict:
-    """Return what each of the named jobs returns; they run on threads, `progress` is shown.
+    """Run the named jobs on threads, showing `progress`; return name -> job's result.
 
-    A ConnectionError leaves the others at work, until as many jobs have failed as there are
-    workers; then one is raised for all. Anything else, Ctrl-C too, stops them and is raised.
+    A ConnectionError leaves the others at work, until as many jobs have failed as there
+    are workers; then one is raised for all. Anything else, Ctrl-C too, stops them and is
+    raised.
     """
-    finished, results, problems = queue.SimpleQueue(), {}, []
+    finished = queue.SimpleQueue()
+    results = {}
+    problems = []
     pool = ThreadPoolExecutor(workers)
     futures = {pool.submit(job): name for name, job in jobs.items()}
     for future in futures:
@@ -112,21 +122,19 @@ def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress)
     finally:
         progress.stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        wait(
-            futures, 1
-        )  # so that they leave nothing behind; one that hangs is not waited for
+        # So that they leave nothing behind; one that hangs is not waited for.
+        wait(futures, timeout=1)
         if progress.terminal:
             print("\r\x1b[K", end="", flush=True)
 
 
 def describe_all(folder: Path, names: list[str]) -> dict[str, dict]:
-    """Return size and SHA-256 of each file in `folder`; of a missing one, those of nothing."""
+    """Return name -> what `describe` returns for that file of `folder`."""
     progress = Progress("checking", " files", len(names))
 
     def job(name: str) -> dict:
         progress.add(1)
         return describe(folder / name)
 
-    return run_jobs(
-        {name: partial(job, name) for name in names}, os.cpu_count(), progress
-    )
+    jobs = {name: partial(job, name) for name in names}
+    return run_jobs(jobs, os.cpu_count(), progress)
