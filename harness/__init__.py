@@ -1,6 +1,28 @@
-"""What feeds and measures train.py. Not edited: a hash of this folder is part of `rules:`.
+"""What feeds and measures train.py. Not edited: `rules:` holds a hash of this folder.
 
-In the order of the data: download, documents, tokenizer, packing, data (all of them together);
-then loader, run (clock and summary), evaluation; beside them attention, gpu, health and peaks.
-files and jobs serve all of them.
+In the order of the data:
+
+    files          files that appear whole or not at all, hashes, the folder of the data
+    jobs           threads side by side, and the progress that is shown of them
+    download       shards from the hub
+    documents      a shard's documents; shards for a smoke run, or of one's own
+    tokenizer      documents to ids: the byte-level BPE, trained once
+    packing        ids to rows of T + 1
+    data           all of that in order, the manifest, and the check of what is there
+    loader         rows to batches on the device
+    run            one experiment: clock, steps, checks, summary
+    warmup         before the clock: compiles, finds the batch, names a dead edit
+    dry_run        the full rules beside a smoke run: shapes without memory
+    evaluation     logits to bits per byte, and the checks that a model is one
+    checkpoint     the trained model as plain arrays
+
+Beside them:
+
+    attention      the attention kernels, and the choice between them
+    ops            fused operations of the model, each with its plain form
+    compile_cache  where compiled code is kept between runs
+    gpu            which GPU there is, and what fits its memory
+    health         how fast the GPU is before and after training, and whether it is alone
+    peaks          peak speeds of GPUs, for MFU
+    output         lines of the log that tools read
 """
