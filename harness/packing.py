@@ -1,4 +1,4 @@
-"""Documents to packed rows of T + 1 ids, in files that are named by what they rest on."""
+"""Documents to packed rows of T + 1 ids, in files named by what they rest on."""
 
 import itertools
 import math
@@ -22,29 +22,35 @@ from harness.tokenizer import Tokenizer
 def pack_rows(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterator[np.ndarray]:
     """Pack documents into rows of exactly `capacity` ids, without padding.
 
-    batches: lists of documents, each an array that opens with BOS. Before every placement the
-    buffer is refilled to PACK_BUFFER_DOCS; the longest document that fits is placed, or else the
-    shortest, cropped; of equals the earliest. Yields one array each time. Source: arXiv:2404.10830.
+    batches: lists of documents, each an array that opens with BOS. Before every placement
+    the buffer is refilled to PACK_BUFFER_DOCS; the longest document that fits is placed,
+    or else the shortest, cropped; of equals the earliest. Yields the same array of shape
+    (capacity,) each time. Source: best-fit packing, arXiv:2404.10830.
     """
-    source, arrivals = iter(batches), itertools.count()
+    source = iter(batches)
+    arrivals = itertools.count()
     documents: dict[int, np.ndarray] = {}  # arrival -> ids
-    sizes: list[
-        tuple[int, int]
-    ] = []  # (length, -arrival), sorted: of equals the last came first
-    row, filled = np.empty(capacity, np.uint16), 0
+    # (length, -arrival), sorted: the last of one length is the earliest that came.
+    sizes: list[tuple[int, int]] = []
+    row = np.empty(capacity, np.uint16)
+    filled = 0
     while True:
-        while (
-            len(sizes) < C.PACK_BUFFER_DOCS and (batch := next(source, None)) is not None
-        ):
+        while len(sizes) < C.PACK_BUFFER_DOCS:
+            batch = next(source, None)
+            if batch is None:
+                break
             for ids in batch:
-                documents[arrival := next(arrivals)] = ids
+                arrival = next(arrivals)
+                documents[arrival] = ids
                 insort(sizes, (len(ids), -arrival))
         if not sizes:
             return
-        at = bisect_right(sizes, (capacity - filled, 0)) - 1
+        room = capacity - filled
+        at = bisect_right(sizes, (room, 0)) - 1
         if at < 0:  # none fits: the earliest of the shortest
             at = bisect_left(sizes, (sizes[0][0] + 1, -math.inf)) - 1
-        ids = documents.pop(-sizes.pop(at)[1])[: capacity - filled]
+        _, arrival = sizes.pop(at)
+        ids = documents.pop(-arrival)[:room]
         row[filled : filled + len(ids)] = ids
         filled += len(ids)
         if filled == capacity:
@@ -59,10 +65,11 @@ def build_rows(
     n_rows: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Tokenize and pack one shard, on its own, to a row file; ValueError if it has no document.
+    """Tokenize and pack one shard, on its own, to the row file `out`.
 
-    n_rows: stop after so many, starting the shard over when it runs out; None: once through.
+    n_rows: stop after so many, starting the shard over when it runs out; None: read it once.
     progress: told of every batch of documents; may stop the work by raising.
+    ValueError for a shard without documents, or with one that tiktoken gives up on.
     """
     if not any(read_documents(shard)):
         raise ValueError(f"{shard} holds no document; delete it and run {PREPARE}")
@@ -74,9 +81,10 @@ def build_rows(
                 progress.add(len(texts))
             try:
                 yield [tokenizer.encode(text) for text in texts]
-            except ValueError as error:  # a million blanks in a row, for one
-                text = f"{shard}: tiktoken gives up on a document ({error}); delete the shard"
-                raise ValueError(f"{text} and run {PREPARE}") from error
+            except ValueError as error:  # a million blanks without a break, for one
+                problem = f"{shard}: tiktoken gives up on a document ({error})"
+                advice = f"delete the shard and run {PREPARE}"
+                raise ValueError(f"{problem}; {advice}") from error
 
     with atomic_write(out) as file:
         for row in itertools.islice(pack_rows(batches(), C.MAX_SEQ_LEN + 1), n_rows):
@@ -84,7 +92,10 @@ def build_rows(
 
 
 def row_name(name: str, about: dict, tokenizer_sha256: str) -> str:
-    """Return the name of a shard's row file; it changes with everything that the rows rest on."""
+    """Return the name of a shard's row file; it changes with all that the rows rest on.
+
+    name, about: the shard's file name and what `describe` returns for it.
+    """
     key = content_key(C.DATA_RULES, C.SPLIT_PATTERN, about["sha256"], tokenizer_sha256)
     return f"{Path(name).stem}.{key}.u16"
 
@@ -97,46 +108,40 @@ def ensure_rows(
     known: dict[str, dict],
     workers: int | None,
 ) -> dict[str, dict]:
-    """Have the row file of every shard in `place`; return file name -> split, size and SHA-256.
+    """Have a row file of every shard in `place`; return its split, size and SHA-256 by name.
 
-    A file of the right name is right unless `known` tells otherwise. The last shard validates.
+    shards: name -> size and SHA-256; the last one is for validation. known: what this
+    returned before; a file of the right name is right unless `known` tells otherwise.
+    ValueError for a shard that cannot be packed, or too little text for one training row.
     """
-    names = {
+    names = {  # row file -> shard
         row_name(name, about, tokenizer.sha256): name for name, about in shards.items()
     }
+    *train, val = names
     there = [name for name in names if (folder / "rows" / name).is_file()]
     rows = describe_all(folder / "rows", there)
     for name in there:
-        if any(rows[name][key] != known.get(name, rows[name])[key] for key in rows[name]):
-            print(f"rows/{name} is damaged: it is packed anew", flush=True)
+        expected = known.get(name, rows[name])
+        if any(expected[key] != value for key, value in rows[name].items()):
+            print(f"rows/{name} is damaged: it is repacked", flush=True)
             del rows[name]
-    documents = Progress("packing", " documents", 0)
-    val, jobs = row_name(*[*shards.items()][-1], tokenizer.sha256), {}
+    progress = Progress("packing", " documents", 0)
+    jobs = {}
     for name in [name for name in names if name not in rows]:
         shard = place / names[name]
         n_rows = C.EVAL_TOKENS // C.MAX_SEQ_LEN if name == val else None
-        documents.total += pq.read_metadata(shard).num_rows
-        jobs[name] = partial(
-            build_rows,
-            shard,
-            folder / "rows" / name,
-            tokenizer,
-            n_rows,
-            progress=documents,
-        )
+        out = folder / "rows" / name
+        progress.total += pq.read_metadata(shard).num_rows
+        jobs[name] = partial(build_rows, shard, out, tokenizer, n_rows, progress)
     if known and not known.keys() & names.keys():
-        print(
-            "rows: of other shards, tokenizer or rules; they are packed anew", flush=True
-        )
-    run_jobs(jobs, workers or os.cpu_count(), documents)
+        print("rows: of other shards, tokenizer or rules; they are repacked", flush=True)
+    run_jobs(jobs, workers or os.cpu_count(), progress)
     rows |= describe_all(folder / "rows", list(jobs))
-    rows = {n: {"split": "val" if n == val else "train", **rows[n]} for n in names}
-    tokens = sum(
-        about["size"] // 2 for about in rows.values() if about["split"] == "train"
-    )
+    tokens = sum(rows[name]["size"] // 2 for name in train)
     if tokens == 0:
         raise ValueError(f"the training shards in {place} do not fill one row")
-    seconds = time.monotonic() - documents.started_at
-    text = f"{tokens / 1e6:.1f} M training tokens in {len(rows) - 1} files"
+    seconds = time.monotonic() - progress.started_at
+    text = f"{tokens / 1e6:.1f} M training tokens in {len(train)} files"
     print(f"rows: {text}, {len(jobs)} packed in {seconds:.1f} s", flush=True)
-    return rows
+    splits = dict.fromkeys(train, "train") | {val: "val"}
+    return {name: {"split": split, **rows[name]} for name, split in splits.items()}

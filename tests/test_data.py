@@ -208,7 +208,7 @@ def test_damaged_shard_is_fetched_again(folder, original, damage):
     "text",
     [None, "", "{", "[]", "null", "{}", '{"rules": 1}', "\x00", '{"shards": []}', "7"],
 )
-def test_preparing_again_mends_a_missing_or_damaged_manifest(folder, original, text):
+def test_preparing_again_repairs_a_missing_or_damaged_manifest(folder, original, text):
     if text is None:
         (folder / "manifest.json").unlink()
     else:
@@ -259,7 +259,7 @@ def test_manifest_of_a_readable_folder_is_returned_as_it_is(original, tmp_path, 
     assert load_manifest(tmp_path) == manifest
 
 
-def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
+def test_what_is_made_again_is_said_with_its_reason(folder, capsys, monkeypatch):
     flip(row_path(folder, 1))
     cut(folder / "shards" / C.SHARD_NAME.format(0))
     (folder / "shards" / C.SHARD_NAME.format(1)).unlink()
@@ -268,20 +268,16 @@ def test_what_is_made_anew_is_said_with_its_reason(folder, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "shard_00000.parquet is damaged: it is fetched again" in said
     assert "shard_00001.parquet is gone: it is fetched again" in said
-    assert "missing or damaged" in said and "it is trained anew" in said
-    assert f"rows/{row_path(folder, 1).name} is damaged: it is packed anew" in said
+    assert "missing or damaged" in said and "it is retrained" in said
+    assert f"rows/{row_path(folder, 1).name} is damaged: it is repacked" in said
     assert "2 files, 1 packed in" in said
     data.prepare(folder, num_shards=2, workers=2)
     said = capsys.readouterr().out
-    assert (
-        "trained anew" not in said
-        and "packed anew" not in said
-        and ", 0 packed in" in said
-    )
+    assert "retrained" not in said and "repacked" not in said and ", 0 packed in" in said
     monkeypatch.setattr(C, "DATA_RULES", [*C.DATA_RULES, 1])
     data.prepare(folder, num_shards=2, workers=2)
     said = capsys.readouterr().out
-    assert "rows: of other shards, tokenizer or rules; they are packed anew" in said
+    assert "rows: of other shards, tokenizer or rules; they are repacked" in said
     assert "trained" not in said and "fetch" not in said
 
 
@@ -497,7 +493,7 @@ def test_a_change_of_an_own_shard_is_noticed(own, cache, capsys):
     write_shard(own / "b part.parquet", make_documents(seed=3, count=300))
     prepare.main([])
     out = capsys.readouterr().out
-    assert "tokenizer: of other shards or rules, it is trained anew" in out
+    assert "tokenizer: of other shards or rules, it is retrained" in out
     assert not set(listing(cache / "rows")) & set(before)
 
 
@@ -509,7 +505,7 @@ def test_a_change_of_an_own_shard_is_noticed(own, cache, capsys):
             "holds no good column `text` .it has the columns content",
         ),
         (pa.table({"text": pa.array([1])}), "it is of type int64, not string"),
-        (pa.table({"text": pa.array([], pa.string())}), "has no rows"),
+        (pa.table({"text": pa.array([], pa.string())}), "has no documents"),
         (None, "holds no good column `text`"),
     ],
 )
@@ -568,7 +564,7 @@ def test_check_of_what_is_whole_says_so_and_changes_nothing(whole, capsys):
     [(flip, "bytes changed"), (cut, "damaged: it has"), (Path.unlink, "missing")],
     ids=["a byte changed", "cut short", "gone"],
 )
-def test_check_names_what_is_damaged_and_prepare_mends_it(
+def test_check_names_what_is_damaged_and_prepare_repairs_it(
     whole, own, capsys, pattern, damage, what
 ):
     good, source = listing(whole), listing(own)

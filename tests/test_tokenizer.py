@@ -41,7 +41,7 @@ def random_texts(seed: int, count: int) -> list[str]:
 
 
 def ranks_by_hand(folder: Path) -> dict[bytes, int]:
-    """Read ranks.tiktoken as its format is described: a line a token, base64, blank, rank."""
+    """Read ranks.tiktoken as described: one line per token, base64, blank, rank."""
     lines = (folder / "ranks.tiktoken").read_text("ascii").split("\n")
     assert lines.pop() == ""
     pairs = [re.fullmatch(r"([A-Za-z0-9+/]+=*) (\d+)", line).groups() for line in lines]
