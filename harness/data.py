@@ -1,4 +1,4 @@
-"""All of the preparation in order, the manifest that records it, and the check of what is there."""
+"""All of the preparation in order, the manifest that records it, and the check by it."""
 
 import json
 import sys
@@ -29,6 +29,34 @@ def load_manifest(folder: Path) -> dict:
         return {}
 
 
+def ensure_source(
+    folder: Path, source: str, num_shards: int | None, manifest: dict, downloads: int
+) -> tuple[Path, str, dict[str, dict]]:
+    """Have the shards; return their folder, revision, and size + SHA-256 by name.
+
+    The last of them is for validation. Arguments and errors are those of `prepare`.
+    """
+    if source != "hub":
+        advice = "--source hub goes back to the hub's"
+        print(f"shards: those of {source}; {advice}", flush=True)
+        place = Path(source)
+        names = list_source(place, None if num_shards == -1 else num_shards)
+        return place, source, describe_all(place, names)
+    if num_shards is None:  # as many as before
+        num_shards = len(manifest.get("shards", ())) - 1
+        if num_shards <= 0:
+            num_shards = C.DEFAULT_NUM_SHARDS
+    if num_shards == -1:
+        num_shards = C.VAL_SHARD
+    names = [*map(C.SHARD_NAME.format, range(num_shards)), VAL_NAME]
+    place = folder / "shards"
+    if C.SMOKE:
+        revision = f"library of Python {sys.version.split()[0]}"
+        return place, revision, write_smoke_shards(place, names)
+    revision, shards = ensure_shards(place, names, manifest, downloads)
+    return place, revision, shards
+
+
 def prepare(
     folder: Path,
     num_shards: int | None,
@@ -36,49 +64,35 @@ def prepare(
     downloads: int = DOWNLOADS,
     source: str | None = None,
 ) -> None:
-    """Bring `folder` to the state that the rules and `num_shards` training shards ask for.
+    """Bring `folder` to what the rules and `num_shards` training shards ask for.
 
-    source: a folder of the user's own shards, "hub", or None for where they came from before;
-    num_shards: -1 for all, None for as many as before, or at first for the default, which is all
-    of such a folder. OSError and ValueError say what could not be done; what is done is kept.
+    source: a folder of the user's own shards, "hub", or None for where they came from
+    before. num_shards: -1 for all, None for as many as before, or at first for the
+    default, which is all of such a folder. workers, downloads: threads that pack and that
+    fetch. OSError and ValueError say what could not be done; what is done is kept.
     """
     print(f"preparing {folder}", flush=True)
     with lock(folder):
         remove_temporaries(folder)
-        manifest, place = load_manifest(folder), folder / "shards"
+        manifest = load_manifest(folder)
         source = source or manifest.get("source", "hub")
         if manifest.get("source", "hub") != source:
             manifest = {}
-        if source != "hub":
-            print(
-                f"shards: those of {source}; --source hub goes back to the hub's",
-                flush=True,
-            )
-            place = Path(source)
-            names = list_source(place, None if num_shards == -1 else num_shards)
-            revision, shards = source, describe_all(place, names)
-        else:
-            if num_shards is None:  # as many as before
-                num_shards = len(manifest.get("shards", ())) - 1
-                num_shards = num_shards if num_shards > 0 else C.DEFAULT_NUM_SHARDS
-            num_shards = C.VAL_SHARD if num_shards == -1 else num_shards
-            names = [*map(C.SHARD_NAME.format, range(num_shards)), VAL_NAME]
-            if C.SMOKE:
-                revision = f"library of Python {sys.version.split()[0]}"
-                shards = write_smoke_shards(place, names)
-            else:
-                revision, shards = ensure_shards(place, names, manifest, downloads)
-        train = {place / name: shards[name] for name in names[:-1]}
-        tokenizer = ensure_tokenizer(folder / "tokenizer", train)
-        rows = ensure_rows(
-            folder, place, shards, tokenizer, manifest.get("rows", {}), workers
+        place, revision, shards = ensure_source(
+            folder, source, num_shards, manifest, downloads
         )
+        *train, _ = shards
+        texts = {place / name: shards[name] for name in train}
+        tokenizer = ensure_tokenizer(folder / "tokenizer", texts)
+        known = manifest.get("rows", {})
+        rows = ensure_rows(folder, place, shards, tokenizer, known, workers)
         about = {
             "rules": C.DATA_RULES,
             "revision": revision,
             "tokenizer": tokenizer.sha256,
         }
-        about |= {} if source == "hub" else {"source": source}
+        if source != "hub":
+            about["source"] = source
         about |= {"shards": shards, "rows": rows}
         about |= {"key": content_key(about)}  # so that a change to any byte is noticed
         if load_manifest(folder) != json.loads(json.dumps(about)):
@@ -90,7 +104,7 @@ def prepare(
 
 
 def check(folder: Path) -> list[str]:
-    """Return a sentence for each prepared file in `folder` that is not as it was prepared.
+    """Return a sentence on each prepared file in `folder` that is not as it was prepared.
 
     Reads everything, writes nothing. ValueError if there is no manifest to go by.
     """
@@ -98,7 +112,8 @@ def check(folder: Path) -> list[str]:
     if manifest.get("rules") != C.DATA_RULES:
         path = folder / "manifest.json"
         raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
-    place, problems = Path(manifest.get("source", folder / "shards")), []
+    place = Path(manifest.get("source", folder / "shards"))
+    problems = []
     for part, where in (("shards", place), ("rows", folder / "rows")):
         found = describe_all(where, list(manifest[part]))
         for name, entry in manifest[part].items():
@@ -112,16 +127,15 @@ def check(folder: Path) -> list[str]:
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer")
         if tokenizer.sha256 != manifest["tokenizer"]:
-            problems.append(
-                f"the tokenizer in {folder / 'tokenizer'} is not that of the rows"
-            )
+            path = folder / "tokenizer"
+            problems.append(f"the tokenizer in {path} is not that of the rows")
     except ValueError as error:
         problems.append(str(error))
     names = {
-        row_name(*shard, manifest["tokenizer"]) for shard in manifest["shards"].items()
+        row_name(name, about, manifest["tokenizer"])
+        for name, about in manifest["shards"].items()
     }
     if names != set(manifest["rows"]):
-        problems.append(
-            f"the rows in {folder / 'rows'} are not of these shards and rules"
-        )
+        path = folder / "rows"
+        problems.append(f"the rows in {path} are not of these shards and rules")
     return problems

@@ -14,12 +14,16 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
 
 
 class Rows:
-    """The rows of several files as one read-only array of ids, memory-mapped."""
+    """The rows of several files as one read-only array of ids, memory-mapped.
+
+    reads: how many rows were asked for.
+    """
 
     def __init__(self, paths: list[Path]):
         maps = (np.memmap(path, "<u2", "r") for path in paths if path.stat().st_size)
         self.files = [np.asarray(ids).reshape(-1, C.MAX_SEQ_LEN + 1) for ids in maps]
-        self.ends, self.reads = [*itertools.accumulate(map(len, self.files))], 0
+        self.ends = [*itertools.accumulate(map(len, self.files))]
+        self.reads = 0
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -27,16 +31,16 @@ class Rows:
     def __getitem__(self, index: int) -> np.ndarray:
         self.reads += 1
         k = bisect_right(self.ends, index)
-        return self.files[k][
-            index - self.ends[k]
-        ]  # negative: counted from the file's end
+        # Negative, so counted from the file's end.
+        return self.files[k][index - self.ends[k]]
 
 
 def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[Batch]:
     """Yield batches x, y of shape (B, T), int64, on the device, y being x shifted by one.
 
-    Rows come as they lie, then epoch by epoch in a new permutation. On a GPU, one batch is copied
-    on its own stream while another is used; the events that guard both are torch's allocators'.
+    Rows come as they lie, then epoch by epoch in a new permutation. On a GPU, one batch
+    is copied on its own stream while another is used; the events that guard both are
+    torch's allocators'.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     orders = (np.random.default_rng(n).permutation(len(rows)) for n in itertools.count(2))
@@ -44,20 +48,20 @@ def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[
 
     def read() -> torch.Tensor:
         batch = np.stack([rows[i] for i in itertools.islice(order, batch_size)])
-        ids = torch.from_numpy(
-            batch.view(np.int16)
-        )  # holds every id; uint16 has few operations
+        # int16 holds every id, and torch has few operations for uint16.
+        ids = torch.from_numpy(batch.view(np.int16))
+        if stream is None:
+            return ids
         with torch.cuda.stream(stream):
-            return (
-                ids if stream is None else ids.pin_memory().to(device, non_blocking=True)
-            )
+            return ids.pin_memory().to(device, non_blocking=True)
 
     def hand_out(ids: torch.Tensor) -> Iterator[Batch]:
         while True:
             if stream is not None:
                 torch.cuda.current_stream().wait_stream(stream)
                 ids.record_stream(torch.cuda.current_stream())
-            now, ids = ids.long(), read()
-            yield now[:, :-1].contiguous(), now[:, 1:].contiguous()
+            batch = ids.long()
+            ids = read()
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     return hand_out(read())  # the first read is done when the clock starts

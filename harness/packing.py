@@ -67,7 +67,7 @@ def build_rows(
 ) -> None:
     """Tokenize and pack one shard, on its own, to the row file `out`.
 
-    n_rows: stop after so many, starting the shard over when it runs out; None: read it once.
+    n_rows: stop after so many, starting the shard over when it runs out; None: once over.
     progress: told of every batch of documents; may stop the work by raising.
     ValueError for a shard without documents, or with one that tiktoken gives up on.
     """
@@ -108,7 +108,7 @@ def ensure_rows(
     known: dict[str, dict],
     workers: int | None,
 ) -> dict[str, dict]:
-    """Have a row file of every shard in `place`; return its split, size and SHA-256 by name.
+    """Have a row file of every shard in `place`; return split, size and SHA-256 by name.
 
     shards: name -> size and SHA-256; the last one is for validation. known: what this
     returned before; a file of the right name is right unless `known` tells otherwise.
