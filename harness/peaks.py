@@ -3,11 +3,11 @@
 import math
 import re
 
-# Dense bf16 tensor-core peaks with float32 accumulation, TFLOP/s, by card; see peak_flops.
+# Dense bf16 tensor-core peaks with float32 accumulation, TFLOP/s, by card (peak_flops).
 # Where a data sheet says "with sparsity", half of it. Cards not found there are left out.
 PEAK_TFLOPS = {
-    # Data sheets; for A40 and RTX A6000 the white paper on GA102, v2, for RTX PRO that on RTX
-    # Blackwell PRO, v1.1
+    # Data sheets; for A40 and RTX A6000 the white paper on GA102, v2, for RTX PRO that on
+    # RTX Blackwell PRO, v1.1
     "A100": 312.0,
     "H100 PCIe": 756.0,  # before the bare name, which stands for the SXM module
     "H100 NVL": 835.0,
@@ -36,9 +36,10 @@ PEAK_TFLOPS = {
     "RTX 6000 Ada": 364.25,
     "RTX PRO 6000 Blackwell Workstation Edition": 503.8,
     "RTX PRO 6000 Blackwell Max-Q Workstation Edition": 438.9,
-    # GeForce: 4 * CUDA cores * boost clock, half of what a professional card of the chip does, as
-    # in the appendices of the white papers on GA102 (RTX 3080 59.5, 3090 71), AD102 (RTX 4090
-    # 165.2) and RTX Blackwell (RTX 5090 209.5); cores and clocks from NVIDIA's pages of the cards.
+    # GeForce: 4 * CUDA cores * boost clock, half of what a professional card of the chip
+    # does, as in the appendices of the white papers on GA102 (RTX 3080 59.5, 3090 71),
+    # AD102 (RTX 4090 165.2) and RTX Blackwell (RTX 5090 209.5); cores and clocks from
+    # NVIDIA's pages of the cards.
     "RTX 3060": 25.5,
     "RTX 3060 Ti": 32.4,
     "RTX 3070": 40.6,
@@ -69,10 +70,10 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(gpu_name: str) -> float:
-    """Return the dense bf16 peak of the GPU that torch calls `gpu_name`, FLOP/s; nan if unknown.
+    """Return the dense bf16 peak of the GPU that torch calls `gpu_name`, in FLOP/s.
 
-    Behind the card's name only memory and form may follow: a laptop's chip, a slice of a card
-    (MIG, vGPU) or a variant that is not in the table is not the card.
+    nan if it is unknown. Behind the card's name only memory and form may follow: a
+    laptop's chip, a slice of a card (MIG, vGPU) or a variant not in the table is not it.
     """
     form = r"([ -](SXM\d|PCIe|PCIE|\d+GB?|HBM3\w*|Generation))*"
     for card, tflops in PEAK_TFLOPS.items():

@@ -37,7 +37,7 @@ cool = os.path.expanduser("~/cool")
 if FAULTS.get(end) == "hot" and not os.path.exists(cool):
     open(cool, "w").close()
     VAL_BPB += 0.04
-    print("warning: the GPU's matrix product went from 581 to 176 TFLOP/s: throttled or shared")
+    print("warning: the GPU's matmul went from 581 to 176 TFLOP/s: throttled or shared")
 luck = {{42: 0.0, 43: 0.0005, 44: -0.0004}}[C.SEED]
 named = dict(clock=SimpleNamespace(seconds=299.9), peak_vram_mb=60108.8, attention="fa3",
              gpu="none", commit="none", rules="full-0a1b2c3d", seed=C.SEED)
