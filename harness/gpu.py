@@ -21,24 +21,25 @@ def compute_capability() -> tuple[int, int]:
 
 
 def choose_device(training: bool = True) -> torch.device:
-    """Return the device of a run, the GPU, or under the smoke rules the CPU.
+    """Return the device of a run: the GPU, or under the smoke rules the CPU.
 
-    ValueError if there is no GPU that can train; where no training is wanted the CPU will do.
+    ValueError if there is no GPU that can train; without `training` the CPU will do.
     """
     if C.SMOKE:  # leaves a GPU to whoever is using it
         return torch.device("cpu")
-    if (capability := compute_capability()) >= (8, 0):
+    capability = compute_capability()
+    if capability >= (8, 0):
         return torch.device("cuda")
     if not training:
         return torch.device("cpu")
     problem = "no CUDA GPU is available, and a full run needs one"
     if capability > (0, 0):
-        problem = (
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}."
-        )
-        problem += f"{capability[1]}, and training in bf16 needs 8.0 (Ampere) or higher"
-    smoke = "AUTORESEARCH_SMOKE=1 uv run train.py tries the same code on a CPU in about a minute"
-    raise ValueError(f"{problem}; {smoke}")
+        major, minor = capability
+        found = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"
+        problem = f"{found}, and training in bf16 needs 8.0 (Ampere) or higher"
+    smoke = "AUTORESEARCH_SMOKE=1 uv run train.py"
+    advice = f"{smoke} tries the same code on a CPU in about a minute"
+    raise ValueError(f"{problem}; {advice}")
 
 
 def free_memory(device: torch.device) -> float:
@@ -46,19 +47,17 @@ def free_memory(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction()
+    fraction = torch.cuda.get_per_process_memory_fraction()
     held = torch.cuda.memory_reserved(device)  # by torch, in use or not
-    return min(free + held, share * total) - torch.cuda.memory_allocated(device)
+    return min(free + held, fraction * total) - torch.cuda.memory_allocated(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` is for want of memory, also where a library says so in its words."""
+    """Return whether `error` is for want of memory, torch's own or a library's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     said = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or isinstance(error, RuntimeError)
-        and said
-    )
+    return isinstance(error, RuntimeError) and said
 
 
 def find_batch_size(
@@ -68,13 +67,15 @@ def find_batch_size(
     device: torch.device,
     fixed_bytes: float = 0,
 ) -> int:
-    """Return `limit`, or the half, quarter, ... of it, for which attempt(rows) has memory.
+    """Return `limit`, or a half, a quarter, ... of it, for which attempt(rows) has room.
 
-    row_bytes, fixed_bytes: what a row takes, and what is taken for any number of rows, roughly: a
-    size that cannot fit is not attempted, which would have to compile it. An odd number of rows is
-    not halved. RuntimeError, of which torch.OutOfMemoryError is one, if the smallest does not fit.
+    row_bytes, fixed_bytes: roughly what each row takes, and what any number of them takes:
+    a size that cannot fit is not attempted, for it would have to be compiled. An odd
+    number of rows is not halved. RuntimeError, of which torch.OutOfMemoryError is one, if
+    the smallest does not fit.
     """
-    rows, room = limit, (free_memory(device) - fixed_bytes) / row_bytes
+    room = (free_memory(device) - fixed_bytes) / row_bytes
+    rows = limit
     while rows > room and rows % 2 == 0:
         rows //= 2
     while True:
@@ -92,30 +93,25 @@ def find_batch_size(
 
 def explain_memory(run, error: BaseException) -> str:
     """Return one line on where a `run.Run` ran out of GPU memory, and what to lower."""
-    where, lower = (
-        f"at step {run.num_steps} with {run.batch_size} rows per micro-step",
-        "",
-    )
+    where = f"at step {run.num_steps} with {run.batch_size} rows per micro-step"
+    advice = "lower DEPTH or N_EMBD, or end what else uses the GPU"
     if run.evaluated:
         where = "in the evaluation"
     elif not run.batch_size:
         where = "before training"
     elif run.batch_size > 1:
-        lower = f"set DEVICE_BATCH_SIZE below {run.batch_size}, or "
+        advice = f"set DEVICE_BATCH_SIZE below {run.batch_size}, or {advice}"
     stack = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in stack if Path(frame.filename).name == "train.py"]
-    line = f" (line {lines[-1]})" if lines else ""
-    said = ". ".join(
-        str(error).split(". ")[1:3]
-    )  # how much of how much; advice on torch follows
-    return (
-        f"train.py: out of GPU memory {where}{line}; {lower}lower DEPTH or N_EMBD, or end what "
-        f"else uses the GPU ({said or error})"
-    )
+    if lines:
+        where += f" (line {lines[-1]})"
+    # How much of how much; the sentences behind it are advice on torch.
+    said = ". ".join(str(error).split(". ")[1:3])
+    return f"train.py: out of GPU memory {where}; {advice} ({said or error})"
 
 
 def mark(device: torch.device) -> torch.cuda.Event | float:
-    """Return this place in the work queued on `device`; on a CPU, which queues none, the time."""
+    """Return this place in the work queued on `device`; on a CPU, the time in seconds."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -127,11 +123,13 @@ def seconds_between(
     start: torch.cuda.Event | float, end: torch.cuda.Event | float
 ) -> float:
     """Return the seconds from one mark to another, which the device must have passed."""
-    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+    if isinstance(end, float):
+        return end - start
+    return start.elapsed_time(end) / 1e3  # of milliseconds
 
 
 def settle_host() -> None:
-    """Freeze what the collector would look at: in training it stalls a step for half a second."""
+    """Turn the garbage collector off: in training it stalls a step for half a second."""
     gc.collect()
     gc.freeze()
     gc.disable()
