@@ -1,7 +1,8 @@
-"""Attention: the kernels there are, and the choice between them. Not edited; a part of the rules.
+"""Attention: the kernels there are, and the choice between them. Not edited.
 
-FlashAttention-3 where it runs, FlexAttention on every other GPU, a masked softmax on a CPU. All
-take causal windows of any size. train.py may pass its model a function of its own instead.
+FlashAttention-3 where it runs, FlexAttention on every other GPU, a masked softmax on a
+CPU. All take causal windows of any size. train.py may pass its model a function of its own
+instead.
 """
 
 import functools
@@ -21,7 +22,10 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], tor
 
 
 def masked_attention(q, k, v, window: int, scale: float) -> torch.Tensor:
-    """Attend by the definition: softmax over a (T, T) mask. For CPUs, and the oracle in tests."""
+    """Attend by the definition: softmax over a (T, T) mask.
+
+    Shapes as of Attention. For CPUs, and the oracle in tests.
+    """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     at = torch.arange(q.size(2), device=q.device)
     distance = at[:, None] - at[None, :]  # of a key behind its query
@@ -31,7 +35,7 @@ def masked_attention(q, k, v, window: int, scale: float) -> torch.Tensor:
 
 
 def build_flex_attention(device: torch.device) -> Attention:
-    """Return FlexAttention, compiled on a GPU, with one block mask for each window it meets."""
+    """Return FlexAttention, compiled on a GPU, with one block mask per window."""
     flex = flex_attention
     if device.type == "cuda":
         flex = torch.compile(flex, dynamic=False, fullgraph=True)
@@ -54,19 +58,18 @@ def build_flex_attention(device: torch.device) -> Attention:
 def load_flash_attention() -> Callable[..., torch.Tensor]:
     """Return FlashAttention-3's `flash_attn_func(q, k, v, causal=, window_size=)`.
 
-    All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source: arXiv:2407.08608.
+    All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source:
+    arXiv:2407.08608.
     """
-    if (capability := gpu.compute_capability())[0] != 8 and capability != (9, 0):
-        raise RuntimeError(
-            "FlashAttention-3 needs a GPU of compute capability 8.x or 9.0"
-        )
+    capability = gpu.compute_capability()
+    if capability[0] != 8 and capability != (9, 0):
+        need = "a GPU of compute capability 8.x or 9.0"
+        raise RuntimeError(f"FlashAttention-3 needs {need}")
     # Where the build lies that prepare.py fetched.
     pin = data_dir() / "flash_attention.txt"
     try:
-        from kernels import (
-            get_kernel,
-            get_local_kernel,
-        )  # here: the import takes a second
+        # Here, for the import takes a second.
+        from kernels import get_kernel, get_local_kernel
 
         build = Path(pin.read_text("utf-8")) if pin.is_file() else pin
         if build.is_dir():
@@ -74,16 +77,14 @@ def load_flash_attention() -> Callable[..., torch.Tensor]:
         else:
             module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
             if file := getattr(module, "__file__", None):
-                with (
-                    suppress(OSError),
-                    atomic_write(pin) as out,
-                ):  # not a cache that is read-only
+                # Not in a cache that is read-only.
+                with suppress(OSError), atomic_write(pin) as out:
                     out.write(str(Path(file).parent).encode())
         return getattr(module, "flash_attn_interface", module).flash_attn_func
-    except (
-        Exception
-    ) as error:  # of five libraries; FlexAttention serves whatever went wrong
-        text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({type(error).__name__}: {error})"
+    # Whatever goes wrong in five libraries: FlexAttention serves then.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({reason})"
         raise RuntimeError(text.splitlines()[0]) from error
 
 
@@ -94,17 +95,18 @@ def build_flash_attention() -> Attention:
     def attend(q, k, v, window, scale):
         options = {"softmax_scale": scale, "causal": True, "window_size": (window - 1, 0)}
         y = flash_attn_func(q, k, v, **options)
-        return (
-            y[0] if isinstance(y, tuple) else y
-        )  # some builds return the log-sum-exp as well
+        if isinstance(y, tuple):  # of builds that return the log-sum-exp as well
+            return y[0]
+        return y
 
     return attend
 
 
 def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
-    """Return name and function of the attention in use; print it, and why if it is a fallback.
+    """Return name and function of the attention in use; print it, and why it is that.
 
-    name: auto (fa3 where it runs, else flex), fa3, flex or masked.
+    name: auto (fa3 where it runs, else flex, on a CPU masked), fa3, flex or masked.
+    ValueError for another name; RuntimeError for fa3 where it cannot be had.
     """
     if name not in ("auto", "fa3", "flex", "masked"):
         raise ValueError(f"ATTENTION is {name!r}; it must be auto, fa3, flex or masked")
@@ -123,4 +125,6 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
                 raise
             name, why = "flex", f"fallback: {error}"
     print(f"attention: {name} ({why})")
-    return name, masked_attention if name == "masked" else build_flex_attention(device)
+    if name == "masked":
+        return name, masked_attention
+    return name, build_flex_attention(device)
