@@ -1,13 +1,14 @@
-"""The fixed rules of an experiment. Not edited: two numbers compare only under the same rules.
+"""The fixed rules of an experiment. Not edited: numbers compare only under the same rules.
 
-Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here; a change
-of any of them changes the `rules:` hash that a run prints. Four environment variables are read:
+Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here;
+a change of any of them changes the `rules:` hash that a run prints. Four environment
+variables are read:
 
-    AUTORESEARCH_SMOKE=1   tiny rules that run anywhere in about a minute (no GPU, no network)
+    AUTORESEARCH_SMOKE=1   tiny rules that run anywhere in a minute (no GPU, no network)
     AUTORESEARCH_SEED=N    seed of the run, default 42; never set by train.py
     AUTORESEARCH_SAVE=0    do not save the trained model
-    AUTORESEARCH_DRY_RUN=1 build everything without data or memory, then end (a smoke run does that
-                           for the full rules)
+    AUTORESEARCH_DRY_RUN=1 build everything without data or memory, then end (a smoke run
+                           does that for the full rules)
 """
 
 import os
@@ -17,12 +18,14 @@ STARTED_AT = time.perf_counter()  # of the process: train.py imports this before
 
 
 def _environment_int(name: str, default: int, low: int, high: int) -> int:
-    """Return the whole number in environment variable `name`; ValueError if it is not in range."""
+    """Return the whole number in environment variable `name`, `default` if it is unset.
+
+    ValueError if it is none from `low` to `high`.
+    """
     text = os.environ.get(name, "") or str(default)
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise ValueError(
-            f"{name}={text!r} is not a whole number from {low} to {high}; unset it"
-        )
+        problem = f"{name}={text!r} is not a whole number from {low} to {high}"
+        raise ValueError(f"{problem}; unset it")
     return int(text)
 
 
@@ -36,37 +39,35 @@ DATASET = "karpathy/climbmix-400b-shuffle"  # on the Hugging Face hub
 REVISION = "main"  # resolved to a commit on first contact; the manifest records which
 SHARD_NAME = "shard_{:05d}.parquet"
 VAL_SHARD = 6542  # the last one: validation, never training
-# So many that no row is seen twice in 300 s at 2.1 M tokens/s, the most that an H200 has in sight:
-# a shard is about 250 M characters, at most 4.5 to a token, of which packing keeps at least 65 %.
-# Training shards: 300 * 2.1 / (250 / 4.5 * 0.65) = 17.4.
+# Training shards: so many that no row is seen twice in 300 s at 2.1 M tokens/s, the most
+# that an H200 has in sight. A shard is about 250 M characters, at most 4.5 per token, and
+# packing keeps at least 65 % of the tokens: 300 * 2.1 / (250 / 4.5 * 0.65) = 17.4.
 DEFAULT_NUM_SHARDS = 3 if SMOKE else 18
 
-# Tokenizer: byte-level BPE (arXiv:1508.07909). GPT-4's split pattern with digits in runs of two.
+# Tokenizer: byte-level BPE (arXiv:1508.07909). GPT-4's split pattern, digits in pairs.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-SPECIAL_TOKENS = tuple(
-    f"<|reserved_{i}|>" for i in range(4)
-)  # the last ids; the first is BOS
+# They have the last ids; the first of them is BOS.
+SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))
 VOCAB_SIZE = 1024 if SMOKE else 8192  # ids, special tokens included
 BOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS)
 TOKENIZER_CHARS = 2_000_000 if SMOKE else 10**9  # characters it is trained on
 TOKENIZER_DOC_CHARS = 10_000  # of each document, at most
-TOKENIZER_SHARDS = (
-    6  # the training shards in which that text is looked for; it fills about four
-)
+# The training shards in which that text is looked for; it fills about four.
+TOKENIZER_SHARDS = 6
 
 # Rows: T + 1 ids, so that input and target are one row shifted by one; best-fit packed.
 FULL_SEQ_LEN = 2048  # T, tokens
 MAX_SEQ_LEN = 256 if SMOKE else FULL_SEQ_LEN
 PACK_BUFFER_DOCS = 1000  # refilled to at least this many documents before every placement
-PACK_BATCH_DOCS = 128  # documents a refill takes, of one row group
+PACK_BATCH_DOCS = 128  # documents that a refill takes at once, of one row group
 
-# Evaluation: the first rows of the validation shard, the same for every model and batch size.
+# Evaluation: the first rows of the validation shard, for every model and batch size.
 EVAL_TOKENS = 2**16 if SMOKE else 40 * 524_288  # target tokens
 EVAL_ROWS = 128  # at once, at most; fewer if training or memory had room for fewer
-LOGIT_TOLERANCE = 1e-3  # what a logit may move by when nothing it may see has changed
+LOGIT_TOLERANCE = 1e-3  # by which a logit may move when nothing it may see has changed
 
 # What prepared rows depend on beside the shard and the tokenizer.
 DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH_DOCS]
@@ -76,10 +77,12 @@ DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH
 TIME_BUDGET = 20 if SMOKE else 300
 # From opening the run to the first step, compilation included.
 STARTUP_LIMIT = 60 if SMOKE else 300
-# A last step that is slower than all before it may end late; beyond this share the run is void.
+# A last step that is slower than all before it may end late by this fraction of the
+# budget; beyond that the run is void.
 OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 
-# Attention kernel, the only thing from the network that is executed. A version is one API for ever.
+# Attention kernel, the only thing from the network that is executed. A version is one API
+# for ever.
 FLASH_ATTENTION_REPO = "kernels-community/flash-attn3"
 FLASH_ATTENTION_VERSION = 1
 
@@ -89,7 +92,7 @@ WARNINGS = {
     "edit": False,  # something in train.py looks half-done
 }
 
-# What a run prints last; the first nine keys are those that every tool of this family reads.
+# What a run prints last; every tool of this family reads the first nine keys.
 SUMMARY = """---
 val_bpb: {run.val_bpb:.6f}
 training_seconds: {run.clock.seconds:.1f}

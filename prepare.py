@@ -2,12 +2,13 @@
 
 Writes below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it):
     shards/shard_00000.parquet           as the hub serves it, checked against its SHA-256
-    tokenizer/ranks.tiktoken             a line a token: its bytes in base64, its rank
+    tokenizer/ranks.tiktoken             one line per token: its bytes in base64, its rank
     tokenizer/tokenizer.json             split pattern, special tokens, hash of the ranks
     rows/shard_00000.<key>.u16           packed rows of T + 1 ids, uint16, little endian
-    manifest.json                        written last: what is there, with sizes and hashes
-It may be killed at any moment and started again: files appear whole or not at all, a download
-(shards/.<name>.<hash>.part) goes on where it broke, and a lock keeps a second one waiting.
+    manifest.json                        written last: what is there, its sizes and hashes
+It may be killed at any moment and started again: files appear whole or not at all, a
+download (shards/.<name>.<hash>.part) goes on where it broke, and a lock keeps a second
+preparation waiting.
 """
 
 import argparse
@@ -25,12 +26,9 @@ from harness.files import PREPARE, data_dir, remove_temporaries
 
 
 def explain(error: Exception) -> str:
-    """Return what an error says and, for one of the operating system, what to do about it."""
-    if (number := getattr(error, "errno", None)) in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-    ):
+    """Return what an error says and, for one of the operating system, what to do."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         advice = "free some space or move AUTORESEARCH_CACHE"
     elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
@@ -39,41 +37,44 @@ def explain(error: Exception) -> str:
     return f"{error}; {advice}, and run {PREPARE} again: it goes on where it stopped"
 
 
-def main(argv: list[str] | None = None) -> None:
-    last, folder = C.VAL_SHARD, data_dir()
-    parser = argparse.ArgumentParser(
-        description="Download, tokenize and pack the data, once."
-    )
-    add = parser.add_argument
-    text = "training shards, -1 for all (default: as many as before, at first "
-    text += f"{C.DEFAULT_NUM_SHARDS}, or all of --source)"
-    add("--num-shards", type=int, help=text)
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line's flags, `source` as an absolute path; a bad one exits."""
+    description = "Download, tokenize and pack the data, once."
+    parser = argparse.ArgumentParser(description=description)
+    default = f"as many as before, at first {C.DEFAULT_NUM_SHARDS}, or all of --source"
+    text = f"training shards, -1 for all (default: {default})"
+    parser.add_argument("--num-shards", type=int, help=text)
     text = "shards to fetch side by side (default %(default)s)"
-    add("--download-workers", type=int, default=DOWNLOADS, help=text)
-    text = "a folder of your own shards, or `hub` (default: as prepared before, hub at first)"
-    add("--source", metavar="DIR", help=text)
-    add(
-        "--check",
-        action="store_true",
-        help="verify everything that is prepared; change nothing",
-    )
+    parser.add_argument("--download-workers", type=int, default=DOWNLOADS, help=text)
+    default = "as prepared before, hub at first"
+    text = f"a folder of your own shards, or `hub` (default: {default})"
+    parser.add_argument("--source", metavar="DIR", help=text)
+    text = "verify everything that is prepared; change nothing"
+    parser.add_argument("--check", action="store_true", help=text)
     args = parser.parse_args(argv)
-    if args.num_shards not in (None, -1, *range(1, last + 1)):
-        parser.error(f"--num-shards is 1 to {last}, or -1 for all")
+    if args.num_shards not in (None, -1, *range(1, C.VAL_SHARD + 1)):
+        parser.error(f"--num-shards is 1 to {C.VAL_SHARD}, or -1 for all")
     if not 1 <= args.download_workers <= 64:
         parser.error("--download-workers is 1 to 64")
-    if (source := args.source) and source != "hub":
-        source = str(Path(source).expanduser().absolute())
+    if args.source and args.source != "hub":
+        args.source = str(Path(args.source).expanduser().absolute())
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare, or check what is prepared; exits with a sentence if that fails."""
+    folder = data_dir()
+    args = parse_arguments(argv)
     try:
         if args.check:
-            if problems := check(folder):
+            problems = check(folder)
+            if problems:
                 print("\n".join(problems), flush=True)
-                sys.exit(
-                    f"prepare.py: {len(problems)} damaged; run {PREPARE} to mend them"
-                )
+                advice = f"run {PREPARE} to repair them"
+                sys.exit(f"prepare.py: {len(problems)} damaged; {advice}")
             print(f"all is well in {folder}", flush=True)
             return
-        prepare(folder, args.num_shards, None, args.download_workers, source)
+        prepare(folder, args.num_shards, None, args.download_workers, args.source)
         try:
             if not C.SMOKE:
                 load_flash_attention()
@@ -84,13 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         remove_temporaries(folder, os.getpid())
-        print(
-            f"\nprepare.py: interrupted; run {PREPARE} again, it goes on", file=sys.stderr
-        )
-        sys.stderr.flush()
-        os._exit(
-            130
-        )  # threads in a library's code or on a stalled server are not waited for
+        advice = f"run {PREPARE} again, it goes on"
+        print(f"\nprepare.py: interrupted; {advice}", file=sys.stderr, flush=True)
+        # Threads in a library's code or on a stalled server are not waited for.
+        os._exit(130)
     print("prepared", flush=True)
 
 
