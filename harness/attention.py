@@ -1,8 +1,8 @@
 """Attention: the kernels there are, and the choice between them. Not edited.
 
 FlashAttention-3 where it runs, FlexAttention on every other GPU, a masked softmax on a
-CPU. All take causal windows of any size. train.py may pass its model a function of its own
-instead.
+CPU. All take causal windows of any size. train.py may pass its model a function of its
+own instead.
 """
 
 import functools

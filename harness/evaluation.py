@@ -94,8 +94,7 @@ def evaluate_bpb(
     """Return the bits per byte of `model` over all of `rows`, whatever the batch size.
 
     rows: ids (R, T + 1); sizes: bytes of each token, (V,), 0 for special ones, which do
-    not count. Cross-entropy is computed here, in float32. RuntimeError says why a model is
-    refused.
+    not count. Cross-entropy is computed here, in float32. RuntimeError refuses a model.
     """
     first = rows[:batch_size, :-1].long().contiguous()
     base = check_model(model, first)

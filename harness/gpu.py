@@ -69,10 +69,10 @@ def find_batch_size(
 ) -> int:
     """Return `limit`, or a half, a quarter, ... of it, for which attempt(rows) has room.
 
-    row_bytes, fixed_bytes: roughly what each row takes, and what any number of them takes:
-    a size that cannot fit is not attempted, for it would have to be compiled. An odd
-    number of rows is not halved. RuntimeError, of which torch.OutOfMemoryError is one, if
-    the smallest does not fit.
+    row_bytes, fixed_bytes: roughly what each row takes, and what is taken for any number
+    of rows. A size that cannot fit is not attempted, for it would have to be compiled. An
+    odd number of rows is not halved. RuntimeError, such as torch.OutOfMemoryError, if the
+    smallest does not fit.
     """
     room = (free_memory(device) - fixed_bytes) / row_bytes
     rows = limit
