@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import constants as C
 from harness import gpu
@@ -36,6 +35,8 @@ def masked_attention(q, k, v, window: int, scale: float) -> torch.Tensor:
 
 def build_flex_attention(device: torch.device) -> Attention:
     """Return FlexAttention, compiled on a GPU, with one block mask per window."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     flex = flex_attention
     if device.type == "cuda":
         flex = torch.compile(flex, dynamic=False, fullgraph=True)

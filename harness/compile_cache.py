@@ -42,6 +42,10 @@ Assignment = ast.Assign | ast.AnnAssign
 Files = dict[Path, list[ast.stmt]]  # the statements at the top level of each
 
 
+# As the user set it: torch sets the variable itself as soon as torch._dynamo is imported.
+OWN_FOLDER = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+
 def use_compile_cache(source: Path, folder: Path) -> Path | None:
     """Make torch and Triton keep what `source` compiles in one folder, and return that.
 
@@ -49,12 +53,14 @@ def use_compile_cache(source: Path, folder: Path) -> Path | None:
     where torch keeps it by itself (None if not there either). Call it before anything compiles.
     """
     tag = compile_tag(source, time.time() - time.perf_counter() + C.STARTED_AT)
-    # A second fence, and the only one where no folder can be written.
-    own = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    # A second fence, and the only one where no folder can be written. In the environment too, or
+    # the processes that compile name what they tuned otherwise, and it is tuned at every start.
+    own = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "").removesuffix(tag)
+    os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = own + tag
     torch.compiler.config.cache_key_tag = own + tag
     # Functions with a gradient of their own are kept too: 3 s of a warm start.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    base = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or folder).absolute()
+    base = Path(OWN_FOLDER or folder).absolute()
     if chosen := open_folder(base, tag):
         return chosen
     from torch._inductor.runtime import cache_dir_utils  # here: the import takes seconds

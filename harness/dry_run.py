@@ -12,19 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from torch._subclasses import fake_tensor
 
 import constants as C
 from harness.evaluation import call_model
 from harness.warmup import MICRO_STEPS, check_groups, plan_batch
 
-# What fake tensors cannot do though a real run may: read a value, choose a shape by it.
-BEYOND_SHAPES = (
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-    fake_tensor.UnsupportedOperatorException,
-    fake_tensor.UnsupportedFakeTensorException,
-)
 SECONDS = 120  # for imports on a busy machine; the work itself takes two or three
 
 
@@ -34,7 +26,16 @@ class DryRun:
     device = torch.device("cpu")
 
     def __init__(self):
+        from torch._subclasses import fake_tensor  # here: no other run needs it
+
         fake_tensor.FakeTensorMode().__enter__()  # from here on every tensor is a shape
+        # What shapes alone cannot do though a real run may: read a value, be shaped by it.
+        self.beyond_shapes = (
+            fake_tensor.DataDependentOutputException,
+            fake_tensor.DynamicOutputShapeException,
+            fake_tensor.UnsupportedOperatorException,
+            fake_tensor.UnsupportedFakeTensorException,
+        )
 
     def warm_up(
         self, model, optimizers, train_step, *, total_batch_size, device_batch_size, **_
@@ -49,7 +50,7 @@ class DryRun:
             model.eval()
             with torch.no_grad():
                 call_model(model, idx)
-        except BEYOND_SHAPES as error:
+        except self.beyond_shapes as error:
             print(f"the full model's step was not tried: {str(error).splitlines()[0]}")
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         batch = f"{micro_steps} micro-steps of up to {rows} rows per step"

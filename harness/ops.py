@@ -19,12 +19,6 @@ try:
 except ImportError:  # a platform without CUDA
     triton = None
 
-# A function is compiled for each batch size that is tried, and for layers that differ; by
-# default the ninth time is an error.
-torch._dynamo.config.recompile_limit = 64
-# A forward hook on a layer fires also inside what is compiled, as it does on a CPU.
-torch._dynamo.config.skip_nnmodule_hook_guards = False
-
 
 def compiled(function: Callable) -> Callable:
     """Decorate a function or method of tensors: compiled on a GPU, once for all layers.
@@ -32,14 +26,29 @@ def compiled(function: Callable) -> Callable:
     A Python number in its arguments, or in an attribute that it reads, is compiled in: one that
     changes from step to step goes in as a 0-dim tensor.
     """
-    fused = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.cache
+    def fused() -> Callable:  # when it is first needed: a CPU does without the compiler
+        prepare_compiler()
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     @functools.wraps(function)
     def call(*args):
         on_gpu = next(a for a in args if isinstance(a, torch.Tensor)).is_cuda
-        return (fused if on_gpu else function)(*args)
+        return (fused() if on_gpu else function)(*args)
 
     return call
+
+
+@functools.cache
+def prepare_compiler() -> None:
+    """Set torch.compile up; here, since the import of torch._dynamo takes seconds."""
+    # A function is compiled for each batch size that is tried, and for layers that differ; by
+    # default the ninth time is an error.
+    torch._dynamo.config.recompile_limit = 64
+    # A forward hook on a layer fires also inside what is compiled, as it does on a CPU.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.assume_constant_result(has_tensor_memory_access)
 
 
 # ---- ReLU^2 MLP ---------------------------------------------------------------------------------
@@ -49,7 +58,6 @@ NUM_WARPS, NUM_STAGES = 8, 3
 ALIGNMENT = 16  # bytes of which a row has a whole number: tensor descriptors need it
 
 
-@torch.compiler.assume_constant_result
 def has_tensor_memory_access() -> bool:
     """Return whether the GPU copies tiles by tensor descriptors: Hopper, Blackwell of servers."""
     return compute_capability()[0] in (9, 10)

@@ -736,10 +736,11 @@ def test_a_file_that_is_not_there_has_a_hash(tmp_path):
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Iterator[Path]:
     """Yield a train.py from before this process; what the call sets is put back."""
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_COMPILE_CACHE_KEY_TAG")
+    for name in names:
         monkeypatch.setenv(name, "")  # noted, to be put back
         monkeypatch.delenv(name)
-    monkeypatch.delenv("TORCH_COMPILE_CACHE_KEY_TAG", raising=False)
+    monkeypatch.setattr(compile_cache, "OWN_FOLDER", None)
     path = tmp_path / "train.py"
     path.write_text("import torch\n" + OP)
     os.utime(path, (0, 0))
@@ -757,16 +758,34 @@ def test_torch_and_triton_keep_their_code_in_the_folder_of_the_hash(source, tmp_
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
     assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
     assert torch.compiler.config.cache_key_tag == folder.name
+    # The processes that compile read it there, and name by it what they tuned.
+    assert os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] == folder.name
     assert torch._functorch.config.autograd_cache_allow_custom_autograd_functions
 
 
-def test_a_second_call_and_a_child_process_have_the_same_folder(source, tmp_path):
-    folders = {use_compile_cache(source, tmp_path / "compiled") for _ in range(2)}
-    assert len(folders) == 1
+def test_a_second_call_and_a_child_process_have_the_same_folder(
+    source, tmp_path, monkeypatch
+):
+    folder = use_compile_cache(source, tmp_path / "compiled")
+    assert use_compile_cache(source, tmp_path / "compiled") == folder
+    monkeypatch.setattr(compile_cache, "OWN_FOLDER", str(folder))  # as a child finds it
+    assert use_compile_cache(source, tmp_path / "compiled") == folder
+    assert torch.compiler.config.cache_key_tag == folder.name
+
+
+def test_a_folder_that_torch_chose_by_itself_is_not_taken_for_the_users(tmp_path):
+    code = "import os, train; import torch._dynamo; from pathlib import Path;"
+    code += "from harness.compile_cache import use_compile_cache as use;"
+    code += "print(use(Path(train.__file__), Path('compiled')).parent)"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "AUTORESEARCH_SMOKE": "1"}
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-c", code]
+    printed = subprocess.check_output(command, env=env, cwd=tmp_path, text=True)
+    assert printed == f"{tmp_path / 'compiled'}\n"
 
 
 def test_the_folder_and_the_tag_of_the_user_are_used(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setattr(compile_cache, "OWN_FOLDER", str(tmp_path / "own"))
     monkeypatch.setenv("TORCH_COMPILE_CACHE_KEY_TAG", "mine")
     folder = use_compile_cache(source, tmp_path / "compiled")
     assert folder.parent == tmp_path / "own"
