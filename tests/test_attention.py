@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from harness import attention
 
@@ -65,13 +66,13 @@ def test_flex_attention_agrees_with_the_definition():
 
 @pytest.mark.filterwarnings("ignore")
 def test_flex_attention_makes_a_block_mask_for_each_window_it_meets(monkeypatch):
-    made, create = [], attention.create_block_mask
+    made, create = [], flex_attention.create_block_mask
 
     def counted(visible, B, H, rows, columns, device):
         made.append((rows, columns))
         return create(visible, B, H, rows, columns, device=device)
 
-    monkeypatch.setattr(attention, "create_block_mask", counted)
+    monkeypatch.setattr(flex_attention, "create_block_mask", counted)
     attend = attention.build_flex_attention(CPU)
     # A window that grows from step to step, twice, and a row of another length.
     for T, window in [(160, 8), (160, 16), (160, 160), (160, 8), (160, 16), (32, 8)]:

@@ -18,6 +18,15 @@ SIZES = [  # rows, width, hidden
 ]
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Multiply float32 in float32, whatever a test before this one has asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
