@@ -1,4 +1,4 @@
-"""The fixed rules of an experiment. Not edited: numbers compare only under the same rules.
+"""The fixed rules of an experiment. Not edited: numbers compare only under equal rules.
 
 Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here;
 a change of any of them changes the `rules:` hash that a run prints. Four environment

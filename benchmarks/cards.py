@@ -3,9 +3,10 @@
 Usage: python benchmarks/cards.py [GB:SECONDS[:KNOB=VALUE,...] ...]
 Example: python benchmarks/cards.py 8:60 8:60:TOTAL_BATCH_SIZE=2**16,DEPTH=6
 
-GB caps the memory that torch may take, less RESERVED for what a card holds beside it. SECONDS is
-the time budget: a chip of a fifth of the speed does in 300 s what this one does in 60. Each run is
-a process of its own, from preparation to evaluation. AUTORESEARCH_SMOKE=1 tries this on a CPU.
+GB caps the memory that torch may take, less RESERVED for what a card holds beside it.
+SECONDS is the time budget: a chip of a fifth of the speed does in 300 s what this one
+does in 60. Each run is a process of its own, from preparation to evaluation.
+AUTORESEARCH_SMOKE=1 tries this on a CPU.
 """
 
 import subprocess
@@ -22,7 +23,7 @@ KEYS += ["startup_seconds", "eval_seconds", "epochs", "attention"]
 
 
 def train_capped(gb: str, seconds: str, knobs: str = "") -> None:
-    """Be one run: train.py with its memory, time budget and knobs changed in this process."""
+    """Be one run: train.py with memory, time budget and knobs changed in this process."""
     import constants
 
     # Before train.py reads it; shows in its `rules:`.
@@ -39,12 +40,13 @@ def train_capped(gb: str, seconds: str, knobs: str = "") -> None:
         sys.exit(str(error))
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        share = min(1.0, (float(gb) - RESERVED) / total)
-        torch.cuda.set_per_process_memory_fraction(share)
+        fraction = min(1.0, (float(gb) - RESERVED) / total)
+        torch.cuda.set_per_process_memory_fraction(fraction)
     train.main()
 
 
 def main(runs: list[str]) -> None:
+    """Print one line per run, `runs` being GB:SECONDS[:KNOB=VALUE,...]."""
     print("\t".join(["run", "batch", *KEYS]))
     for run in runs:
         command = [sys.executable, __file__, "--child", *run.split(":")]
@@ -52,10 +54,12 @@ def main(runs: list[str]) -> None:
         lines = (done.stdout + done.stderr).splitlines()
         values = dict(line.split(": ", 1) for line in lines if ": " in line)
         if done.returncode:
-            print(f"{run}\tfailed: {lines[-1] if lines else done.returncode}", flush=True)
+            reason = lines[-1] if lines else done.returncode
+            print(f"{run}\tfailed: {reason}", flush=True)
         else:
             batch = values["batch"].rpartition(" of ")[0]
-            print("\t".join([run, batch, *(values[key] for key in KEYS)]), flush=True)
+            cells = [run, batch, *(values[key] for key in KEYS)]
+            print("\t".join(cells), flush=True)
 
 
 if __name__ == "__main__":

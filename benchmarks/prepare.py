@@ -1,11 +1,12 @@
-"""Time the data path beside what the libraries allow: text to rows, rows to batches, memory.
+"""Time the data path beside what the libraries allow: text, rows, batches, memory.
 
 Usage: python benchmarks/prepare.py [FOLDER OF SHARDS]
 
-Without a folder it writes shards of the Python installation's own source text. Rates are
-characters (or tokens) a second of wall clock, the best of REPEATS where a line says so. "Alone"
-is the library on the same text with nothing around it: tiktoken with the split pattern as it is
-written, rustbpe on a list of texts in memory. Needs no GPU and leaves nothing behind.
+Without a folder it writes shards of the Python installation's own source text. Speeds are
+characters (or tokens) per second of wall clock, the best of REPEATS where a line says so.
+"Alone" is the library on the same text with nothing around it: tiktoken with the split
+pattern as it is written, rustbpe on a list of texts in memory. Needs no GPU and leaves
+nothing behind.
 """
 
 import itertools
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -37,14 +39,16 @@ from harness.packing import build_rows
 from harness.tokenizer import Tokenizer, ensure_tokenizer
 
 REPEATS = 3
-# In a process of its own: what a preparation takes at most, and how soon a run has its first batch.
+# In processes of their own: what a preparation takes at most, and how soon a run has its
+# first batch.
 PREPARE_AND_WEIGH = r"""
 import re, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import prepare  # the command, with all that it imports
 def peak():  # of this process; what getrusage says holds that of the one that started it
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 before = peak()
 prepare.prepare(Path(sys.argv[2]), None, 8, source=sys.argv[3])
 print(before, peak())
@@ -76,12 +80,18 @@ def timed(action: Callable, repeats: int = 1) -> float:
     return best
 
 
-def report(what: str, value: float, unit: str) -> None:
+def report(what: str, value: float, unit: str = "") -> None:
+    """Print one line of the result."""
     print(f"{what:56}{value:9.2f} {unit}", flush=True)
 
 
+def report_text(what: str, chars: int, seconds: float) -> None:
+    """Print one line of the result: the speed at which text went through."""
+    report(what, chars / seconds / 1e6, "M characters/s")
+
+
 def run_apart(program: str, *args: object) -> list[float]:
-    """Return the numbers of the last line that a program prints."""
+    """Return the numbers on the last line that `program`, Python's text, prints."""
     root = str(Path(__file__).parent.parent)
     command = [sys.executable, "-c", program, root, *map(str, args)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -89,10 +99,14 @@ def run_apart(program: str, *args: object) -> list[float]:
 
 
 def time_tokenizer(shards: list[Path], texts: list[list[str]], folder: Path) -> Tokenizer:
-    capped = [
-        text[: C.TOKENIZER_DOC_CHARS] for text in itertools.chain.from_iterable(texts)
-    ]
-    n_ranks, chars = C.VOCAB_SIZE - len(C.SPECIAL_TOKENS), sum(map(len, capped))
+    """Time the training, ours and rustbpe's alone; return the tokenizer in `folder`.
+
+    texts: the documents of each shard.
+    """
+    documents = itertools.chain.from_iterable(texts)
+    capped = [text[: C.TOKENIZER_DOC_CHARS] for text in documents]
+    chars = sum(map(len, capped))
+    n_ranks = C.VOCAB_SIZE - len(C.SPECIAL_TOKENS)
     about = {path: describe(path) for path in shards}
 
     def alone() -> None:
@@ -103,30 +117,25 @@ def time_tokenizer(shards: list[Path], texts: list[list[str]], folder: Path) -> 
         (folder / "tokenizer.json").unlink(missing_ok=True)
         ensure_tokenizer(folder, about)
 
-    seconds = [float("inf"), float("inf")]
+    alone_seconds = ours_seconds = float("inf")
     for _ in range(REPEATS):  # by turns, so that another load of the machine meets both
-        seconds = [min(s, timed(f)) for s, f in zip(seconds, (alone, ours), strict=True)]
-    report(
-        f"rustbpe alone, all cores (best of {REPEATS})",
-        chars / seconds[0] / 1e6,
-        "M characters/s",
-    )
-    report(
-        f"tokenizer training (best of {REPEATS})",
-        chars / seconds[1] / 1e6,
-        "M characters/s",
-    )
-    report("  more than rustbpe alone", 100 * (seconds[1] / seconds[0] - 1), "%")
+        alone_seconds = min(alone_seconds, timed(alone))
+        ours_seconds = min(ours_seconds, timed(ours))
+    report_text(f"rustbpe alone, all cores (best of {REPEATS})", chars, alone_seconds)
+    report_text(f"tokenizer training (best of {REPEATS})", chars, ours_seconds)
+    report("  more than rustbpe alone", 100 * (ours_seconds / alone_seconds - 1), "%")
     return Tokenizer.load(folder)
 
 
 def time_rows(
-    shards: list[Path], texts: list[list[str]], outs: list[Path], tokenizer
+    shards: list[Path], texts: list[list[str]], outs: list[Path], tokenizer: Tokenizer
 ) -> None:
+    """Time the way from text to rows, leaving them in `outs`, one file per shard."""
     chars = [sum(map(len, text)) for text in texts]
     ranks = tokenizer.encoding._mergeable_ranks
+    pattern = C.SPLIT_PATTERN
     plain = tiktoken.Encoding(
-        "plain", pat_str=C.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        "plain", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
     )
 
     def encode(encoding: tiktoken.Encoding) -> None:
@@ -142,36 +151,32 @@ def time_rows(
             list(pool.map(lambda job: build_rows(*job, tokenizer), jobs))
 
     def on_one_core(what: str, action: Callable) -> None:
-        rate = chars[0] / timed(action, REPEATS) / 1e6
-        report(f"{what}, one core (best of {REPEATS})", rate, "M characters/s")
+        seconds = timed(action, REPEATS)
+        report_text(f"{what}, one core (best of {REPEATS})", chars[0], seconds)
 
-    on_one_core("tiktoken alone", lambda: encode(plain))
-    on_one_core(
-        "tiktoken alone, our search for the cuts", lambda: encode(tokenizer.encoding)
-    )
+    on_one_core("tiktoken alone", partial(encode, plain))
+    ours = partial(encode, tokenizer.encoding)
+    on_one_core("tiktoken alone, our search for the cuts", ours)
     on_one_core("text to rows", build)
-    report(
-        "text to rows, all cores", sum(chars) / timed(build_all) / 1e6, "M characters/s"
-    )
-    row_bytes = sum(out.stat().st_size for out in outs)
+    report_text("text to rows, all cores", sum(chars), timed(build_all))
     tokens = sum(len(tokenizer.encode(text)) for text in texts[0])
     kept = outs[0].stat().st_size / 2 / tokens
-    report("characters to a token, first shard", chars[0] / tokens, "")
+    report("characters per token, first shard", chars[0] / tokens)
     report("tokens that packing keeps, first shard", 100 * kept, "%")
-    report(
-        "rows over shards, bytes", row_bytes / sum(p.stat().st_size for p in shards), ""
-    )
+    row_bytes = sum(out.stat().st_size for out in outs)
+    shard_bytes = sum(shard.stat().st_size for shard in shards)
+    report("rows over shards, bytes", row_bytes / shard_bytes)
 
 
 def check_literally(shard: Path, tokenizer: Tokenizer, folder: Path) -> None:
-    """Compare the rows of a shard with those of full scans over its documents, id for id."""
-    documents = []
-    for group in range((file := pq.ParquetFile(shard)).num_row_groups):
+    """Compare a shard's rows with those of full scans of its documents, id for id."""
+    documents = []  # in batches, as packing reads them
+    file = pq.ParquetFile(shard)
+    for group in range(file.num_row_groups):
         texts = file.read_row_group(group)["text"].to_pylist()
-        starts = range(0, len(texts), C.PACK_BATCH_DOCS)
-        documents += [
-            [*map(tokenizer.encode, texts[k : k + C.PACK_BATCH_DOCS])] for k in starts
-        ]
+        for start in range(0, len(texts), C.PACK_BATCH_DOCS):
+            batch = texts[start : start + C.PACK_BATCH_DOCS]
+            documents.append([tokenizer.encode(text) for text in batch])
     lengths = [np.array([len(ids) for ids in batch]) for batch in documents]
     expected = pack_by_lengths(lengths, C.MAX_SEQ_LEN + 1, C.PACK_BUFFER_DOCS)
     flat = [ids for batch in documents for ids in batch]
@@ -179,62 +184,66 @@ def check_literally(shard: Path, tokenizer: Tokenizer, folder: Path) -> None:
     build_rows(shard, folder / "literal.u16", tokenizer)
     made = np.fromfile(folder / "literal.u16", "<u2").reshape(-1, C.MAX_SEQ_LEN + 1)
     same = len(made) == len(expected) and all(map(np.array_equal, made, rows))
-    print(
-        f"{len(made)} rows of {shard.name} {'equal' if same else 'DIFFER FROM'} the literal ones"
-    )
+    verdict = "equal" if same else "DIFFER FROM"
+    print(f"{len(made)} rows of {shard.name} {verdict} the literal ones")
 
 
 def time_loader(outs: list[Path]) -> None:
+    """Time the way from the rows in `outs` to batches."""
     torch.set_num_threads(1)
-    batch_size, n = 8 if C.SMOKE else 64, 100
+    batch_size = 8 if C.SMOKE else 64
+    n = 100
     batches = load_batches(Rows(outs), batch_size, torch.device("cpu"))
-    timed(lambda: [next(batches) for _ in range(n)])  # brings the page cache up
-    seconds = timed(lambda: [next(batches) for _ in range(n)], REPEATS)
-    rate = n * batch_size * C.MAX_SEQ_LEN / seconds / 1e6
-    report(f"rows to batches, one core (best of {REPEATS})", rate, "M tokens/s")
+
+    def read() -> None:
+        for _ in range(n):
+            next(batches)
+
+    timed(read)  # brings the page cache up
+    speed = n * batch_size * C.MAX_SEQ_LEN / timed(read, REPEATS) / 1e6
+    report(f"rows to batches, one core (best of {REPEATS})", speed, "M tokens/s")
+
+
+def time_preparation(shards: list[Path], folder: Path) -> None:
+    """Time and weigh a whole preparation, from `shards` to `folder`, and a run's start."""
+    start = time.perf_counter()
+    before, most = run_apart(PREPARE_AND_WEIGH, folder, shards[0].parent)
+    seconds = time.perf_counter() - start
+    size = sum(shard.stat().st_size for shard in shards) / 1e6
+    print(f"all {len(shards)} shards ({size:.0f} MB) with 8 workers, {seconds:.0f} s:")
+    imports = f"GB, {before / 1e9:.2f} GB"
+    report("  resident memory, of which imports", most / 1e9, imports)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tokens = sum(row["size"] / 2 for row in manifest["rows"].values())
+    report("  tokens in rows", tokens / 1e6, "M")
+    if manifest["rules"] == C.DATA_RULES:
+        runs = [run_apart(FIRST_BATCH, folder) for _ in range(REPEATS)]
+        parts = ["import torch", "import the rest", "open to first batch"]
+        for what, times in zip(parts, zip(*runs, strict=True), strict=True):
+            report(f"{what} (best of {REPEATS})", min(times), "s")
 
 
 def main() -> None:
+    """Print one line per measurement."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = Path(sys.argv[1]) if len(sys.argv) > 1 else folder / "shards"
         if len(sys.argv) == 1:
             write_smoke_shards(source, [C.SHARD_NAME.format(i) for i in range(5)])
-        if len(shards := sorted(source.glob("*.parquet"))) < 3:
+        shards = sorted(source.glob("*.parquet"))
+        if len(shards) < 3:
             sys.exit(f"benchmarks/prepare.py: fewer than three parquet files in {source}")
         used = shards[:2]
         texts = [[*itertools.chain.from_iterable(read_documents(p))] for p in used]
-        chars = sum(len(text) for part in texts for text in part)
-        print(
-            f"{os.cpu_count()} cores, {len(used)} shards, {chars / 1e6:.1f} M characters"
-        )
+        chars = sum(len(text) for part in texts for text in part) / 1e6
+        print(f"{os.cpu_count()} cores, {len(used)} shards, {chars:.1f} M characters")
         tokenizer = time_tokenizer(used, texts, folder / "tokenizer")
         outs = [folder / f"{k}.u16" for k in range(len(used))]
         time_rows(used, texts, outs, tokenizer)
         time_loader(outs)
         check_literally(shards[-1], tokenizer, folder)
         del texts
-        start = time.perf_counter()
-        before, most = run_apart(PREPARE_AND_WEIGH, folder / "all", source)
-        seconds = time.perf_counter() - start
-        size = sum(p.stat().st_size for p in shards) / 1e6
-        print(
-            f"all {len(shards)} shards ({size:.0f} MB) with 8 workers, {seconds:.0f} s:"
-        )
-        report(
-            "  resident memory, of which imports",
-            most / 1e9,
-            f"GB, {before / 1e9:.2f} GB",
-        )
-        manifest = json.loads((folder / "all" / "manifest.json").read_text())
-        tokens = sum(row["size"] / 2 for row in manifest["rows"].values())
-        report("  tokens in rows", tokens / 1e6, "M")
-        if manifest["rules"] == C.DATA_RULES:
-            runs = [run_apart(FIRST_BATCH, folder / "all") for _ in range(REPEATS)]
-            for k, what in enumerate(
-                ["import torch", "import the rest", "open to first batch"]
-            ):
-                report(f"{what} (best of {REPEATS})", min(run[k] for run in runs), "s")
+        time_preparation(shards, folder / "all")
 
 
 if __name__ == "__main__":

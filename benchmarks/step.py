@@ -1,13 +1,13 @@
 """Time the training step of train.py on random ids, for any setting of its knobs.
 
-Usage: python benchmarks/step.py [--steps 40] [--profile] [reference | best] [KNOB=VALUE ...]
+Usage: python benchmarks/step.py [--steps 40] [--profile] [SHAPE] [KNOB=VALUE ...]
 Example: python benchmarks/step.py reference DEVICE_BATCH_SIZE=64 ATTENTION='"flex"'
 
-reference and best are the shapes of the reference's default and of its best published
+SHAPE is reference or best, that of the reference's default or of its best published
 configuration, with the n-grams, key offset and gates of train.py, which those have not.
 
-Prints tokens/s, MFU, peak memory and the median step; with --profile also the GPU time of a step
-by kind of kernel, from torch's profiler. Needs a CUDA GPU and no prepared data.
+Prints tokens/s, MFU, peak memory and the median step; with --profile also the GPU time of
+one step by kind of kernel, from torch's profiler. Needs a CUDA GPU and no prepared data.
 """
 
 import argparse
@@ -36,15 +36,7 @@ SHAPES = {
 PROFILED = 5  # steps
 KINDS = {  # kind: parts of kernel names, first match
     "attention": ("flash", "fmha", "flex", "fa3"),
-    "matrix products": (
-        "gemm",
-        "cutlass",
-        "nvjet",
-        "cublas",
-        "bmm",
-        "_mm",
-        "relu_square",
-    ),
+    "matmuls": ("gemm", "cutlass", "nvjet", "cublas", "bmm", "_mm", "relu_square"),
     "softmax and loss": ("softmax", "nll", "tanh", "logsumexp", "arange"),
     "embedding gradients": ("embedding", "index_put", "atomic_add"),
     "copies": ("memcpy", "memset"),
@@ -61,47 +53,57 @@ def set_knob(text: str) -> None:
     if not hasattr(train, name):
         raise AttributeError(f"train.py has no knob {name}")
     base, _, exponent = value.partition("**")
-    setattr(
-        train, name, int(base) ** int(exponent) if exponent else ast.literal_eval(value)
-    )
+    if exponent:
+        setattr(train, name, int(base) ** int(exponent))
+    else:
+        setattr(train, name, ast.literal_eval(value))
+
+
+def kind_of(kernel: str) -> str:
+    """Return the kind of a kernel by its name, "other" if none fits."""
+    for kind, parts in KINDS.items():
+        if any(part in kernel.lower() for part in parts):
+            return kind
+    return "other"
 
 
 def kernel_times(profile: torch.profiler.profile) -> dict[str, float]:
     """Return kind of kernel -> seconds on the GPU."""
     times = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in profile.key_averages():
-        name = event.key.lower()
-        kind = next(
-            (k for k, parts in KINDS.items() if any(p in name for p in parts)), "other"
-        )
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[kind] += event.self_device_time_total / 1e6
+            times[kind_of(event.key)] += event.self_device_time_total / 1e6
     return times
 
 
 def main() -> None:
+    """Time the step, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("knobs", nargs="*", metavar="reference | best | KNOB=VALUE")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     try:
-        for knob in [part for name in args.knobs for part in SHAPES.get(name, [name])]:
-            set_knob(knob)
+        for name in args.knobs:
+            for knob in SHAPES.get(name, [name]):
+                set_knob(knob)
     except AttributeError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
         sys.exit("benchmarks/step.py needs a CUDA GPU")
 
-    device, T = torch.device("cuda"), constants.MAX_SEQ_LEN
+    device = torch.device("cuda")
+    T = constants.MAX_SEQ_LEN
     config = train.build_config()
     B, accum = plan_batch(train.TOTAL_BATCH_SIZE, train.DEVICE_BATCH_SIZE)
     name, attend = choose_attention(train.ATTENTION, device)
     model = train.build_model(config, attend, device)
     optimizers = train.build_optimizers(model)
-    # Ids as uneven as a text's, by Zipf's law: rows that many share slow an embedding's gradient.
-    shares = 1 / torch.arange(1.0, config.vocab_size + 1, device=device)
-    batches = shares.multinomial(accum * 2 * B * T, replacement=True).view(accum, 2, B, T)
+    # Ids as uneven as a text's, by Zipf's law: one that comes often slows the gradient of
+    # an embedding.
+    weights = 1 / torch.arange(1.0, config.vocab_size + 1, device=device)
+    ids = weights.multinomial(accum * 2 * B * T, replacement=True)
+    batches = ids.view(accum, 2, B, T)
 
     def step() -> None:
         train.set_schedules(optimizers, 0.5)
@@ -123,18 +125,20 @@ def main() -> None:
     tok_per_sec = accum * B * T / seconds
     card = torch.cuda.get_device_name()
     mfu = tok_per_sec * model.flops_per_token() / peak_flops(card)
+    knobs = " ".join(args.knobs) or "default knobs"
+    slowest = f"slowest {1e3 * max(times):.1f}, n={args.steps}"
+    memory = torch.cuda.max_memory_allocated() / 2**30
     print(
-        f"{card}, torch {torch.__version__}, {name}, {' '.join(args.knobs) or 'default knobs'}: "
+        f"{card}, torch {torch.__version__}, {name}, {knobs}: "
         f"{tok_per_sec / 1e6:.3f} M tok/s, {100 * mfu:.1f} % MFU, "
-        f"{1e3 * seconds:.1f} ms per step (slowest {1e3 * max(times):.1f}, n={args.steps}), "
-        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, first steps {compile_seconds:.0f} s"
+        f"{1e3 * seconds:.1f} ms per step ({slowest}), "
+        f"{memory:.1f} GiB, first steps {compile_seconds:.0f} s"
     )
     if args.profile:
-        for _ in range(5):  # at the clock rate of a busy GPU, not of a rested one
+        for _ in range(5):  # at the clock speed of a busy GPU, not of a rested one
             step()
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CUDA]
-        ) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
             for _ in range(PROFILED):
                 step()
             torch.cuda.synchronize()
