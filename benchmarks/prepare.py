@@ -205,7 +205,7 @@ def time_loader(outs: list[Path]) -> None:
 
 
 def time_preparation(shards: list[Path], folder: Path) -> None:
-    """Time and weigh a whole preparation, from `shards` to `folder`, and a run's start."""
+    """Time and weigh a preparation of `shards` in `folder`, then time a run's start."""
     start = time.perf_counter()
     before, most = run_apart(PREPARE_AND_WEIGH, folder, shards[0].parent)
     seconds = time.perf_counter() - start
