@@ -204,7 +204,7 @@ def test_lines_that_are_no_rows_are_shown_not_counted(execute, capsys):
     row = "abc0001\t0.44\t58.7\tkeep\tbaseline\r\n"
     names = execute(HEADER + row + "note to self\nabc0002 0.43 58.7 keep spaces\n")
     assert len(names["log"]) == 1
-    assert capsys.readouterr().out.count("skipped, not a row:") == 2
+    assert capsys.readouterr().out.count("skipped, not a run:") == 2
 
 
 def test_baseline_that_crashed(execute):
