@@ -115,7 +115,8 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
         return "masked", masked_attention
     why = "as set by ATTENTION"
     if device.type != "cuda" and name == "auto":
-        name, why = "masked", "no GPU"
+        name = "masked"
+        why = "no GPU"
     if name in ("auto", "fa3"):
         try:
             attend = build_flash_attention()
@@ -124,7 +125,8 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
         except RuntimeError as error:
             if name == "fa3":
                 raise
-            name, why = "flex", f"fallback: {error}"
+            name = "flex"
+            why = f"fallback: {error}"
     print(f"attention: {name} ({why})")
     if name == "masked":
         return name, masked_attention
