@@ -77,7 +77,7 @@ class Hub:
             list
         ] = []  # [kind, file name or None, server, how many times yet]
         self.retry_after: str | None = None  # header of 429 and 500
-        self.rate = math.inf  # bytes a second that the CDN sends to each client
+        self.rate = math.inf  # bytes per second that the CDN sends to each client
         self.closing = threading.Event()  # ends what stalls
         self.lock = threading.Lock()
         self.servers = [self._listen("hub", port), self._listen("cdn", 0)]
