@@ -195,7 +195,7 @@ class Run:
         waited = time.perf_counter() - self.opened_at - self.dry_run_seconds
         if waited > C.STARTUP_LIMIT:
             raise RuntimeError(
-                f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s; compile less"
+                f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s: compile less, or the machine is busy"
             )
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
         self.compile_seconds = (

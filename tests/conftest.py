@@ -27,6 +27,8 @@ os.environ |= {
     "AUTORESEARCH_SMOKE": "1",
     "AUTORESEARCH_CACHE": str(CACHE),
     "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # before torch is loaded, as constants.py has it
+    "GOMP_SPINCOUNT": "0",
 }
 
 import pyarrow as pa  # noqa: E402  (importable only after the environment is set)

@@ -21,7 +21,7 @@ SMALLER: list[Edit] = [
     ("constants.py", "MAX_SEQ_LEN = 256 if SMOKE", "MAX_SEQ_LEN = 64 if SMOKE"),
     ("constants.py", "EVAL_TOKENS = 2**16 if SMOKE", "EVAL_TOKENS = 2**10 if SMOKE"),
     ("constants.py", "20 if SMOKE", "0.5 if SMOKE"),  # TIME_BUDGET
-    ("constants.py", "60 if SMOKE", "300 if SMOKE"),  # STARTUP_LIMIT, on a busy machine
+    ("constants.py", "180 if SMOKE", "600 if SMOKE"),  # STARTUP_LIMIT, on a busy machine
     ("constants.py", "NCE = 1.0 if SMOKE", "NCE = 4.0 if SMOKE"),  # OVERRUN_TOLERANCE
 ]
 # The second process of a smoke run, which takes as long as ten of these runs.
