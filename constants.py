@@ -73,7 +73,7 @@ PACK_BATCH_DOCS = 128  # documents that a refill takes at once, of one row group
 
 # Evaluation: the first rows of the validation shard, for every model and batch size.
 EVAL_TOKENS = 2**16 if SMOKE else 40 * 524_288  # target tokens
-EVAL_ROWS = 128  # at once, at most; fewer if training or memory had room for fewer
+EVAL_BATCH_ROWS = 128  # at once, at most; fewer if training or memory had room for fewer
 LOGIT_TOLERANCE = 1e-3  # by which a logit may move when nothing it may see has changed
 
 # What prepared rows depend on beside the shard and the tokenizer.

@@ -51,7 +51,7 @@ NGRAM_LAMBDA_INIT = (0.1, 0.1)  # of the n-gram embeddings
 TOTAL_BATCH_SIZE = 2**17  # tokens per step
 DEVICE_BATCH_SIZE = 64  # rows per micro-step; halved until they fit the memory
 
-# Learning rates. Those of embeddings and head are for width 768 and scale by its root.
+# Learning rates. Those of tables and head are for width 768: times (768 / N_EMBD)^0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
 NGRAM_LR = 0.5
 UNEMBEDDING_LR = 0.008  # lm_head
@@ -168,8 +168,8 @@ class Linear(nn.Linear):
 class NgramEmbedding(nn.Embedding):
     """Embeddings of the last two and the last three ids, by a hash, in one table.
 
-    Each n-gram has a sign of its own, so that what others do to its entry is noise that
-    cancels. They add nothing at first. Source: modded-nanogpt records 62 and 83.
+    Each n-gram has a sign of its own, so that collisions cancel on average. The table starts
+    at zero. Source: modded-nanogpt records 62 and 83.
     """
 
     # Odd multipliers, one per place of an id in its n-gram; all products stay below 2^63.
@@ -200,8 +200,8 @@ class CausalSelfAttention(nn.Module):
 
     Every second layer adds embeddings to its values (arXiv:2410.17897); the output has a gate
     per head (arXiv:2505.06708). Half of each key, that of the slow rotary angles, is taken
-    from the token before: what followed a like token is then found in one look. Source:
-    modded-nanogpt record 49.
+    from the token before: one layer can then find what followed an earlier copy of a token.
+    Source: modded-nanogpt record 49.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -242,7 +242,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices, four times the width between them."""
+    """Two matrices, four times the width between them. Any Linear named c_* goes to Muon."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -477,7 +477,13 @@ class Muon(torch.optim.Optimizer):
     STATE_PER_PARAM = 1  # numbers, about, that the warm-up leaves room for; 2 unless said
 
     def __init__(self, groups: list[dict]):
-        super().__init__(groups, {"momentum": 0.0})  # the schedule sets it
+        super().__init__(groups, {})
+        for group in self.param_groups:
+            if shapes := [tuple(p.shape) for p in group["params"] if p.ndim != 2]:
+                names = group.get("names", "a group")
+                raise ValueError(
+                    f"Muon moves matrices; {names} has the shape {shapes[0]}"
+                )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -521,8 +527,8 @@ class RowRMSprop(torch.optim.Optimizer):
     """RMSprop with decoupled weight decay and one second moment per table entry.
 
     As in row-wise Adagrad, arXiv:1903.12287. No momentum, which would move an entry long
-    after its n-gram was seen; half the memory of AdamW. An entry that was not read for long
-    moves by lr / sqrt(1 - beta2) in root mean square.
+    after its n-gram was seen; half the memory of AdamW. After a long pause, the first step
+    of an entry has a root mean square of lr / sqrt(1 - beta2).
     """
 
     STATE_PER_PARAM = 0
@@ -546,8 +552,8 @@ class RowRMSprop(torch.optim.Optimizer):
 def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """Return the optimizers, from one table: what moves by which, how fast, what decay.
 
-    Each parameter stands in exactly one group, which the warm-up checks. `kind` is what the
-    schedules go by.
+    Each parameter stands in exactly one group, which the warm-up checks. The schedules go by
+    `kind`: matrix (momentum and decay), ngram (decay), any other (learning rate alone).
     """
     grouped: dict[str, str] = {}  # name of a parameter -> patterns of its group
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -585,7 +591,14 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         group("ngram", "ngram.weight", NGRAM_LR * width_scale, beta2=NGRAM_BETA2),
     ]
     muon = [
-        group("matrix", "h.*.c_*.weight h.*gate.weight", MATRIX_LR, beta2=MUON_BETA2),
+        group(
+            "matrix",
+            "h.*.c_*.weight h.*gate.weight",
+            MATRIX_LR,
+            MATRIX_WEIGHT_DECAY,
+            momentum=MUON_MOMENTUM[0],
+            beta2=MUON_BETA2,
+        ),
     ]
     return [
         torch.optim.AdamW(adamw, betas=ADAM_BETAS, eps=1e-10, fused=True),

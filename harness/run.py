@@ -194,9 +194,8 @@ class Run:
         self.watch.look()
         waited = time.perf_counter() - self.opened_at - self.dry_run_seconds
         if waited > C.STARTUP_LIMIT:
-            raise RuntimeError(
-                f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s: compile less, or the machine is busy"
-            )
+            took = f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s"
+            raise RuntimeError(f"{took}: compile less, or the machine is busy")
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
         self.compile_seconds = (
             self.startup_seconds - self.import_seconds - self.open_seconds
@@ -305,7 +304,7 @@ class Run:
         batch_size = gpu.find_batch_size(
             lambda size: check_model(model, self.random_batch(size)[0]),
             limit=min(
-                max(self.batch_size, 2), C.EVAL_ROWS
+                max(self.batch_size, 2), C.EVAL_BATCH_ROWS
             ),  # two show whether rows are mixed
             row_bytes=3
             * 4

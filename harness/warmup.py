@@ -68,7 +68,8 @@ def join(names: Iterable[str], most: int = 4) -> str:
 
 
 ADVICE = (
-    "the model does not use it, or two zeros stand in a row (name it in may_stand_still)"
+    "the model does not use it, or it stands behind two layers that begin at zero; if that "
+    "is meant, name it in may_stand_still= of run.warm_up"
 )
 
 
@@ -144,8 +145,9 @@ def plan_batch(total_batch_size: int, device_batch_size: int) -> tuple[int, int]
     limit = min(device_batch_size, rows)
     if limit < 1 or rest or rows % limit:
         raise ValueError(
-            f"TOTAL_BATCH_SIZE ({total_batch_size} tokens) is not a multiple of "
-            f"DEVICE_BATCH_SIZE ({device_batch_size}) rows of {T} tokens; change one of them"
+            f"TOTAL_BATCH_SIZE ({total_batch_size} tokens) is {total_batch_size / T:g} rows of "
+            f"{T} tokens, which DEVICE_BATCH_SIZE ({device_batch_size}) does not divide; "
+            "change one of them"
         )
     return max(1, limit * C.MAX_SEQ_LEN // T), rows // limit
 
@@ -180,6 +182,9 @@ def warm_up(
     what is wrong with the edit.
     """
     check_groups(model, optimizers)
+    if not model.training:
+        text = "the model is in evaluation mode, so it trains without dropout"
+        print(warning("edit", text), flush=True)
     limit, micro_steps = batch
     result: dict[str, list] = {}
 

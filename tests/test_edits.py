@@ -520,7 +520,7 @@ def test_a_cosine_schedule(run, honest):
 def test_a_batch_that_rows_do_not_divide(run):
     refused(
         run,
-        r"TOTAL_BATCH_SIZE \(196608 tokens\) is not a multiple of DEVICE_BATCH_SIZE \(64\)",
+        r"TOTAL_BATCH_SIZE \(196608 tokens\) is 96 rows .* DEVICE_BATCH_SIZE \(64\) does not divide",
     )
 
 

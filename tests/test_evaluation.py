@@ -327,7 +327,7 @@ def test_the_evaluation_finds_its_batch_and_its_result_does_not_depend_on_it(
 def test_the_evaluation_has_no_more_rows_at_once_than_the_rules_say(
     prepared, monkeypatch
 ):
-    monkeypatch.setattr(C, "EVAL_ROWS", 8)
+    monkeypatch.setattr(C, "EVAL_BATCH_ROWS", 8)
     run, sizes = a_trained_run(prepared, monkeypatch, 64), set()
     run.evaluate(lambda idx: sizes.add(len(idx)) or some_model(idx))
     assert sizes == {8}
