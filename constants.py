@@ -124,4 +124,5 @@ gpu: {run.gpu}
 gpu_health: {run.gpu_health}
 seed: {run.seed}
 commit: {run.commit}
+data: {run.data}
 rules: {run.rules}"""

@@ -9,6 +9,7 @@ In the order of the data:
     tokenizer      documents to ids: the byte-level BPE, trained once
     packing        ids to rows of T + 1
     data           all of that in order, the manifest, and the check of what is there
+    rules          hashes of all that a run rests on, and what changed since the last
     loader         rows to batches on the device
     run            one experiment: clock, steps, checks, summary
     warmup         before the clock: compiles, finds the batch, names a dead edit

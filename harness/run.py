@@ -23,14 +23,13 @@ import constants as C
 from harness import dry_run, gpu
 from harness.clock import Clock
 from harness.compile_cache import use_compile_cache
-from harness.data import load_manifest
 from harness.evaluation import Model, check_model, evaluate_bpb
-from harness.files import PREPARE, content_key, data_dir, describe
+from harness.files import data_dir
 from harness.health import Watch
 from harness.loader import Batch, Rows, load_batches
 from harness.output import step_line, warning
 from harness.peaks import peak_flops
-from harness.tokenizer import Tokenizer
+from harness.rules import compare_with_last, open_basis
 from harness.warmup import check_first_loss, plan_batch, warm_up
 
 ROOT = Path(__file__).parent.parent
@@ -67,9 +66,11 @@ class Run:
         self.commit = git_commit()
         self.seed = C.SEED
         self.dry_run = dry_run.start(ROOT / "train.py")
-        paths = self.open_data(folder)
-        self.train_rows = Rows(paths["train"])
-        self.val_rows = Rows(paths["val"])
+        self.basis = open_basis(ROOT, folder)
+        self.tokenizer = self.basis.tokenizer
+        self.rules, self.data = self.basis.rules, self.basis.data
+        self.train_rows = Rows(self.basis.paths["train"])
+        self.val_rows = Rows(self.basis.paths["val"])
         self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
         self.clock = Clock(C.TIME_BUDGET)
         self.watch = Watch(device)
@@ -83,47 +84,6 @@ class Run:
         torch.manual_seed(C.SEED)
         self.import_seconds = self.opened_at - C.STARTED_AT
         self.open_seconds = time.perf_counter() - self.opened_at
-
-    def open_data(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the row files of each split, checked; set the tokenizer and `rules`."""
-        manifest, path = load_manifest(folder), folder / "manifest.json"
-        if manifest.get("rules") != C.DATA_RULES:
-            raise ValueError(
-                f"{path} is missing, damaged or of other rules; run {PREPARE}"
-            )
-        self.tokenizer = Tokenizer.load(folder / "tokenizer")
-        if manifest.get("tokenizer") != self.tokenizer.sha256:
-            raise ValueError(
-                f"the rows in {folder} are of another tokenizer; run {PREPARE}"
-            )
-        fixed = [
-            ROOT / "constants.py",
-            ROOT / "prepare.py",
-            *sorted(ROOT.glob("harness/*.py")),
-        ]
-        hashes = [*map(describe, fixed), self.tokenizer.sha256]
-        paths: dict[str, list[Path]] = {"train": [], "val": []}
-        for name, entry in manifest["rows"].items():
-            path = folder / "rows" / name
-            paths[entry["split"]].append(path)
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                raise ValueError(f"{path} is missing or cut short; run {PREPARE}")
-            if entry["split"] == "val":
-                if describe(path)["sha256"] != entry["sha256"]:
-                    raise ValueError(
-                        f"{path} is damaged: its bytes changed; run {PREPARE}"
-                    )
-                hashes.append(entry["sha256"])
-        own = {
-            "SEED",
-            "SAVE",
-            "DRY_RUN",
-            "STARTED_AT",
-        }  # not rules, but of this run alone
-        values = {k: vars(C)[k] for k in dir(C) if k.isupper() and k not in own}
-        kind = "smoke" if C.SMOKE else "full"
-        self.rules = f"{kind}-{content_key(*hashes, values)[:8]}"
-        return paths
 
     def random_batch(self, batch_size: int) -> Batch:
         """Return random ids for warm-up; torch's own generator is left alone."""
@@ -370,6 +330,8 @@ def open_run() -> Run | dry_run.DryRun:
             print(f"nothing is prepared in {data_dir()}: preparing first", flush=True)
             prepare.main([])
         run = Run(data_dir(), device)
+        if changed := compare_with_last(data_dir(), run.basis.parts):
+            print(changed, flush=True)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
     atexit.register(demand_result, run)

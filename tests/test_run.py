@@ -823,7 +823,7 @@ def test_the_summary_has_its_keys_in_order_the_familys_nine_first(summary):
         "compile_seconds",
     }
     ours |= {"data_wait_percent", "eval_seconds", "epochs", "attention", "gpu", "seed"}
-    assert ours | {"commit", "rules"} <= set(keys) and len(set(keys)) == len(keys)
+    assert ours | {"commit", "data", "rules"} <= set(keys) and len(set(keys)) == len(keys)
 
 
 def test_every_line_of_the_summary_is_a_key_and_a_value(summary):
