@@ -38,13 +38,15 @@ class Rows:
 def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[Batch]:
     """Yield batches x, y of shape (B, T), int64, on the device, y being x shifted by one.
 
-    Rows come as they lie, then epoch by epoch in a new permutation. On a GPU, one batch
-    is copied on its own stream while another is used; the events that guard both are
-    torch's allocators'.
+    Each epoch, the first too, is a permutation of its own that the rules fix: as they
+    lie, the last rows of a shard are crops of long documents, one after another. On a
+    GPU, one batch is copied on its own stream while another is used; the events that
+    guard both are torch's allocators'.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    orders = (np.random.default_rng(n).permutation(len(rows)) for n in itertools.count(2))
-    order = itertools.chain(range(len(rows)), itertools.chain.from_iterable(orders))
+    epochs = itertools.count(1)
+    orders = (np.random.default_rng(n).permutation(len(rows)) for n in epochs)
+    order = itertools.chain.from_iterable(orders)
 
     def read() -> torch.Tensor:
         batch = np.stack([rows[i] for i in itertools.islice(order, batch_size)])

@@ -401,7 +401,7 @@ def zeros(idx: torch.Tensor) -> torch.Tensor:
     return torch.zeros(*idx.shape, C.VOCAB_SIZE)
 
 
-def test_a_run_hands_out_the_training_rows_in_order(run, seconds):
+def test_a_run_hands_out_the_training_rows_in_the_order_of_the_rules(run, seconds):
     read = []
     for step in warmed(run, 2, 3).steps():
         read += [x for x, _ in step.batches]
@@ -409,9 +409,8 @@ def test_a_run_hands_out_the_training_rows_in_order(run, seconds):
         seconds.time += 1.0
     assert len(read) == 3 * 8
     read = torch.cat(read).numpy()
-    assert np.array_equal(
-        read, np.stack([run.train_rows[i] for i in range(2 * 3 * 8)])[:, :-1]
-    )
+    order = np.random.default_rng(1).permutation(len(run.train_rows))[: 2 * 3 * 8]
+    assert np.array_equal(read, np.stack([run.train_rows[i] for i in order])[:, :-1])
 
 
 def test_no_step_before_the_warm_up(run):
@@ -706,7 +705,7 @@ def test_the_first_batch_is_read_before_the_clock_starts(run, monkeypatch):
         Rows, "__getitem__", lambda rows, i: read.append(i) or row(rows, i)
     )
     run.steps()
-    assert read == [0, 1]
+    assert len(read) == 2
 
 
 def test_a_run_is_evaluated_once_so_that_nothing_is_selected_on_validation_text(
