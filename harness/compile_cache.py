@@ -193,7 +193,7 @@ def follow(files: Files, roots: list[tuple[Path, ast.stmt]], root: Path) -> set[
             read = names(tree) | {"*"}
             queue += [(path, t) for t in files[path] if read & given(path)[t]]
             for other in set().union(*imports(tree, path, root).values()):
-                queue += [(other, t) for t in files[other]]
+                queue += [(other, t) for t in files.get(other, [])]  # not if fixed
     return wanted
 
 
