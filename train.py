@@ -680,8 +680,8 @@ def main() -> None:
         step.lrm = set_schedules(optimizers, step.progress, step.epoch)
         step.loss = train_step(model, optimizers, step.batches, step.micro_steps)
     run.evaluate(model)
-    checkpoint.save(run, model, config)
     run.print_summary(config.n_layer, model.flops_per_token(), attention)
+    checkpoint.save(run, model, config)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,8 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZip
 def save(run: Run, model: torch.nn.Module, config: object) -> None:
     """Write trained weights and `config`, a dataclass, to MODEL, over those of the run before.
 
-    Whatever goes wrong is said in a line and costs no result.
+    To be called last: the result is printed by then, and whatever goes wrong here is
+    said in a line on standard error.
     """
     if not C.SAVE:
         return
@@ -35,7 +37,8 @@ def save(run: Run, model: torch.nn.Module, config: object) -> None:
         with atomic_write(MODEL) as file:
             np.savez(file, **arrays, **{ABOUT: np.array(json.dumps(about))})
     except Exception as error:  # also of a train.py whose configuration JSON cannot hold
-        print(f"the model was not saved in {MODEL} ({error}); its result stands")
+        problem = f"the model was not saved in {MODEL} ({error}); its result stands"
+        print(problem, file=sys.stderr, flush=True)
 
 
 def load() -> tuple[dict, dict[str, torch.Tensor]]:

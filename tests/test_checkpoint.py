@@ -82,7 +82,7 @@ def test_a_model_that_cannot_be_saved_costs_a_line_and_no_result(
     if config is CONFIG:
         (tmp_path / "checkout").write_text("a file where the folder should be")
     checkpoint.save(ended_run, model, config)
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert (
         line.startswith(f"the model was not saved in {model_file} (")
         and "result stands" in line
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_model_of_the_run_before(
 
     monkeypatch.setattr(np, "savez", full)
     checkpoint.save(ended_run, model, CONFIG)
-    assert "No space left on device" in capsys.readouterr().out
+    assert "No space left on device" in capsys.readouterr().err
     assert model_file.read_bytes() == before and list(model_file.parent.iterdir()) == [
         model_file
     ]
