@@ -82,7 +82,7 @@ DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH
 # Time, in seconds of wall clock.
 # Of training; start-up, compilation and evaluation excluded.
 TIME_BUDGET = 20 if SMOKE else 300
-# From opening the run to the first step, compilation included.
+# From the start of the process, or the end of a preparation in it, to the first step.
 STARTUP_LIMIT = 180 if SMOKE else 300
 # A last step that is slower than all before it may end late by this fraction of the
 # budget; beyond that the run is void.
@@ -97,6 +97,7 @@ FLASH_ATTENTION_VERSION = 1
 WARNINGS = {
     "gpu": True,  # throttled or shared: the run was slower than it can be
     "edit": False,  # something in train.py looks half-done
+    "repeat": False,  # the commit alone does not repeat the run
 }
 
 # What a run prints last; every tool of this family reads the first nine keys.

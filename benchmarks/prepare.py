@@ -65,7 +65,7 @@ from harness.loader import load_batches
 from harness.run import Run
 imported = time.perf_counter()
 run = Run(Path(sys.argv[2]), torch.device("cpu"))
-next(load_batches(run.train_rows, 8, run.device))
+next(load_batches(run._train_rows, 8, run.device))
 print(torch_in - start, imported - torch_in, time.perf_counter() - imported)
 """
 

@@ -14,6 +14,8 @@ In the order of the data:
     run            one experiment: clock, steps, checks, summary
     warmup         before the clock: compiles, finds the batch, names a dead edit
     dry_run        the full rules beside a smoke run: shapes without memory
+    guard          what is refused outside the clock: training, and reading the rows
+    repeat         whether the commit alone repeats the run
     evaluation     logits to bits per byte, and the checks that a model is one
     checkpoint     the trained model as plain arrays
 

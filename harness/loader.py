@@ -16,23 +16,28 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
 class Rows:
     """The rows of several files as one read-only array of ids, memory-mapped.
 
-    reads: how many rows were asked for.
+    reads: how many rows were handed out; there is no way around it.
     """
 
     def __init__(self, paths: list[Path]):
         maps = (np.memmap(path, "<u2", "r") for path in paths if path.stat().st_size)
-        self.files = [np.asarray(ids).reshape(-1, C.MAX_SEQ_LEN + 1) for ids in maps]
-        self.ends = [*itertools.accumulate(map(len, self.files))]
+        self._files = [np.asarray(ids).reshape(-1, C.MAX_SEQ_LEN + 1) for ids in maps]
+        self._ends = [*itertools.accumulate(map(len, self._files))]
         self.reads = 0
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
         self.reads += 1
-        k = bisect_right(self.ends, index)
+        k = bisect_right(self._ends, index)
         # Negative, so counted from the file's end.
-        return self.files[k][index - self.ends[k]]
+        return self._files[k][index - self._ends[k]]
+
+    def read_all(self) -> np.ndarray:
+        """Return all rows as one array (R, T + 1), int16, which holds every id."""
+        self.reads += len(self)
+        return np.concatenate(self._files).view(np.int16)
 
 
 def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[Batch]:

@@ -4,11 +4,7 @@ What train.py is given: `open_run()` returns a `Run`, whose methods stand here i
 which train.py calls them.
 """
 
-import atexit
 import math
-import os
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,15 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import constants as C
-from harness import dry_run, gpu
+from harness import dry_run, gpu, guard, repeat
 from harness.clock import Clock
 from harness.compile_cache import use_compile_cache
 from harness.evaluation import Model, check_model, evaluate_bpb
 from harness.files import data_dir
+from harness.guard import Guard
 from harness.health import Watch
 from harness.loader import Batch, Rows, load_batches
 from harness.output import step_line, warning
@@ -59,19 +55,22 @@ class Step:
 class Run:
     """One experiment under the rules, on what `prepare` wrote; ValueError says what is amiss."""
 
-    def __init__(self, folder: Path, device: torch.device):
+    def __init__(self, folder: Path, device: torch.device, since: float | None = None):
         self.opened_at = time.perf_counter()
+        self.since = self.opened_at if since is None else since  # when start-up began
         self.device = device
         self.cuda = device.type == "cuda"
-        self.commit = git_commit()
+        self.commit = repeat.git_commit(ROOT)
+        self.guard = Guard()
         self.seed = C.SEED
+        self.variables = repeat.environment_read(ROOT / "train.py")
         self.dry_run = dry_run.start(ROOT / "train.py")
         self.basis = open_basis(ROOT, folder)
         self.tokenizer = self.basis.tokenizer
         self.rules, self.data = self.basis.rules, self.basis.data
-        self.train_rows = Rows(self.basis.paths["train"])
-        self.val_rows = Rows(self.basis.paths["val"])
-        self.epoch_tokens = len(self.train_rows) * C.MAX_SEQ_LEN
+        self._train_rows = Rows(self.basis.paths["train"])
+        self._val_rows = Rows(self.basis.paths["val"])
+        self.epoch_tokens = len(self._train_rows) * C.MAX_SEQ_LEN
         self.clock = Clock(C.TIME_BUDGET)
         self.watch = Watch(device)
         self.waits: list[tuple] = []  # gpu.mark before and after each batch
@@ -120,10 +119,11 @@ class Run:
         A line `warning: edit: ...`: a first loss above 1.05 ln V, a parameter that does not move.
         """
         batch = plan_batch(total_batch_size, device_batch_size)
-        self.batch_size, self.micro_steps = warm_up(
-            *(self.random_batch, model, optimizers, train_step, batch),
-            *(row_bytes, self.device, may_stand_still),
-        )
+        with self.guard.warm_up():
+            self.batch_size, self.micro_steps = warm_up(
+                *(self.random_batch, model, optimizers, train_step, batch),
+                *(row_bytes, self.device, may_stand_still),
+            )
         self.num_params = sum(p.numel() for p in model.parameters())
         if self.dry_run is not None:
             start = time.perf_counter()
@@ -138,7 +138,8 @@ class Run:
 
         A step holds `micro_steps` batches, to be used before the next step is asked for; the loop
         sets its loss. RuntimeError for a late start, a step without a batch, a loss that is not
-        finite, a first loss below 0.95 ln V, or code that is compiled over and over.
+        finite, a first loss below 0.95 ln V, code that is compiled over and over, or training
+        and rows read before the clock.
         """
         if self.clock.started_at is not None:
             raise RuntimeError("the clock has been started; one run trains once")
@@ -148,14 +149,17 @@ class Run:
             raise RuntimeError(
                 "train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)"
             )
-        batches = load_batches(self.train_rows, self.batch_size, self.device)
+        batches = load_batches(self._train_rows, self.batch_size, self.device)
         if self.cuda:
             gpu.settle_host()
         self.watch.look()
-        waited = time.perf_counter() - self.opened_at - self.dry_run_seconds
+        waited = time.perf_counter() - self.since - self.dry_run_seconds
         if waited > C.STARTUP_LIMIT:
-            took = f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s"
+            early = f"{self.opened_at - self.since:.0f} s of it before open_run"
+            took = f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s, {early}"
             raise RuntimeError(f"{took}: compile less, or the machine is busy")
+        self._refuse_extra_rows()
+        self.guard.clock_starts()
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
         self.compile_seconds = (
             self.startup_seconds - self.import_seconds - self.open_seconds
@@ -189,6 +193,7 @@ class Run:
             )  # what ran beside the steps counts as well
             self.clock.seconds = self.clock.now() - self.clock.started_at
         self.clock.running = False
+        self.guard.clock_ended()
         late = self.clock.seconds - C.TIME_BUDGET
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
             raise RuntimeError(
@@ -249,18 +254,15 @@ class Run:
             self.device
         )  # waits for the GPU
         late = self.clock.now() - self.clock.started_at - self.clock.seconds
-        # Rows beyond those that were trained on; a batch is read ahead.
-        extra = self.train_rows.reads + self.val_rows.reads - self.tokens // C.MAX_SEQ_LEN
-        extra -= self.batch_size
-        if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE or extra > 0:
-            what = f"{late:.1f} s and {extra} rows were used outside the clock"
+        if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
+            what = f"{late:.1f} s were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
+        self._refuse_extra_rows()
         if isinstance(model, torch.nn.Module):
             model.eval()
         self.watch.look()
         start = time.perf_counter()
-        ids = np.concatenate(self.val_rows.files).view(np.int16)
-        rows = torch.from_numpy(ids).to(self.device)
+        rows = torch.from_numpy(self._val_rows.read_all()).to(self.device)
         batch_size = gpu.find_batch_size(
             lambda size: check_model(model, self.random_batch(size)[0]),
             limit=min(
@@ -272,9 +274,19 @@ class Run:
             * C.VOCAB_SIZE,  # float32 logits, about thrice
             device=self.device,
         )
-        self.val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
+        val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
+        self._refuse_extra_rows(len(rows))
+        self.guard.evaluated()
+        self.val_bpb = val_bpb
         self.eval_seconds = time.perf_counter() - start
         return self.val_bpb
+
+    def _refuse_extra_rows(self, evaluated: int = 0) -> None:
+        """Refuse rows read beside those of the steps, a batch ahead, and of the evaluation."""
+        steps = self.tokens // C.MAX_SEQ_LEN + self.batch_size
+        extra = self._train_rows.reads + self._val_rows.reads - steps - evaluated
+        if extra > 0:
+            raise RuntimeError(f"{extra} rows were read off the clock; the run is void")
 
     def print_summary(self, depth: int, flops_per_token: float, attention: str) -> None:
         """Print the result, once and last of all; RuntimeError if there is none."""
@@ -294,23 +306,18 @@ class Run:
         self.tokens_M = self.tokens / 1e6
         self.total_seconds = time.perf_counter() - C.STARTED_AT
         warnings = [warning("gpu", problem) for problem in problems]
+        warnings += [
+            warning("repeat", line) for line in repeat.explain(ROOT, self.variables)
+        ]
         print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
         self.printed = True
 
 
 def count_graphs() -> int:
     """Return how many graphs torch.compile has made in this process."""
-    utils = sys.modules.get(
-        "torch._dynamo.utils"
-    )  # not there before anything is compiled
+    # Not there before anything is compiled.
+    utils = sys.modules.get("torch._dynamo.utils")
     return utils.counters["stats"]["unique_graphs"] if utils else 0
-
-
-def git_commit() -> str:
-    """Return the short hash of the checkout, `+dirty` when tracked files differ from it."""
-    git = f"git -C {shlex.quote(str(ROOT))} describe --always --exclude='*'"
-    status, text = subprocess.getstatusoutput(f"{git} --dirty=+dirty")
-    return "none" if status else text
 
 
 def open_run() -> Run | dry_run.DryRun:
@@ -321,6 +328,7 @@ def open_run() -> Run | dry_run.DryRun:
     sys.stdout.reconfigure(line_buffering=True)  # a killed run leaves its log whole
     if C.DRY_RUN:
         return dry_run.DryRun()
+    since = C.STARTED_AT
     try:
         device = gpu.choose_device()
         use_compile_cache(ROOT / "train.py", data_dir().parent / "compiled")
@@ -329,13 +337,16 @@ def open_run() -> Run | dry_run.DryRun:
 
             print(f"nothing is prepared in {data_dir()}: preparing first", flush=True)
             prepare.main([])
-        run = Run(data_dir(), device)
+            since = time.perf_counter()
+        run = Run(data_dir(), device, since)
         if changed := compare_with_last(data_dir(), run.basis.parts):
             print(changed, flush=True)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    atexit.register(demand_result, run)
+    guard.at_exit(partial(demand_result, run))
     sys.excepthook = partial(end_at_once, run)
+    guard.refuse_to_open(data_dir(), ROOT)
+    run.guard.start()
     return run
 
 
@@ -348,13 +359,11 @@ def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
         print(gpu.explain_memory(run, error), file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    sys.stderr.flush()
-    demand_result(run)
-    os._exit(1)
+    demand_result(run, status=1)
 
 
-def demand_result(run: Run) -> None:
-    """End the process with status 1, whatever it was to end with, if `run` printed no result."""
+def demand_result(run: Run, status: int = 0) -> None:
+    """End the process, with status 1 if `run` printed no result, whatever threads it has."""
     if not run.printed:
         print("train.py: the run ended without a result", flush=True)
-        os._exit(1)
+    guard.end_process(status if run.printed else 1)

@@ -219,40 +219,132 @@ def test_an_evaluation_that_runs_out_of_memory_to_be_tried_again(result):
 
 
 # ---- The clock ----------------------------------------------------------------------------------
-EARLY = f"""from harness.loader import load_batches
-    early = load_batches(run.train_rows, run.batch_size, run.device)
-    for _ in range(MANY):
-        train_step(model, optimizers, [next(early) for _ in range(2)], 2)
+OWN_TEXT = f"""import argparse, inspect, typing
+    text = "".join(open(m.__file__).read() for m in (argparse, inspect, typing))
+    ids = torch.from_numpy(run.tokenizer.encode(text)[: 60 * 15 * 65].astype("int64"))
+    for rows in ids.view(60, 15, 65):
+        train_step(model, optimizers, [(rows[:, :-1], rows[:, 1:])], 1)
     {STEPS}"""
 
 
-@cheat("train.py", STEPS, EARLY.replace("MANY", "5"))
-def test_training_before_the_clock_starts(result):
-    """Gain: as much again as the start-up limit allows, five minutes of it."""
-    stopped(result, r"the loss of step 0 is 6\.\d+, and a guess has ln 1024 = 6.93")
+@cheat("train.py", STEPS, OWN_TEXT)
+def test_training_on_text_of_its_own_before_the_clock_starts(result):
+    """Gain: a model that has seen text; the first loss shows it."""
+    stopped(result, r"the loss of step 0 is [3-6]\.\d+, and a guess has ln 1024 = 6.93")
 
 
-@cheat("train.py", STEPS, EARLY.replace("MANY", "1"))
-def test_so_little_of_it_that_the_first_loss_does_not_show_it(result):
-    """Gain: less; the rows that were read are counted."""
-    stopped(
-        result, r"evaluation refused: \d+\.\d s and 12 rows were used outside the clock"
-    )
+EARLY = f"""from harness.loader import load_batches
+    early = load_batches(run._train_rows, run.batch_size, run.device)
+    train_step(model, optimizers, [next(early) for _ in range(2)], 2)
+    {STEPS}"""
 
 
-LATE = f"""import time
-    kept = [run.random_batch(run.batch_size)] * 2
-    while run.clock.now() - run.clock.started_at - run.clock.seconds < 2.5:
-        train_step(model, optimizers, kept, 2)
+@cheat("train.py", STEPS, EARLY)
+def test_training_rows_read_before_the_clock_starts(result):
+    """Gain: a start that the first loss would not show; the rows that were read are counted."""
+    stopped(result, "12 rows were read off the clock")
+    assert "\nstep " not in result[1]
+
+
+PRETRAINED = f"""random = ([run.random_batch(run.batch_size)] for _ in range(MANY))
+    for batches in random:
+        train_step(model, optimizers, batches, 1)
+    {STEPS}"""
+
+
+@cheat("train.py", STEPS, PRETRAINED.replace("MANY", "65"))
+def test_training_on_random_ids_before_the_clock_starts(result):
+    """Gain: norms, scales and an optimizer's state that the budget did not pay for."""
+    stopped(result, "65 backward passes before the clock starts, 64 at most")
+
+
+@cheat("train.py", STEPS, PRETRAINED.replace("MANY", "9"))
+def test_a_few_backward_passes_before_the_clock_are_allowed(result):
+    """No cheat: a scale found from gradients."""
+    assert result[0] == 0, result[1]
+
+
+OPENED = "run = open_run()"
+LONG_AGO = f"import sys; sys.modules['constants'].STARTED_AT -= 400\n    {OPENED}"
+
+
+@cheat("train.py", OPENED, LONG_AGO)
+def test_training_before_the_run_is_opened(result):
+    """Gain: any time at all, on any text; here 400 s are said to have passed."""
+    stopped(result, r"start-up took 4\d\d of 300 s, 4\d\d s of it before open_run")
+
+
+LATE = f"""kept = [run.random_batch(run.batch_size)] * 2
+    LATER
     {EVALUATE}"""
 
 
-@cheat("train.py", EVALUATE, LATE)
+@cheat(
+    "train.py", EVALUATE, LATE.replace("LATER", "train_step(model, optimizers, kept, 2)")
+)
 def test_training_after_the_clock_has_stopped(result):
     """Gain: any time at all, on batches that were kept."""
-    stopped(
-        result, r"evaluation refused: \d+\.\d s and 0 rows were used outside the clock"
-    )
+    stopped(result, "a backward pass after training has ended")
+
+
+ALL_GRADS = "x, y = kept[0]; torch.autograd.grad(model(x).sum(), model.wte.weight)"
+
+
+@cheat("train.py", EVALUATE, LATE.replace("LATER", ALL_GRADS))
+def test_gradients_taken_after_the_clock_has_stopped(result):
+    """Gain: the same, without backward()."""
+    stopped(result, "a backward pass after training has ended")
+
+
+@cheat("train.py", EVALUATE, LATE.replace("LATER", "optimizers[0].step()"))
+def test_an_optimizer_step_after_the_clock_has_stopped(result):
+    """Gain: the same, with gradients that were kept."""
+    stopped(result, "an optimizer step after training has ended")
+
+
+SLOWLY = """while run.clock.now() - run.clock.started_at - run.clock.seconds < 2.5:
+        model.lm_head.weight.data *= 1.0"""
+
+
+@cheat("train.py", EVALUATE, LATE.replace("LATER", SLOWLY))
+def test_other_work_after_the_clock_has_stopped(result):
+    """Gain: weights that are worked on by hand."""
+    stopped(result, r"evaluation refused: \d+\.\d s were used outside the clock")
+
+
+LAZY = f"""kept, seen = [run.random_batch(run.batch_size)] * 2, []
+    def lazy(idx):
+        if not seen:
+            seen.append(idx)
+            LATER
+        return model(idx)
+    {EVALUATE.replace("model", "lazy")}"""
+IN_IT = "with torch.enable_grad(): train_step(model, optimizers, kept, 2)"
+
+
+@cheat("train.py", EVALUATE, LAZY.replace("LATER", IN_IT))
+def test_training_in_the_first_call_of_the_evaluation(result):
+    """Gain: a finish (a calibration, a soup) that takes any time."""
+    stopped(result, "a backward pass after training has ended")
+
+
+@cheat("train.py", EVALUATE, LAZY.replace("LATER", "run._train_rows[0]"))
+def test_training_rows_read_in_the_evaluation(result):
+    """Gain: text to calibrate on, after the rows were counted."""
+    stopped(result, "1 rows were read off the clock")
+
+
+AVERAGED = f"""before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), before, strict=True):
+            p.lerp_(q, 0.5)
+    {EVALUATE}"""
+
+
+@cheat("train.py", EVALUATE, AVERAGED)
+def test_weights_averaged_after_training_are_allowed(result):
+    """No cheat: an average of snapshots that were kept in training."""
+    assert result[0] == 0, result[1]
 
 
 @cheat(
@@ -265,8 +357,105 @@ def test_a_batch_after_the_clock_has_stopped(result):
     stopped(result, r"step \d+ is over; its batches cannot be had now")
 
 
+# ---- Files --------------------------------------------------------------------------------------
+READS = "is the harness's to read"
+
+
+def reads_file(text: str) -> tuple[str, str, str]:
+    """Return the edit that runs `text`, in which folder is the prepared data's, once opened."""
+    before = "import numpy as np; from harness.files import data_dir; folder = data_dir()"
+    return "train.py", OPENED, f"{OPENED}\n    {before}\n    {text}"
+
+
+@cheat(
+    *("train.py", OPENED, f"import numpy as np\n    {OPENED}"),
+    *("    run.warm_up(", "    model.weights = np.load('model.npz')\n    run.warm_up("),
+)
+def test_a_warm_start_from_the_model_of_an_earlier_run(result):
+    """Gain: five minutes of training that another run paid for."""
+    stopped(result, f"model.npz {READS}")
+
+
+@cheat(*reads_file("torch.load('old.pt')"))
+def test_a_warm_start_from_a_checkpoint(result):
+    """Gain: the same, from a file of its own."""
+    stopped(result, f"old.pt {READS}")
+
+
+@cheat(*reads_file("[np.fromfile(p, '<u2') for p in folder.glob('rows/*')]"))
+def test_rows_read_from_their_files(result):
+    """Gain: counts of training text, and of validation text, at start-up."""
+    stopped(result, rf"\.u16 {READS}")
+
+
+@cheat(*reads_file("next(folder.glob('shards/*')).read_bytes()"))
+def test_text_read_from_the_shards(result):
+    """Gain: the same, before it was tokenized."""
+    stopped(result, rf"\.parquet {READS}")
+
+
+@cheat(*reads_file("(folder / 'manifest.json').open()"))
+def test_the_manifest_read_after_the_run_is_opened(result):
+    """Gain: it names the row files."""
+    stopped(result, f"manifest.json {READS}")
+
+
+SAVES = """import json, pathlib
+    np.save('own.npy', np.arange(3))
+    pathlib.Path('own.json').write_text('[1]'); pathlib.Path('own.json').read_text()"""
+
+
+@cheat(*reads_file(SAVES))
+def test_files_of_its_own_are_allowed(result):
+    """No cheat: statistics that are written, and text that is read."""
+    assert result[0] == 0, result[1]
+
+
+COUNTED = "counts = np.bincount(run.ROWS.files[0].ravel())"
+
+
+@cheat(*reads_file(COUNTED.replace("ROWS", "train_rows")))
+def test_training_rows_by_the_run_without_being_counted(result):
+    """Gain: bigram counts at start-up."""
+    stopped(result, "no attribute 'train_rows'")
+
+
+@cheat(*reads_file(COUNTED.replace("ROWS", "val_rows")))
+def test_validation_rows_by_the_run_without_being_counted(result):
+    """Gain: the same of the text that is to be predicted."""
+    stopped(result, "no attribute 'val_rows'")
+
+
+@cheat(*reads_file("counts = np.bincount(run._val_rows[3])"))
+def test_validation_rows_by_hand_are_counted(result):
+    """Gain: the same, a row at a time."""
+    stopped(result, "1 rows were read off the clock")
+
+
 # ---- The rules ----------------------------------------------------------------------------------
-OPENED = "run = open_run()"
+OWN_MODULE = "import os, pathlib; pathlib.Path('own.py').write_text('')\nimport own\n"
+
+
+@cheat(
+    *("train.py", "import torch\n", f"{OWN_MODULE}import torch\n"),
+    *("LR = 0.01", "LR = float(os.environ.get('LR', 0.01))"),
+)
+def test_a_run_that_its_commit_does_not_repeat(result):
+    """Gain: none, but nobody can have the result again: a module, a variable, neither in git."""
+    status, log = result
+    assert status == 0, log
+    before, _, summary = log.partition("\n---\n")
+    lines = [line for line in before.splitlines() if line.startswith("warning:")]
+    assert lines == [
+        "warning: repeat: git does not track own.py; add what was imported",
+        "warning: repeat: train.py reads the environment (LR); make it a knob",
+    ]
+    assert not C.WARNINGS["repeat"]  # it voids nothing
+
+
+def test_fewer_training_shards_show_in_data(runs):
+    """Gain: easier text. `rules:` is the same, `data:` is not; tests/test_rules.py has more."""
+    assert re.fullmatch("[0-9a-f]{8}", values(runs["honest"][1])["data"])
 
 
 @cheat("constants.py", "0.5 if SMOKE", "1 if SMOKE")
@@ -304,6 +493,24 @@ def test_a_seed_of_its_own(result):
 
 
 # ---- The result ---------------------------------------------------------------------------------
+THREAD = (
+    "import threading, time; threading.Thread(target=time.sleep, args=(900,)).start()"
+)
+
+
+@cheat("train.py", OPENED, f"{OPENED}\n    {THREAD}")
+def test_a_thread_that_never_ends_does_not_keep_the_run(result):
+    """Gain: none, but the run would end by a time limit though its result is there."""
+    status, log = result
+    assert status == 0 and "val_bpb" in values(log), log
+
+
+@cheat("train.py", STEPS, f"{THREAD}\n    return\n    {STEPS}")
+def test_a_thread_that_never_ends_does_not_keep_a_run_without_a_result(result):
+    """Gain: none; the status is 1, at once."""
+    stopped(result, "batch: ")
+
+
 @cheat("train.py", EVALUATE, 'print("val_bpb: 0.100000")\n    return')
 def test_its_own_val_bpb_line_instead_of_the_summary(result):
     """Gain: any number. The exit status says that it is none."""

@@ -454,7 +454,9 @@ def test_own_shards_are_prepared_the_last_by_name_for_validation(own, cache):
     assert manifest["source"] == str(own)
     assert listing(own) == before and not (cache / "shards").exists()
     run = Run(cache, torch.device("cpu"))
-    assert len(run.val_rows) == C.EVAL_TOKENS // C.MAX_SEQ_LEN and len(run.train_rows) > 0
+    assert (
+        len(run._val_rows) == C.EVAL_TOKENS // C.MAX_SEQ_LEN and len(run._train_rows) > 0
+    )
 
 
 def test_shards_of_the_hub_in_a_folder_give_the_rows_that_the_hub_gives(

@@ -41,7 +41,7 @@ class Watched(Run):
 
     def evaluate(self, model):
         super().evaluate(model)
-        rows = torch.from_numpy(np.concatenate(self.val_rows.files).view(np.int16))
+        rows = torch.from_numpy(self._val_rows.read_all())
         sizes = torch.from_numpy(self.tokenizer.token_bytes)
         again = evaluate_bpb(model, rows, sizes, max(self.batch_size, 2))
         groups = []

@@ -153,7 +153,7 @@ def test_warnings_come_before_the_summary_and_the_peak_is_that_of_training_or_ev
     run.batch_size, run.micro_steps = 4, 1  # the warm-up sets them
     for step in run.steps():
         step.loss = len(list(step.batches)) * math.log(C.VOCAB_SIZE)
-    run.val_rows.files = [run.val_rows.files[0][:8]]
+    run._val_rows._files = [run._val_rows._files[0][:8]]
     run.evaluate(lambda idx: torch.zeros(*idx.shape, C.VOCAB_SIZE))
     assert run.watch.health == []  # nothing is measured on a CPU
     looks = [Health(100, 1000, "alone"), Health(80, 1000, "shared")]
