@@ -36,8 +36,9 @@ class Rows:
 
     def read_all(self) -> np.ndarray:
         """Return all rows as one array (R, T + 1), int16, which holds every id."""
-        self.reads += len(self)
-        return np.concatenate(self._files).view(np.int16)
+        rows = np.concatenate(self._files).view(np.int16)
+        self.reads += len(rows)
+        return rows
 
 
 def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[Batch]:
