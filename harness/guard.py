@@ -92,7 +92,9 @@ class Guard:
 def _told_first(function: Callable, act: Callable[[str], None]) -> Callable:
     @functools.wraps(function)
     def told(*args, **kwargs):
-        act("a backward pass")
+        # torch.compile traces a backward pass where it compiles one: that trains nothing.
+        if torch._guards.TracingContext.try_get() is None:
+            act("a backward pass")
         return function(*args, **kwargs)
 
     return told

@@ -30,8 +30,8 @@ from harness.warmup import check_first_loss, plan_batch, warm_up
 
 ROOT = Path(__file__).parent.parent
 LOG_EVERY = 10  # steps between two lines in the log
-# Graphs that may be compiled while the clock runs: a few are an edit's change of shape, more are a
-# Python number that changes from step to step, and a compilation takes longer than a step.
+# Graphs that may be compiled while the clock runs: a few come from new shapes, many mean that a
+# Python number changes every step.
 MAX_LATE_GRAPHS = 16
 
 
@@ -44,10 +44,9 @@ class Step:
     epoch: int  # 1 is the first
     micro_steps: int = 1
     batches: Iterator[Batch] = iter(())  # x, y of (B, T), one pair per micro-step
-    loss: torch.Tensor | float | None = (
-        None  # set by the loop: mean over all micro-steps, nats
-    )
-    lrm: float = 1.0  # set by the loop, for its line in the log
+    # Set by the loop: mean over all micro-steps, nats per token; lrm is for the log alone.
+    loss: torch.Tensor | float | None = None
+    lrm: float = 1.0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -87,9 +86,8 @@ class Run:
     def random_batch(self, batch_size: int) -> Batch:
         """Return random ids for warm-up; torch's own generator is left alone."""
         shape = (batch_size, C.MAX_SEQ_LEN + 1)
-        ids = torch.randint(
-            C.VOCAB_SIZE, shape, generator=self.random_ids, device=self.device
-        )
+        where = {"generator": self.random_ids, "device": self.device}
+        ids = torch.randint(C.VOCAB_SIZE, shape, **where)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     # ---- Before the clock -----------------------------------------------------------------------
@@ -119,16 +117,16 @@ class Run:
         A line `warning: edit: ...`: a first loss above 1.05 ln V, a parameter that does not move.
         """
         batch = plan_batch(total_batch_size, device_batch_size)
+        if self.dry_run is not None:  # first, since it takes less time than the warm-up
+            start = time.perf_counter()
+            print(dry_run.finish(self.dry_run), flush=True)
+            self.dry_run_seconds = time.perf_counter() - start
         with self.guard.warm_up():
             self.batch_size, self.micro_steps = warm_up(
                 *(self.random_batch, model, optimizers, train_step, batch),
                 *(row_bytes, self.device, may_stand_still),
             )
         self.num_params = sum(p.numel() for p in model.parameters())
-        if self.dry_run is not None:
-            start = time.perf_counter()
-            print(dry_run.finish(self.dry_run), flush=True)
-            self.dry_run_seconds = time.perf_counter() - start
         rows = f"{self.batch_size} rows of {C.MAX_SEQ_LEN} tokens"
         print(f"batch: {self.micro_steps} micro-steps of {rows}", flush=True)
 
@@ -146,9 +144,8 @@ class Run:
         if not self.batch_size:
             raise RuntimeError("there is no batch yet; call run.warm_up before run.steps")
         if torch.initial_seed() != self.seed:
-            raise RuntimeError(
-                "train.py set a seed; it comes from the rules (AUTORESEARCH_SEED)"
-            )
+            why = "it comes from the rules (AUTORESEARCH_SEED)"
+            raise RuntimeError(f"train.py set a seed; {why}")
         batches = load_batches(self._train_rows, self.batch_size, self.device)
         if self.cuda:
             gpu.settle_host()
@@ -161,9 +158,8 @@ class Run:
         self._refuse_extra_rows()
         self.guard.clock_starts()
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
-        self.compile_seconds = (
-            self.startup_seconds - self.import_seconds - self.open_seconds
-        )
+        other = self.import_seconds + self.open_seconds
+        self.compile_seconds = self.startup_seconds - other
         self.graphs = count_graphs()
         self.clock.start()
         return self._steps(batches)
@@ -176,9 +172,7 @@ class Run:
             step.batches = self._batches(step, batches)
             yield step
             if step.loss is None:
-                raise RuntimeError(
-                    f"step {step.number} ended without a loss; set step.loss"
-                )
+                raise RuntimeError(f"step {step.number} has no loss; set step.loss")
             if not step.tokens:
                 raise RuntimeError(f"step {step.number} took no batch; use step.batches")
             step.loss = torch.as_tensor(step.loss).detach().to("cpu", non_blocking=True)
@@ -187,25 +181,21 @@ class Run:
             self.clock.queued.append((event, step))
             self._settle(Clock.MAX_AHEAD if self.cuda else 0)
         self._settle(0)
-        if self.cuda:
-            torch.cuda.synchronize(
-                self.device
-            )  # what ran beside the steps counts as well
+        if self.cuda:  # what ran beside the steps counts as well
+            torch.cuda.synchronize(self.device)
             self.clock.seconds = self.clock.now() - self.clock.started_at
         self.clock.running = False
         self.guard.clock_ended()
         late = self.clock.seconds - C.TIME_BUDGET
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
-            raise RuntimeError(
-                f"the last step ended {late:.1f} s late; the run is void, repeat it"
-            )
+            what = f"the last step ended {late:.1f} s late"
+            raise RuntimeError(f"{what}; the run is void, repeat it")
 
     def _batches(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         for _ in range(step.micro_steps):
             if self.num_steps != step.number or not self.clock.running:
-                raise RuntimeError(
-                    f"step {step.number} is over; its batches cannot be had now"
-                )
+                over = f"step {step.number} is over"
+                raise RuntimeError(f"{over}; its batches cannot be had now")
             step.tokens += self.batch_size * C.MAX_SEQ_LEN
             self.tokens += self.batch_size * C.MAX_SEQ_LEN
             start, batch = gpu.mark(self.device), next(batches)
@@ -217,10 +207,9 @@ class Run:
         for step in self.clock.settle(ahead):
             step.loss = float(step.loss)
             if not math.isfinite(step.loss):
-                what = f"training loss is {step.loss} at step {step.number} (lrm {step.lrm:.2f})"
-                raise RuntimeError(
-                    f"{what}; the run is void, lower a learning rate or revert"
-                )
+                where = f"at step {step.number} (lrm {step.lrm:.2f}); the run is void"
+                advice = "lower a learning rate or revert"
+                raise RuntimeError(f"training loss is {step.loss} {where}, {advice}")
             if step.number == 0:
                 check_first_loss(step.loss, "of step 0")
             if step.number % LOG_EVERY == 0:
@@ -231,9 +220,8 @@ class Run:
         late = count_graphs() - self.graphs
         text = f"step {step.number}: {late} graphs were compiled while the clock runs"
         if late > MAX_LATE_GRAPHS:
-            raise RuntimeError(
-                f"{text}: a Python number that changes? pass it as a 0-dim tensor; the run is void"
-            )
+            advice = "a Python number that changes? pass it as a 0-dim tensor"
+            raise RuntimeError(f"{text}: {advice}; the run is void")
         if late and not self.late_graphs:
             print(warning("edit", f"{text}, which costs training time"), flush=True)
         self.late_graphs = late
@@ -246,13 +234,11 @@ class Run:
         That is tried on random ids: a model that runs out of memory has not seen the text.
         """
         if self.clock.running or not self.num_steps or self.evaluated:
-            raise RuntimeError(
-                "evaluate after training, once, and do not break out of run.steps"
-            )
+            why = "and do not break out of run.steps"
+            raise RuntimeError(f"evaluate after training, once, {why}")
         self.evaluated = True  # also if the model is refused: it has seen validation text
-        sizes = torch.from_numpy(self.tokenizer.token_bytes).to(
-            self.device
-        )  # waits for the GPU
+        sizes = torch.from_numpy(self.tokenizer.token_bytes)
+        sizes = sizes.to(self.device)  # waits for the GPU
         late = self.clock.now() - self.clock.started_at - self.clock.seconds
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
             what = f"{late:.1f} s were used outside the clock"
@@ -265,13 +251,9 @@ class Run:
         rows = torch.from_numpy(self._val_rows.read_all()).to(self.device)
         batch_size = gpu.find_batch_size(
             lambda size: check_model(model, self.random_batch(size)[0]),
-            limit=min(
-                max(self.batch_size, 2), C.EVAL_BATCH_ROWS
-            ),  # two show whether rows are mixed
-            row_bytes=3
-            * 4
-            * C.MAX_SEQ_LEN
-            * C.VOCAB_SIZE,  # float32 logits, about thrice
+            # Two rows show whether rows are mixed; float32 logits are there about thrice.
+            limit=min(max(self.batch_size, 2), C.EVAL_BATCH_ROWS),
+            row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,
             device=self.device,
         )
         val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
@@ -306,9 +288,8 @@ class Run:
         self.tokens_M = self.tokens / 1e6
         self.total_seconds = time.perf_counter() - C.STARTED_AT
         warnings = [warning("gpu", problem) for problem in problems]
-        warnings += [
-            warning("repeat", line) for line in repeat.explain(ROOT, self.variables)
-        ]
+        problems = repeat.explain(ROOT, self.variables)
+        warnings += [warning("repeat", problem) for problem in problems]
         print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
         self.printed = True
 

@@ -518,10 +518,8 @@ def test_a_cosine_schedule(run, honest):
     same("DEVICE_BATCH_SIZE = 64 "),
 )
 def test_a_batch_that_rows_do_not_divide(run):
-    refused(
-        run,
-        r"TOTAL_BATCH_SIZE \(196608 tokens\) is 96 rows .* DEVICE_BATCH_SIZE \(64\) does not divide",
-    )
+    batch = r"TOTAL_BATCH_SIZE \(196608 tokens\) is 96 rows"
+    refused(run, batch + r" .* DEVICE_BATCH_SIZE \(64\) does not divide")
 
 
 def ramp(first: str) -> list[Change]:

@@ -52,6 +52,19 @@ def test_more_than_a_few_passes_before_the_clock_are_an_error(guard):
         guard.clock_starts()
 
 
+def test_compiling_after_the_clock_is_no_training(guard):
+    # As the evaluation compiles for a batch of another size, with gradients on.
+    weight = torch.ones(2, requires_grad=True)
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: (x * weight).sin(), backend="aot_eager")
+    guard.clock_starts()
+    guard.clock_ended()
+    y = function(torch.ones(3, 2))
+    assert y.requires_grad
+    with pytest.raises(RuntimeError, match="a backward pass after training has ended"):
+        y.sum().backward()
+
+
 REFUSED = {
     "backward": lambda: torch.ones(2, requires_grad=True).sum().backward(),
     "autograd.backward": lambda: torch.autograd.backward(

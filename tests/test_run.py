@@ -507,7 +507,7 @@ def test_a_seed_of_train_pys_own_is_an_error(run):
 def test_a_step_without_a_loss_is_an_error(run):
     steps = run.steps()
     list(next(steps).batches)
-    with pytest.raises(RuntimeError, match="step 0 ended without a loss; set step.loss"):
+    with pytest.raises(RuntimeError, match="step 0 has no loss; set step.loss"):
         next(steps)
 
 
