@@ -294,7 +294,7 @@ def a_trained_run(prepared, monkeypatch, rows: int) -> Run:
     run.batch_size, run.micro_steps = rows, 1  # the warm-up sets them
     for step in run.steps():
         step.loss = len(list(step.batches)) * math.log(C.VOCAB_SIZE)
-    run.val_rows.files = [run.val_rows.files[0][:40]]  # enough to tell, and quick
+    run._val_rows._files = [run._val_rows._files[0][:40]]  # enough to tell, and quick
     return run
 
 
@@ -317,7 +317,10 @@ def test_the_evaluation_finds_its_batch_and_its_result_does_not_depend_on_it(
         sizes.append(len(idx))
         return some_model(idx)
 
-    value, rows = run.evaluate(model), np.concatenate(run.val_rows.files).astype(np.int64)
+    value, rows = (
+        run.evaluate(model),
+        np.concatenate(run._val_rows._files).astype(np.int64),
+    )
     token_bytes = torch.from_numpy(run.tokenizer.token_bytes)
     expected = evaluate_bpb(some_model, torch.from_numpy(rows), token_bytes, 32)
     assert value == pytest.approx(expected, rel=1e-7)
@@ -345,7 +348,7 @@ def test_a_model_that_runs_out_of_memory_has_not_seen_validation_text(
         return some_model(idx)
 
     run.evaluate(model)
-    text = {tuple(row[:-1].tolist()) for row in run.val_rows.files[0]}
+    text = {tuple(row[:-1].tolist()) for row in run._val_rows._files[0]}
     failed = [tuple(row.tolist()) for idx in seen for row in idx if len(idx) > 2]
     assert failed and not text & set(failed)
     assert tuple(seen[-1][0].tolist()) in text
@@ -390,6 +393,6 @@ def test_logits_of_a_batch_are_let_go_before_those_of_the_next_are_made(prepared
         weakref.finalize(logits, alive.remove, number)
         return logits
 
-    ids = torch.from_numpy(run.val_rows.files[0][: 5 * rows].astype(np.int64))
+    ids = torch.from_numpy(run._val_rows._files[0][: 5 * rows].astype(np.int64))
     evaluate_bpb(model, ids, torch.from_numpy(run.tokenizer.token_bytes), rows)
     assert most == [0] * 12
