@@ -18,7 +18,7 @@ import constants as C
 from harness import dry_run, gpu, guard, repeat
 from harness.clock import Clock
 from harness.compile_cache import use_compile_cache
-from harness.evaluation import Model, check_model, evaluate_bpb
+from harness.evaluation import Model, evaluate_bpb
 from harness.files import data_dir
 from harness.guard import Guard
 from harness.health import Watch
@@ -249,8 +249,14 @@ class Run:
         self.watch.look()
         start = time.perf_counter()
         rows = torch.from_numpy(self._val_rows.read_all()).to(self.device)
+
+        def try_size(size: int) -> None:
+            x, y = self.random_batch(size)
+            ids = torch.cat([x, y[:, -1:]], 1)  # (size, T + 1)
+            evaluate_bpb(model, ids, sizes, size, checks=1)
+
         batch_size = gpu.find_batch_size(
-            lambda size: check_model(model, self.random_batch(size)[0]),
+            try_size,
             # Two rows show whether rows are mixed; float32 logits are there about thrice.
             limit=min(max(self.batch_size, 2), C.EVAL_BATCH_ROWS),
             row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,

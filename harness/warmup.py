@@ -202,7 +202,7 @@ def warm_up(
         finally:
             gradients.close()
         model.eval()
-        check_model(model, random_batch(rows)[0], cuts=(C.MAX_SEQ_LEN // 2,), kept=8)
+        check_model(model, random_batch(rows)[0], kept=8)
         moved = {
             name: checksum(p) != before[name] for name, p in trainable(model).items()
         }

@@ -476,7 +476,7 @@ def test_a_constant_changed_in_memory(result, runs):
     assert float(values(result[1])["training_seconds"]) > 0.5
 
 
-@cheat("harness/evaluation.py", "> C.LOGIT_TOLERANCE:", "> math.inf:")
+@cheat("harness/evaluation.py", "<= C.LOGIT_TOLERANCE)", "<= math.inf)")
 def test_an_edited_harness(result, runs):
     """Gain: whatever the checks refuse. It shows: other rules."""
     shows(result, runs["honest"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import constants as C
-from harness.evaluation import bits_per_byte, check_model, evaluate_bpb
+from harness.evaluation import CHECKS, Probe, bits_per_byte, check_model, evaluate_bpb
 from harness.run import Run
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def test_the_model_is_never_given_the_last_target(rows):
 
     evaluate_bpb(model, rows, SIZES, R)
     assert all(idx.shape == (R, T) for idx in seen)
-    assert torch.equal(seen[-1], rows[:, :-1])
+    assert torch.equal(seen[0], rows[:, :-1])
 
 
 def test_half_precision_logits_are_summed_in_float32(rows):
@@ -267,24 +267,63 @@ def test_a_causal_model_passes_whatever_its_precision(rows):
         assert math.isfinite(value)
 
 
-def test_replaced_ids_differ_at_every_position_after_the_cut(rows):
-    seen = []
+@pytest.mark.parametrize("n", [1, 2, R, 40])
+def test_ids_are_replaced_from_a_cut_of_each_row_on_and_in_each_check_some_row_is_not(
+    rows, n
+):
+    base, seen = rows[:, :-1].repeat(6, 1)[:n], []
 
     def model(idx):
         seen.append(idx.clone())
         return uniform(idx)
 
-    base = rows[:, :-1]
-    check_model(model, base)
-    moved = [idx != base for idx in seen if not torch.equal(idx, base)]
-    assert moved and all(not m[1::2].any() for m in moved)  # odd rows never change
-    firsts = set()
-    for m in moved:
-        cut = m[0].int().argmax().item()  # the first replaced position
-        firsts.add(cut)
-        assert torch.equal(m[0], torch.arange(T) >= cut)
-        assert torch.equal(m[::2], m[0].expand_as(m[::2]))
-    assert min(firsts) == 1 and max(firsts) == T - 1 and len(firsts) >= 3
+    check_model(model, base, checks=16)
+    assert torch.equal(seen[0], base) and len(seen) == 17
+    cuts, replayed = set(), set()
+    for idx in seen[1:]:
+        moved = (idx != base).tolist()
+        of_each = [row.index(True) if True in row else T for row in moved]
+        assert all(
+            row == [place >= cut for place in range(T)]
+            for row, cut in zip(moved, of_each, strict=True)
+        )
+        whole = {b for b, cut in enumerate(of_each) if cut == T}
+        assert n == 1 or 1 <= len(whole) <= max(1, n // 16 + 1)
+        cuts |= set(of_each)
+        replayed |= whole
+    assert len(cuts - {T}) >= 8 and {1, T - 1} <= cuts and replayed == set(range(n))
+
+
+def test_half_of_the_cuts_lie_at_the_start_of_a_document(monkeypatch):
+    monkeypatch.setattr(C, "VOCAB_SIZE", V)
+    monkeypatch.setattr(C, "BOS_ID", SPECIAL[0])
+    base = torch.randint(10, (64, 200), generator=torch.Generator().manual_seed(1))
+    base[:, [0, 60, 151]] = C.BOS_ID
+    base[::2, 60] = base[::2, 151] = 5  # every second row is one document
+    probe = Probe(base, torch.zeros(64, 200, 1), checks=14)
+    for _ in range(14):
+        probe.cuts[probe.done] = probe.draw_cuts()
+        probe.done += 1
+    cuts = probe.cuts[:, 1::2].flatten()
+    cuts, starts = cuts[cuts < 200], torch.tensor([60, 61, 151, 152])
+    assert 0.4 < torch.isin(cuts, starts).double().mean() < 0.6
+    assert all((cuts == start).double().mean() > 0.08 for start in starts)
+    cuts = probe.cuts[:, ::2].flatten()
+    assert torch.isin(cuts, starts).double().mean() < 0.1
+
+
+def test_the_cuts_come_from_the_seed_of_the_run_and_leave_torch_s_generator_alone(
+    rows, monkeypatch
+):
+    def calls() -> torch.Tensor:
+        seen = []
+        evaluate_bpb(lambda idx: seen.append(idx) or uniform(idx), rows, SIZES, 4)
+        return torch.stack(seen)
+
+    state, first = torch.get_rng_state(), calls()
+    assert torch.equal(first, calls()) and torch.equal(state, torch.get_rng_state())
+    monkeypatch.setattr(C, "SEED", C.SEED + 1)
+    assert not torch.equal(first, calls())
 
 
 # ---- The evaluation of a run --------------------------------------------------------------------
@@ -395,4 +434,4 @@ def test_logits_of_a_batch_are_let_go_before_those_of_the_next_are_made(prepared
 
     ids = torch.from_numpy(run._val_rows._files[0][: 5 * rows].astype(np.int64))
     evaluate_bpb(model, ids, torch.from_numpy(run.tokenizer.token_bytes), rows)
-    assert most == [0] * 12
+    assert most == [0] * (5 + CHECKS)
