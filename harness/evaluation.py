@@ -56,7 +56,8 @@ def largest_moves(a: torch.Tensor, b: torch.Tensor, seen: torch.Tensor) -> torch
     """
     n = max(1, 2**24 // a[0].numel())  # rows at once: one of the full rules, for memory
     parts = zip(a.split(n), b.split(n), seen.split(n), strict=True)
-    gaps = [((q.float() - p.float()).abs().amax(2), mask) for p, q, mask in parts]
+    wide = torch.promote_types(a.dtype, torch.float32)
+    gaps = [((q - p.to(wide)).abs_().amax(2), mask) for p, q, mask in parts]
     return torch.cat([gap.masked_fill(~mask, 0).amax(1) for gap, mask in gaps])
 
 
@@ -102,6 +103,7 @@ class Probe:
         self.order = torch.cat([torch.arange(1, T, T - 2, **place), middle])
 
     def replays(self, row: int | torch.Tensor, check: int) -> bool | torch.Tensor:
+        """Return whether a check replays a row of the batch without replacing ids."""
         return (row + check + 1) % self.period == 0
 
     def keep(self, idx: torch.Tensor, logits: torch.Tensor, rows: Iterable[int]) -> None:
@@ -171,6 +173,7 @@ class Probe:
             raise RuntimeError(f"evaluation refused: {problem}")
 
     def explain(self, model: Model, gaps: torch.Tensor) -> str:
+        """Return what a model does whose logits moved by `gaps`, (checks, rows)."""
         n, rows = len(self.base), torch.arange(len(self.idx), device=self.idx.device)
         every = torch.ones_like(self.idx, dtype=torch.bool)[:n]
         again = largest_moves(self.base, call_model(model, self.first)[:n], every)

@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import constants as C
 from harness.evaluation import CHECKS, Probe, bits_per_byte, check_model, evaluate_bpb
@@ -324,6 +325,25 @@ def test_the_cuts_come_from_the_seed_of_the_run_and_leave_torch_s_generator_alon
     assert torch.equal(first, calls()) and torch.equal(state, torch.get_rng_state())
     monkeypatch.setattr(C, "SEED", C.SEED + 1)
     assert not torch.equal(first, calls())
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that the host reads, for each of which a GPU's queue would run dry."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "local_scalar_dense" in str(function) or "nonzero" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_as_often_for_many_batches_as_for_one(rows):
+    counts = set()
+    for batch_size in (1, 2, R):
+        with Reads() as reads:
+            evaluate_bpb(uniform, rows, SIZES, batch_size)
+        counts.add(reads.count)
+    assert len(counts) == 1 and counts.pop() < 8
 
 
 # ---- The evaluation of a run --------------------------------------------------------------------
