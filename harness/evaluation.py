@@ -10,9 +10,9 @@ import constants as C
 
 Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
 
-# Checks in one evaluation; each is one call of the model. A check cuts all rows but one in
-# REPLAYED, so 64 rows have 14 * 60 = 840 cuts, and each cut tries one position. A leak at
-# one position in 600 is missed with a chance of (599 / 600)^840 = 0.25.
+# Checks in one evaluation; each is one call of the model. A check cuts all rows but one
+# in REPLAYED, so 64 rows have 14 * 60 = 840 cuts, and each cut tries one position. A leak
+# at one position in 600 is missed with a chance of (599 / 600)^840 = 0.25.
 CHECKS, REPLAYED = 14, 16
 # What a model does wrong, and what to do if its logits moved far.
 STATE = "keeps state between calls or is random in evaluation mode"
@@ -23,8 +23,9 @@ ADVICE = {
     FUTURE: "look at masks, at shifts (roll, pad) and for means over positions",
 }
 ROUNDING = (  # if they moved a little
-    "so small a move is rounding that depends on other rows or positions: scale per token, "
-    "not per tensor, keep maxima and sums over positions in float32, use no batch statistics"
+    "so small a move is rounding that depends on other rows or positions: scale per "
+    "token, not per tensor, keep maxima and sums over positions in float32, use no batch "
+    "statistics"
 )
 
 
@@ -231,7 +232,7 @@ def evaluate_bpb(
         logits = call_model(model, idx)
         if probe is None:
             probe = Probe(idx, logits, checks)
-        else:  # between two checks every row comes from another batch, if there are enough
+        else:  # between checks, every row is taken from another batch if there is one
             stride = max(1, batches // checks)
             probe.keep(idx, logits, range(number % stride, batch_size, stride))
         for part, ids in zip(logits[:n].split(8), batch.split(8), strict=True):
