@@ -100,6 +100,7 @@ def test_the_loss_of_an_untrained_model_is_that_of_a_guess():
 def test_loss_and_gradients_of_a_step_are_those_of_torchs_cross_entropy(build):
     model, batch = build(), some_batch()
     loss, gradients = loss_and_gradients(model, [batch])
+    model.zero_grad()
     expected = exact_loss(model, *batch)
     expected.backward()
     apart = abs(loss / float(expected.detach()) - 1)
@@ -281,6 +282,9 @@ def test_an_ngram_has_its_entry_and_sign_wherever_it_stands_and_others_have_othe
     moved = entries_and_signs(changed, 2**20)[0] != entry
     two, three = (moved[..., i].nonzero().tolist() for i in range(2))
     assert two == [[0, 12], [0, 13]] and three == [[0, 12], [0, 13], [0, 14]]
+    # The order of ids counts: of the pairs read backwards few have the entry they had.
+    backwards = entries_and_signs(idx.flip(1), 2**20)[0].flip(1)
+    assert (backwards[:, 1:-1, 0] != entry[:, 2:, 0]).float().mean() > 0.9
     # Those of two are not those of three, and a row may be as short as one id.
     assert (entry[..., 0] != entry[..., 1]).float().mean() > 0.99
     assert torch.equal(entries_and_signs(idx[:, :1], 2**20)[0], entry[:, :1])
