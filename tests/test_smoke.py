@@ -119,12 +119,9 @@ def test_nothing_is_written_outside_the_cache_but_the_model(job):
 
 
 def test_the_model_continues_a_text(job, values):
-    text, command = (
-        "def main(",
-        [sys.executable, str(job.folder / "checkout" / "train.py")],
-    )
+    text, script = "def main(", str(job.folder / "checkout" / "sample.py")
     done = subprocess.run(
-        [*command, "--sample", text],
+        [sys.executable, script, text],
         env=environment(job.folder),
         capture_output=True,
         timeout=120,
@@ -146,10 +143,10 @@ def test_a_second_run_starts_at_once(job):
     ) as process:
         for line in process.stdout:
             said.append(line)
-            if line.startswith("model:"):  # the data is open and the model built
+            if line.startswith("batch:"):  # the data is open and the model warm
                 break
         process.kill()
-    assert said[-1].startswith("model:") and not any("prepar" in line for line in said)
+    assert said[-1].startswith("batch:") and not any("prepar" in line for line in said)
     assert time.monotonic() - started < 60
     assert before == {
         path: path.stat().st_mtime_ns for path in (job.folder / "cache").rglob("*")
