@@ -35,10 +35,8 @@ SAVE = _environment_int("AUTORESEARCH_SAVE", 1, 0, 1) == 1
 DRY_RUN = _environment_int("AUTORESEARCH_DRY_RUN", 0, 0, 1) == 1
 if (
     SMOKE
-):  # read when torch is loaded: beside other work, threads that spin while they wait
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # leave a step a tenth of the speed
+):  # read when torch is loaded: threads that wait do not spin, on a busy machine too
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 # Data: ClimbMix (arXiv:2504.13161), shuffled, as parquet shards with one column `text`.
@@ -46,9 +44,7 @@ DATASET = "karpathy/climbmix-400b-shuffle"  # on the Hugging Face hub
 REVISION = "main"  # resolved to a commit on first contact; the manifest records which
 SHARD_NAME = "shard_{:05d}.parquet"
 VAL_SHARD = 6542  # the last one: validation, never training
-# Training shards: so many that no row is seen twice in 300 s at 2.1 M tokens/s, the most
-# that an H200 has in sight. A shard is about 250 M characters, at most 4.5 per token, and
-# packing keeps at least 65 % of the tokens: 300 * 2.1 / (250 / 4.5 * 0.65) = 17.4.
+# Training shards: enough for 300 s at 2.1 M tokens/s without a row twice; docs/data.md.
 DEFAULT_NUM_SHARDS = 3 if SMOKE else 18
 
 # Tokenizer: byte-level BPE (arXiv:1508.07909). GPT-4's split pattern, digits in pairs.
@@ -56,7 +52,7 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-# They have the last ids; the first of them is BOS.
+# The last ids; the first of them is BOS.
 SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))
 VOCAB_SIZE = 1024 if SMOKE else 8192  # ids, special tokens included
 BOS_ID = VOCAB_SIZE - len(SPECIAL_TOKENS)

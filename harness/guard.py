@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from harness import gpu
+from harness.output import warning
+
 # Backward passes before the clock beside the warm-up's: enough to look at a gradient or to
 # scale an initialisation, too few to train.
 MAX_EARLY_PASSES = 64
@@ -100,6 +103,36 @@ def _told_first(function: Callable, act: Callable[[str], None]) -> Callable:
     return told
 
 
+# ---- Compilation ---------------------------------------------------------------------------------
+# Graphs that may be compiled while the clock runs: a few come from new shapes, many mean that a
+# Python number changes every step.
+MAX_LATE_GRAPHS = 16
+
+
+class LateGraphs:
+    """Watches what torch.compile makes from now on, which costs training time."""
+
+    def __init__(self):
+        self.before, self.late = count_graphs(), 0
+
+    def check(self, step: int) -> None:
+        """Print a warning at the first graph; RuntimeError from MAX_LATE_GRAPHS + 1 on."""
+        late = count_graphs() - self.before
+        text = f"step {step}: {late} graphs were compiled while the clock runs"
+        if late > MAX_LATE_GRAPHS:
+            advice = "a Python number that changes? pass it as a 0-dim tensor"
+            raise RuntimeError(f"{text}: {advice}; the run is void")
+        if late and not self.late:
+            print(warning("edit", f"{text}, which costs training time"), flush=True)
+        self.late = late
+
+
+def count_graphs() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")  # there once something is compiled
+    return utils.counters["stats"]["unique_graphs"] if utils else 0
+
+
 # ---- Files --------------------------------------------------------------------------------------
 def refuse_to_open(folder: Path, root: Path) -> None:
     """From here on, refuse by RuntimeError to open files that hold rows, text or weights.
@@ -133,18 +166,32 @@ def _inside(folder: Path) -> str:
 
 
 # ---- The end ------------------------------------------------------------------------------------
-def end_process(status: int) -> None:
-    """End the process at once, whatever threads and compile workers it has."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
+def demand_result(run) -> None:
+    """From here on, end the process with status 0 only if `run` has printed its result.
 
-
-def at_exit(end: Callable[[], None]) -> None:
-    """Have `end` called when this process, not a child of it, leaves its main thread.
-
-    Before Python waits for other threads, which may never end; atexit comes after that.
+    At once in either case: torch waits up to 300 s for compile workers that it has only just
+    started, and Python for threads that may never end.
     """
     mine = os.getpid()
-    threading._register_atexit(lambda: end() if os.getpid() == mine else None)
+
+    def end(status: int = 0) -> None:
+        if os.getpid() != mine:  # a child of this process
+            return
+        if not run.printed:
+            print("train.py: the run ended without a result", flush=True)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status if run.printed else 1)
+
+    def explain(kind: type, error: BaseException, trace) -> None:
+        if gpu.is_out_of_memory(error):
+            print(gpu.explain_memory(run, error), file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+        end(status=1)
+
+    threading._register_atexit(
+        end
+    )  # before Python waits for threads; atexit comes after that
+    sys.excepthook = explain

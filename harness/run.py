@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from harness.clock import Clock
 from harness.compile_cache import use_compile_cache
 from harness.evaluation import Model, evaluate_bpb
 from harness.files import data_dir
-from harness.guard import Guard
+from harness.guard import Guard, LateGraphs
 from harness.health import Watch
 from harness.loader import Batch, Rows, load_batches
 from harness.output import step_line, warning
@@ -30,9 +29,6 @@ from harness.warmup import check_first_loss, plan_batch, warm_up
 
 ROOT = Path(__file__).parent.parent
 LOG_EVERY = 10  # steps between two lines in the log
-# Graphs that may be compiled while the clock runs: a few come from new shapes, many mean that a
-# Python number changes every step.
-MAX_LATE_GRAPHS = 16
 
 
 @dataclass
@@ -74,7 +70,7 @@ class Run:
         self.watch = Watch(device)
         self.waits: list[tuple] = []  # gpu.mark before and after each batch
         self.batch_size = self.micro_steps = 0  # set by the warm-up
-        self.tokens = self.num_steps = self.num_params = self.late_graphs = 0
+        self.tokens = self.num_steps = self.num_params = 0
         self.val_bpb = math.nan
         self.evaluated = self.printed = False
         self.dry_run_seconds = 0.0  # that the warm-up waited for it
@@ -160,7 +156,7 @@ class Run:
         self.startup_seconds = time.perf_counter() - C.STARTED_AT
         other = self.import_seconds + self.open_seconds
         self.compile_seconds = self.startup_seconds - other
-        self.graphs = count_graphs()
+        self.graphs = LateGraphs()
         self.clock.start()
         return self._steps(batches)
 
@@ -214,17 +210,7 @@ class Run:
                 check_first_loss(step.loss, "of step 0")
             if step.number % LOG_EVERY == 0:
                 print(step_line(step, C.TIME_BUDGET - self.clock.seconds), flush=True)
-            self._check_late_graphs(step)
-
-    def _check_late_graphs(self, step: Step) -> None:
-        late = count_graphs() - self.graphs
-        text = f"step {step.number}: {late} graphs were compiled while the clock runs"
-        if late > MAX_LATE_GRAPHS:
-            advice = "a Python number that changes? pass it as a 0-dim tensor"
-            raise RuntimeError(f"{text}: {advice}; the run is void")
-        if late and not self.late_graphs:
-            print(warning("edit", f"{text}, which costs training time"), flush=True)
-        self.late_graphs = late
+            self.graphs.check(step.number)
 
     # ---- After the clock ------------------------------------------------------------------------
     def evaluate(self, model: Model) -> float:
@@ -300,13 +286,6 @@ class Run:
         self.printed = True
 
 
-def count_graphs() -> int:
-    """Return how many graphs torch.compile has made in this process."""
-    # Not there before anything is compiled.
-    utils = sys.modules.get("torch._dynamo.utils")
-    return utils.counters["stats"]["unique_graphs"] if utils else 0
-
-
 def open_run() -> Run | dry_run.DryRun:
     """Return the run on prepared data, preparing it first (and saying so) if there is none.
 
@@ -330,27 +309,7 @@ def open_run() -> Run | dry_run.DryRun:
             print(changed, flush=True)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    guard.at_exit(partial(demand_result, run))
-    sys.excepthook = partial(end_at_once, run)
+    guard.demand_result(run)
     guard.refuse_to_open(data_dir(), ROOT)
     run.guard.start()
     return run
-
-
-def end_at_once(run: Run, kind: type, error: BaseException, trace) -> None:
-    """Print an uncaught error, for want of memory in one line, and end the process with status 1.
-
-    At once: torch waits up to 300 s for compile workers that it has only just started.
-    """
-    if gpu.is_out_of_memory(error):
-        print(gpu.explain_memory(run, error), file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-    demand_result(run, status=1)
-
-
-def demand_result(run: Run, status: int = 0) -> None:
-    """End the process, with status 1 if `run` printed no result, whatever threads it has."""
-    if not run.printed:
-        print("train.py: the run ended without a result", flush=True)
-    guard.end_process(status if run.printed else 1)

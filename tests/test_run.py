@@ -23,8 +23,9 @@ import prepare
 from harness import download, gpu
 from harness.data import load_manifest
 from harness.files import PREPARE, data_dir
+from harness.guard import MAX_LATE_GRAPHS
 from harness.loader import Rows
-from harness.run import LOG_EVERY, MAX_LATE_GRAPHS, Clock, Run, Step, open_run
+from harness.run import LOG_EVERY, Clock, Run, Step, open_run
 
 CPU = torch.device("cpu")
 ROOT = Path(C.__file__).parent
