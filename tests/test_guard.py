@@ -168,11 +168,13 @@ print(seconds(20000, lambda: sys.audit("other", 1)), seconds(2000, lambda: t("ch
 
 # ---- The end ------------------------------------------------------------------------------------
 ENDS = """
-import threading, time
-from harness.guard import at_exit, end_process
+import threading, time, types
+from harness.guard import demand_result
 {}
-at_exit(lambda: (print("the end"), end_process(7)))
+run = types.SimpleNamespace(printed=True)
+demand_result(run)
 threading.Thread(target=time.sleep, args=(600,)).start()
+print("the end")
 """
 POOL = """
 from concurrent.futures import ThreadPoolExecutor
@@ -183,20 +185,38 @@ import multiprocessing
 multiprocessing.get_context("fork").Process(target=print, args=("a child",)).start()
 time.sleep(1)
 """
+NOTHING = "the end\ntrain.py: the run ended without a result\n"
+
+
+def run_to_the_end(code: str) -> tuple[int, str, str]:
+    start = time.monotonic()
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    assert time.monotonic() - start < 100
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("more", ["", POOL])
-def test_a_process_ends_with_its_main_thread(more):
-    start = time.monotonic()
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", ENDS.format(more)]
-    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (7, "the end\n")
-    assert time.monotonic() - start < 100
+def test_a_process_with_a_result_ends_with_its_main_thread(more):
+    assert run_to_the_end(ENDS.format(more))[:2] == (0, "the end\n")
+
+
+def test_a_process_without_a_result_has_status_1_whatever_it_was_to_end_with():
+    code = ENDS.replace("printed=True", "printed=False").format("")
+    assert run_to_the_end(code)[:2] == (1, NOTHING)
+    assert run_to_the_end(code + "import sys\nsys.exit(0)")[:2] == (1, NOTHING)
+
+
+def test_an_error_is_printed_and_ends_it_at_once():
+    code = ENDS.replace("printed=True", "printed=False").format("")
+    status, out, err = run_to_the_end(code + "raise ValueError('7 is odd')")
+    assert (status, out) == (1, NOTHING) and err.endswith("ValueError: 7 is odd\n")
+    status, _, err = run_to_the_end(ENDS.format("") + "raise ValueError('late')")
+    assert status == 1 and "late" in err  # though there is a result
 
 
 def test_the_end_of_a_child_is_not_that_of_the_process():
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", ENDS.format("") + CHILD]
-    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (7, "a child\nthe end\n")
+    code = ENDS.replace("printed=True", "printed=False").format("") + CHILD
+    out = run_to_the_end(code)[1]
+    assert out.count("a child") == 1 and out.count("without a result") == 1
