@@ -558,6 +558,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     grouped: dict[str, str] = {}  # name of a parameter -> patterns of its group
     width_scale = (model.config.n_embd / 768) ** -0.5
     embedding_lr = EMBEDDING_LR * width_scale
+    head_lr = UNEMBEDDING_LR * width_scale
 
     def group(
         kind: str, names: str, lr: float, weight_decay: float = 0.0, **others
@@ -567,9 +568,8 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         for name, p in model.named_parameters():
             if any(fnmatch(name, pattern) for pattern in names.split()):
                 if name in grouped:
-                    raise ValueError(
-                        f"{name}: in two groups, {grouped[name]} and {names}"
-                    )
+                    both = f"{grouped[name]} and {names}"
+                    raise ValueError(f"{name}: in two groups, {both}")
                 grouped[name] = names
                 params.append(p)
         settings = {"kind": kind, "names": names, "lr": lr, "initial_lr": lr}
@@ -580,9 +580,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         group(
             "embedding", "h.*.value_embed.weight", embedding_lr, VALUE_EMBED_WEIGHT_DECAY
         ),
-        group(
-            "head", "lm_head.weight", UNEMBEDDING_LR * width_scale, LM_HEAD_WEIGHT_DECAY
-        ),
+        group("head", "lm_head.weight", head_lr, LM_HEAD_WEIGHT_DECAY),
         group("scalar", "h.*.resid_lambda", RESID_LAMBDA_LR),
         group("scalar", "h.*.x0_lambda", X0_LAMBDA_LR, betas=LAMBDA_BETAS),
         group("scalar", "h.*.ngram_lambda", NGRAM_LAMBDA_LR, betas=LAMBDA_BETAS),
