@@ -265,13 +265,13 @@ def test_a_few_backward_passes_before_the_clock_are_allowed(result):
 
 
 OPENED = "run = open_run()"
-LONG_AGO = f"import sys; sys.modules['constants'].STARTED_AT -= 400\n    {OPENED}"
+LONG_AGO = f"import sys; sys.modules['constants'].STARTED_AT -= 700\n    {OPENED}"
 
 
 @cheat("train.py", OPENED, LONG_AGO)
 def test_training_before_the_run_is_opened(result):
-    """Gain: any time at all, on any text; here 400 s are said to have passed."""
-    stopped(result, r"start-up took 4\d\d of 300 s, 4\d\d s of it before open_run")
+    """Gain: any time at all, on any text; here 700 s are said to have passed."""
+    stopped(result, r"start-up took 7\d\d of 600 s, 7\d\d s of it before open_run")
 
 
 LATE = f"""kept = [run.random_batch(run.batch_size)] * 2
