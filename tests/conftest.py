@@ -235,7 +235,8 @@ def cache(tmp_path, monkeypatch, full_rules) -> Path:
 def prepared_copy(prepared, tmp_path, monkeypatch) -> Path:
     """A copy of what was prepared under the smoke rules, to be changed, as the folder of runs."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copytree(prepared, tmp_path / "cache" / "smoke"))
+    fresh = shutil.ignore_patterns("last_run.json")  # of other tests
+    return Path(shutil.copytree(prepared, tmp_path / "cache" / "smoke", ignore=fresh))
 
 
 @pytest.fixture
