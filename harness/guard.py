@@ -138,7 +138,7 @@ def refuse_to_open(folder: Path, root: Path) -> None:
     """From here on, refuse by RuntimeError to open files that hold rows, text or weights.
 
     In `folder`, that of the prepared data: all. Below it, its parent and the checkout
-    `root`: by their ending, unless they are written anew. What the harness reads itself
+    `root`: by their ending, unless they are written from scratch. What the harness reads itself
     is open by now. For the whole process, for good: Python has no way back.
     """
     prepared = _inside(folder)
