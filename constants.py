@@ -33,9 +33,10 @@ SMOKE = _environment_int("AUTORESEARCH_SMOKE", 0, 0, 1) == 1
 SEED = _environment_int("AUTORESEARCH_SEED", 42, 0, 2**31 - 1)
 SAVE = _environment_int("AUTORESEARCH_SAVE", 1, 0, 1) == 1
 DRY_RUN = _environment_int("AUTORESEARCH_DRY_RUN", 0, 0, 1) == 1
-if (
-    SMOKE
-):  # read when torch is loaded: threads that wait do not spin, on a busy machine too
+
+# Read when torch is loaded. One growing segment, so that a big batch is not lost to gaps.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if SMOKE:  # threads that wait do not spin, on a busy machine too
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 

@@ -79,14 +79,10 @@ class Gradients:
     def __init__(
         self, model: nn.Module, optimizers: Optimizers, may_stand_still: Iterable[str]
     ):
-        self.params = trainable(model)
-        if unknown := set(may_stand_still) - self.params.keys():
-            raise ValueError(
-                f"may_stand_still names no parameter: {join(sorted(unknown))}"
-            )
-        self.watched = {
-            n: p for n, p in self.params.items() if n not in set(may_stand_still)
-        }
+        params, allowed = trainable(model), set(may_stand_still)
+        if unknown := sorted(allowed - params.keys()):
+            raise ValueError(f"may_stand_still names no parameter: {join(unknown)}")
+        self.watched = {name: p for name, p in params.items() if name not in allowed}
         self.alive: dict[str, torch.Tensor] = {}
         self.hooks = [o.register_step_pre_hook(self.look) for o in optimizers]
 

@@ -93,3 +93,19 @@ def test_an_error_at_import_ends_with_its_sentence_and_a_status():
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ValueError: AUTORESEARCH_SMOKE='yes'")
+
+
+@pytest.mark.parametrize(
+    "own, expected", [(None, "expandable_segments:True"), ("x:1", "x:1")]
+)
+def test_the_gpus_memory_grows_in_one_segment_unless_the_user_says_otherwise(
+    own, expected
+):
+    # What train.py imports first sets it, since torch reads it when it is loaded.
+    code = "import sys, os, constants; assert 'torch' not in sys.modules;"
+    code += "print(os.environ['PYTORCH_CUDA_ALLOC_CONF'])"
+    env = {k: v for k, v in os.environ.items() if k != "PYTORCH_CUDA_ALLOC_CONF"}
+    env |= {"PYTHONPATH": os.path.dirname(C.__file__)}
+    env |= {"PYTORCH_CUDA_ALLOC_CONF": own} if own else {}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=env, text=True) == f"{expected}\n"
