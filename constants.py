@@ -1,8 +1,7 @@
 """The fixed rules of an experiment. Not edited: numbers compare only under equal rules.
 
 Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here;
-a change of any of them changes the `rules:` hash that a run prints. Four environment
-variables are read:
+a change shows in the `rules:` that a run prints. Four environment variables are read:
 
     AUTORESEARCH_SMOKE=1   tiny rules that run anywhere in a minute (no GPU, no network)
     AUTORESEARCH_SEED=N    seed of the run, default 42; never set by train.py
@@ -34,9 +33,9 @@ SEED = _environment_int("AUTORESEARCH_SEED", 42, 0, 2**31 - 1)
 SAVE = _environment_int("AUTORESEARCH_SAVE", 1, 0, 1) == 1
 DRY_RUN = _environment_int("AUTORESEARCH_DRY_RUN", 0, 0, 1) == 1
 
-# Read when torch is loaded. One growing segment, so that a big batch is not lost to gaps.
+# Read when torch is loaded. In one growing segment no batch is lost to gaps.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-if SMOKE:  # threads that wait do not spin, on a busy machine too
+if SMOKE:  # threads that wait do not spin
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
