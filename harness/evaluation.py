@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 
 import constants as C
+from harness.ops import compiled
 
 Model = Callable[[torch.Tensor], torch.Tensor]  # idx (B, T) -> logits (B, T, V)
 
@@ -206,6 +206,17 @@ def check_model(
     probe.judge(model)
 
 
+@compiled
+def nats_of(logits: torch.Tensor, y: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the cross-entropies of y (B, T) where `counted`, in nats, float64.
+
+    In float32, whatever the logits are; compiled, so that they are read once or twice.
+    """
+    wide = logits.float()
+    own = wide.gather(-1, y[..., None]).squeeze(-1)
+    return ((wide.logsumexp(-1) - own) * counted).sum(dtype=torch.float64)
+
+
 @torch.no_grad()
 def evaluate_bpb(
     model: Model,
@@ -223,6 +234,7 @@ def evaluate_bpb(
     # Nats and bytes: read once at the end, so that the device need not wait.
     sums = torch.zeros(2, dtype=torch.float64, device=rows.device)
     probe, batches = None, math.ceil(len(rows) / batch_size)
+    padding = torch.arange(batch_size, device=rows.device)
     for number in range(batches):
         batch = rows[number * batch_size :][:batch_size].long()
         n = len(batch)
@@ -235,12 +247,10 @@ def evaluate_bpb(
         else:  # between checks, every row is taken from another batch if there is one
             stride = max(1, batches // checks)
             probe.keep(idx, logits, range(number % stride, batch_size, stride))
-        for part, ids in zip(logits[:n].split(8), batch.split(8), strict=True):
-            part = part.float().flatten(0, 1)  # (b * T, V)
-            y = ids[:, 1:].flatten()  # (b * T,)
-            loss = F.cross_entropy(part, y, reduction="none").double() * (sizes[y] > 0)
-            sums += torch.stack([loss.sum(), sizes[y].sum()])
-        del logits, part, loss  # gigabytes, which the next call can use
+        y = padded[:, 1:]
+        nbytes = sizes[y].masked_fill(padding[:, None] >= n, 0)  # (B, T)
+        sums += torch.stack([nats_of(logits, y, nbytes > 0), nbytes.sum()])
+        del logits  # gigabytes, which the next call can use
         while probe.done < checks * (number + 1) // batches:
             probe.check(model)
     probe.judge(model)
