@@ -14,7 +14,6 @@ harness/ owns data, clock, seed, warm-up, evaluation and summary; see harness/ru
 from constants import MAX_SEQ_LEN, SMOKE, VOCAB_SIZE  # first: it starts a clock
 
 # isort: split
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 
 from harness import checkpoint
 from harness.attention import Attention, choose_attention
-from harness.ops import compiled, relu2_mlp, rotary_norm
+from harness.ops import compiled, linear_cross_entropy, norm_relu2_mlp, rotary_norm
 from harness.run import open_run
 
 # ---- Knobs -----------------------------------------------------------------------------
@@ -242,7 +241,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices, four times the width between them. Any Linear named c_* goes to Muon."""
+    """Norm and two matrices, four times the width between them. Linears named c_* go to Muon."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -251,7 +250,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * C, C, std=0.0)  # adds nothing at first
 
     def forward(self, x):
-        return relu2_mlp(x, self.c_fc.weight, self.c_proj.weight)
+        # Fused; in plain torch: self.c_proj(F.relu(self.c_fc(norm(x))).square())
+        return norm_relu2_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 class Block(nn.Module):
@@ -276,8 +276,12 @@ class Block(nn.Module):
         self.ngram_gate = Linear(GATE_CHANNELS, 2, std=0.0)
 
     @compiled
-    def before(self, x, x0, ngram, idx, cos, sin):
-        """Mix x, x0 (B, T, C) and ngram (B, T, 2, C / 2); return the sum and projections."""
+    def before(self, x, change, x0, ngram, idx, cos, sin):
+        """Mix x + change, x0 (B, T, C) and ngram (B, T, 2, C / 2); return sum and projections.
+
+        change is the last layer's MLP, added here: the sum is read where it is made.
+        """
+        x = x + change
         gate = torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))  # (B, T, 2)
         gate = 2 * self.ngram_lambda * gate
         ngram = (gate[..., None] * ngram).flatten(-2)  # (B, T, C)
@@ -286,13 +290,13 @@ class Block(nn.Module):
 
     @compiled
     def after(self, x, y, gate):
-        """Add y (B, T, H, D), gated per head, and then the MLP of the sum."""
+        """Add y (B, T, H, D), gated per head; return the sum and the MLP of it."""
         y = (y * gate[..., None]).flatten(2)  # (B, T, C)
         x = x + self.attn.c_proj(y)
-        return x + self.mlp(norm(x))
+        return x, self.mlp(x)
 
-    def forward(self, x, *inputs):
-        x, q, k, v, gate = self.before(x, *inputs)
+    def forward(self, x, change, *inputs):
+        x, q, k, v, gate = self.before(x, change, *inputs)
         y = self.attend(q, k, v, self.window, self.scale)
         return self.after(x, y, gate)
 
@@ -332,12 +336,12 @@ class GPT(nn.Module):
         """Return what the head reads, (B, T, C)."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
         x0, ngram = self.embed(idx)
-        x = x0.view_as(
-            x0
-        )  # another object, or the first layer would be compiled on its own
+        # Like those of the other layers, or the first would be compiled on its own: x another
+        # object than x0, and a change that takes a gradient.
+        x, change = x0.view_as(x0), torch.zeros_like(x0).requires_grad_()
         for block in self.h:
-            x = block(x, x0, ngram, idx, cos, sin)
-        return x
+            x, change = block(x, change, x0, ngram, idx, cos, sin)
+        return x + change
 
     def logits(self, x):
         """Return softcap * tanh(raw / softcap), float32. Source: arXiv:2408.00118."""
@@ -361,11 +365,9 @@ class GPT(nn.Module):
 
     @compiled
     def cross_entropy(self, x, y):
-        logits = self.logits(x)
-        is_target = y[..., None] == torch.arange(logits.size(-1), device=y.device)
-        # The cap keeps the exponentials finite: no maximum has to be found first.
-        total = torch.exp2(logits * math.log2(math.e)).sum(-1)  # exp2 is one instruction
-        return (total.log() - torch.where(is_target, logits, 0.0).sum(-1)).mean()
+        # Fused; in plain torch: F.cross_entropy(self.logits(x).flatten(0, 1), y.flatten())
+        weight, softcap = self.lm_head.weight, self.config.softcap
+        return linear_cross_entropy(norm(x), weight, y, softcap)
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy, nats per token, of targets y after ids x, (B, T)."""
@@ -377,7 +379,7 @@ class GPT(nn.Module):
         There the warm-up begins to look for a batch that fits; what cannot is not tried.
         """
         trunk = 28 * self.config.n_layer * self.config.n_embd
-        return self.config.sequence_len * (trunk + 6 * self.config.vocab_size)
+        return self.config.sequence_len * (trunk + 3 * self.config.vocab_size)
 
     def flops_per_token(self) -> float:
         """Return the FLOPs of forward and backward for one token, as MFU counts them.

@@ -23,6 +23,7 @@ Beside them:
 
     attention      the attention kernels, and the choice between them
     ops            fused operations of the model, each with its plain form
+    kernels        the Triton kernels behind them
     compile_cache  where compiled code is kept between runs
     gpu            which GPU there is, and what fits its memory
     health         how fast the GPU is before and after training, and whether it is alone

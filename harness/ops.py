@@ -10,14 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from harness import kernels
 from harness.gpu import compute_capability
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # a platform without CUDA
-    triton = None
 
 
 def compiled(function: Callable) -> Callable:
@@ -51,112 +45,131 @@ def prepare_compiler() -> None:
     torch.compiler.assume_constant_result(has_tensor_memory_access)
 
 
-# ---- ReLU^2 MLP ---------------------------------------------------------------------------------
-BLOCK_M, BLOCK_N = 128, 256  # of a tile of the result: rows, columns
-BLOCK_K_BYTES = 128  # of a row of an operand that are read at once
-NUM_WARPS, NUM_STAGES = 8, 3
-ALIGNMENT = 16  # bytes of which a row has a whole number: tensor descriptors need it
+# ---- fp8 ----------------------------------------------------------------------------------------
+EPS = 1e-7  # added to a mean square, so that a vector of zeros has a norm
+E4M3_MAX = 448.0
+GRAD_TOP = 1024.0  # of a gradient's scaled entries, about; e5m2 ends at 57344
+GRAD_ROWS = 2048  # of a gradient, whose largest entry sets its scale
+
+
+def runs_fp8(x: torch.Tensor, *lengths: int) -> bool:
+    """Return whether products of x (..., C) in bf16 are computed in fp8: where kernels.py runs."""
+    fits = all(n % 16 == 0 for n in (x[..., 0].numel(), x.size(-1), *lengths))
+    return x.is_cuda and x.dtype == torch.bfloat16 and fits and has_tensor_memory_access()
 
 
 def has_tensor_memory_access() -> bool:
-    """Return whether the GPU copies tiles by tensor descriptors: Hopper, Blackwell of servers."""
+    """Return whether the GPU copies tiles by descriptors: Hopper, Blackwell of servers."""
     return compute_capability()[0] in (9, 10)
 
 
-def relu2_mlp(x: torch.Tensor, w_fc: torch.Tensor, w_proj: torch.Tensor) -> torch.Tensor:
-    """Return relu(x @ w_fc.T)^2 @ w_proj.T, in x's dtype. Source: arXiv:2109.08668.
+def normed_scale(x: torch.Tensor) -> float:
+    """Return what the entries of normed rows x (N, C), at most sqrt(C), are multiplied by."""
+    return E4M3_MAX / x.size(1) ** 0.5
 
-    x (..., C), w_fc (H, C), w_proj (C, H) -> (..., C). On a GPU of compute capability 9.0 or 10
-    the square and its gradient are part of the matmuls: no pass over memory of their own.
+
+def to_fp8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return w in e4m3, up to its largest number, and what to multiply that by, (1,)."""
+    scale = (w.abs().amax().float() / E4M3_MAX).clamp_min(1e-12)
+    return (w / scale).to(kernels.E4M3), scale.view(1)
+
+
+def matmul_fp8(
+    a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, dtype=torch.float32
+) -> torch.Tensor:
+    """Return a (M, K) @ b.T * scale, of b (N, K) and scale (1,)."""
+    return torch._scaled_mm(a, b.T, scale, torch.ones_like(scale), out_dtype=dtype)
+
+
+# ---- ReLU^2 MLP ---------------------------------------------------------------------------------
+def norm_relu2_mlp(
+    x: torch.Tensor, w_fc: torch.Tensor, w_proj: torch.Tensor
+) -> torch.Tensor:
+    """Return relu(norm(x) @ w_fc.T)^2 @ w_proj.T, in x's dtype. Source: arXiv:2109.08668.
+
+    x (..., C), w_fc (H, C), w_proj (C, H) -> (..., C); norm: RMSNorm without weights. In fp8 on
+    Hopper, forward and backward, the square and its gradient inside the products. There, an
+    activation above 21 counts as 21.
     """
+    if runs_fp8(x, len(w_fc)):
+        return FP8MLP.apply(x.flatten(0, -2), w_fc, w_proj).view_as(x)
+    x = F.rms_norm(x, x.shape[-1:], eps=EPS)
     w_fc, w_proj = w_fc.to(x.dtype), w_proj.to(x.dtype)
-    whole = all(n * x.element_size() % ALIGNMENT == 0 for n in w_fc.shape)
-    if x.is_cuda and whole and has_tensor_memory_access():
-        return FusedReLU2MLP.apply(x.flatten(0, -2), w_fc, w_proj).view_as(x)
     return F.linear(F.relu(F.linear(x, w_fc)).square(), w_proj)
 
 
-class FusedReLU2MLP(torch.autograd.Function):
-    """relu2_mlp of x (N, C), by the kernel below; keeps the squares, not what was squared."""
+class FP8MLP(torch.autograd.Function):
+    """norm_relu2_mlp of x (N, C). An operand is cast once, together with its transpose.
+
+    The scale of the normed x is fixed, so that no token has a part in another's rounding.
+    """
 
     @staticmethod
     def forward(ctx, x, w_fc, w_proj):
-        squares = relu_square(x, w_fc, None)  # (N, H)
-        ctx.save_for_backward(x, w_fc, w_proj, squares)
-        return squares @ w_proj.T
+        rstd = (x.float().square().mean(-1) + EPS).rsqrt()  # (N,)
+        x8, x8_t = kernels.cast_both(x, rstd * normed_scale(x), kernels.E4M3)
+        fc8, fc_scale = to_fp8(w_fc)
+        proj8, proj_scale = to_fp8(w_proj)
+        squares, squares_t = kernels.relu_square(x8, fc8, fc_scale / normed_scale(x))
+        saved = (x, rstd, x8_t, squares_t, fc8, fc_scale, proj8, proj_scale)
+        ctx.save_for_backward(*saved)
+        return matmul_fp8(squares, proj8, proj_scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, w_fc, w_proj, squares = ctx.saved_tensors
-        pre = relu_square(grad, w_proj, squares)  # (N, H), of what was squared
-        return pre @ w_fc, pre.T @ x, grad.T @ squares
+        x, rstd, x8_t, squares_t, fc8, fc_scale, proj8, proj_scale = ctx.saved_tensors
+        some = grad[:: max(1, len(grad) // GRAD_ROWS)]
+        scale = (some.abs().amax().float() / GRAD_TOP).clamp_min(1e-30).view(1)
+        grad8, grad8_t = kernels.cast_both(grad, 1 / scale, kernels.E5M2)
+        proj8_t, fc8_t = proj8.T.contiguous(), fc8.T.contiguous()
+        pre = kernels.relu_square_gradient(grad8, proj8_t, squares_t, proj_scale)
+        d_proj = matmul_fp8(grad8_t, squares_t, scale)
+        d_fc = matmul_fp8(pre[1], x8_t, scale / normed_scale(x))
+        d_normed = matmul_fp8(pre[0], fc8_t, scale * fc_scale, grad.dtype).float()
+        rstd = rstd[:, None]
+        normed = x.float() * rstd
+        dx = rstd * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+        return dx.to(grad.dtype), d_fc, d_proj
 
 
-@torch.library.custom_op("autoresearch::relu_square", mutates_args=())
-def relu_square(
-    a: torch.Tensor, b: torch.Tensor, squares: torch.Tensor | None
+# ---- Cross-entropy ------------------------------------------------------------------------------
+MAX_SOFTCAP = 60.0  # below it, the sum of V exponentials stays finite
+
+
+def linear_cross_entropy(
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float
 ) -> torch.Tensor:
-    """Return relu(a @ b.T)^2 of a (M, K), b (N, K); or, given these squares, the gradient.
+    """Return the mean cross-entropy of softcap * tanh(x @ w.T / softcap) for y, nats per token.
 
-    The gradient of what was squared is (a @ b) * 2 sqrt(squares), where a (M, K) is the gradient
-    behind a second matmul with b (K, N). Rows of whole 16 bytes.
+    x (..., C), w (V, C), ids y (...) -> 0-dim, float32. On a GPU the logits are read once, for
+    loss and gradient. Source of the cap: arXiv:2408.00118.
     """
-    M, K = a.shape
-    N = b.size(0) if squares is None else b.size(1)
-    out, block_k = a.new_empty(M, N), BLOCK_K_BYTES // a.element_size()
-    b_block = [BLOCK_N, block_k] if squares is None else [block_k, BLOCK_N]
-    half_tile = [BLOCK_M, BLOCK_N // 2]
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count
-    relu_square_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a.contiguous(), [BLOCK_M, block_k]),
-        TensorDescriptor.from_tensor(b.contiguous(), b_block),
-        TensorDescriptor.from_tensor(out if squares is None else squares, half_tile),
-        TensorDescriptor.from_tensor(out, half_tile),
-        *(M, N, K, squares is not None, BLOCK_M, BLOCK_N, block_k),
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
-    )
-    return out
+    x, y = x.flatten(0, -2), y.flatten()
+    if x.is_cuda and softcap <= MAX_SOFTCAP:
+        return LinearCrossEntropy.apply(x, w, y, softcap)
+    raw = F.linear(x, w.to(x.dtype)).float()
+    return F.cross_entropy(softcap * torch.tanh(raw / softcap), y)
 
 
-@relu_square.register_fake
-def _(a, b, squares):
-    return a.new_empty(len(a), b.size(0) if squares is None else b.size(1))
+class LinearCrossEntropy(torch.autograd.Function):
+    """linear_cross_entropy of x (N, C), y (N,); keeps the logits' gradient, not the logits."""
 
+    @staticmethod
+    def forward(ctx, x, w, y, softcap):
+        slope = x @ w.to(x.dtype).T  # (N, V): the logits, until the kernel has read them
+        loss = kernels.cross_entropy(slope, y, softcap)
+        ctx.save_for_backward(x, w, slope)
+        return loss.mean()
 
-@triton.jit if triton else lambda kernel: kernel
-def relu_square_kernel(
-    a, b, squares, out, M, N, K,
-    BACKWARD: "tl.constexpr", BM: "tl.constexpr", BN: "tl.constexpr", BK: "tl.constexpr",
-):  # fmt: skip
-    """Write relu(a @ b.T)^2, or (a @ b) * 2 sqrt(squares), in tiles of (BM, BN).
-
-    Every number is an argument: Triton's cache does not see what a kernel reads elsewhere.
-    """
-    columns = tl.cdiv(N, BN)
-    tiles = tl.cdiv(M, BM) * columns
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        m, n = tile // columns * BM, tile % columns * BN
-        total = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            b_tile = b.load([k, n]) if BACKWARD else b.load([n, k]).T
-            total = tl.dot(a.load([m, k]), b_tile, total, input_precision="ieee")
-        # In two halves, for want of shared memory.
-        halves = total.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        for i in tl.static_range(2):
-            at, half = [m, n + i * (BN // 2)], halves[i]
-            if BACKWARD:
-                half *= 2 * tl.sqrt(squares.load(at).to(tl.float32))
-            else:  # the default maximum drops a NaN, which torch.relu keeps
-                half = tl.maximum(half, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                half *= half
-            out.store(at, half.to(out.dtype))
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, slope = ctx.saved_tensors
+        grad = grad / len(x)
+        dx = (slope @ w.to(x.dtype)) * grad
+        return dx.to(x.dtype), ((slope.T @ x) * grad).to(w.dtype), None, None
 
 
 # ---- QK-norm of a rotary embedding --------------------------------------------------------------
-EPS = 1e-7  # added to the mean square, so that a vector of zeros has a norm
-
-
 def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return x (B, T, H, D) turned by its position, then RMS-normalised per head.
 

@@ -236,11 +236,11 @@ def test_deeper(run, honest):
 
 
 FC = "        self.c_fc = Linear(C, 4 * C, config.init_std)\n"
-RELU2 = "return relu2_mlp(x, self.c_fc.weight, self.c_proj.weight)"
-SWIGLU = (RELU2, "return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))")
+RELU2 = "return norm_relu2_mlp(x, self.c_fc.weight, self.c_proj.weight)"
+SWIGLU = (RELU2, "return self.c_proj(F.silu(self.c_gate(norm(x))) * self.c_fc(norm(x)))")
 
 
-@edit((RELU2, "return self.c_proj(F.gelu(self.c_fc(x)))"))
+@edit((RELU2, "return self.c_proj(F.gelu(self.c_fc(norm(x))))"))
 def test_another_activation(run, honest):
     honoured(run, honest)
     assert run.shown["params"] == honest.shown["params"]
@@ -263,7 +263,7 @@ SCALE = [
         "\n        self.mlp_scale = nn.Parameter(torch.ones(C))",
         after="        self.c_proj = Linear(4 * C, C, std=0.0)  # adds nothing at first",
     ),
-    (RELU2, RELU2.replace("relu2", "self.mlp_scale * relu2")),
+    (RELU2, RELU2.replace("norm_", "self.mlp_scale * norm_")),
 ]
 SCALARS = table_line("h.*.resid_lambda")
 

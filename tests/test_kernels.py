@@ -1,0 +1,115 @@
+"""The Triton kernels: compiled for each kind of GPU, and on one against torch's own casts."""
+
+import pytest
+import torch
+
+from harness import kernels
+
+HOPPER, BLACKWELL = 90, 100
+SHARED_MEMORY = 227 * 1024  # bytes of a block, on both
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compile_for(capability: int, kernel, types: dict, constants: dict, **options):
+    """Return what Triton compiles `kernel` to, without a GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = types | dict.fromkeys(constants, "constexpr")
+    target = GPUTarget("cuda", capability, 32)
+    source = ASTSource(kernel, types, constants)
+    return triton.compile(source, target=target, options=options)
+
+
+def tile(dtype: str, rows: int, columns: int) -> str:
+    return f"tensordesc<{dtype}[{rows},{columns}]>"
+
+
+@pytest.mark.parametrize("capability", [HOPPER, BLACKWELL])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_products_compile_for_tensor_cores_and_fit_shared_memory(
+    gradient, capability
+):
+    dtype, options = ("fp8e5" if gradient else "fp8e4nv"), kernels.OPTIONS[gradient]
+    n, k = kernels.BLOCK, options["BK"]
+    types = {"a": tile(dtype, n, k), "b": tile("fp8e4nv", n, k)}
+    types |= {"squares": tile("fp8e4nv", n, n), "out": tile(dtype, n, n)}
+    types |= {"transposed": tile(dtype, n, n), "scale": "*fp32"}
+    types |= dict.fromkeys("MNK", "i32")
+    constants = {"GRADIENT": gradient, "BM": n, "BN": n, "BK": k}
+    rest = {key: options[key] for key in ("num_warps", "num_stages")}
+    code = compile_for(capability, kernels.matmul_kernel, types, constants, **rest)
+    assert code.metadata.shared <= SHARED_MEMORY
+    product = {HOPPER: "wgmma", BLACKWELL: "tcgen05.mma"}[capability]
+    assert product in code.asm["ptx"]
+    assert gradient or "max.NaN.f32" in code.asm["ptx"]  # a NaN stays one
+
+
+@pytest.mark.parametrize("capability", [HOPPER, BLACKWELL])
+def test_the_casts_compile(capability):
+    m, n = kernels.CAST_ROWS, kernels.CAST_COLUMNS
+    types = {"x": tile("bf16", m, n), "scale": "*fp32", "M": "i32"}
+    types |= {"out": tile("fp8e4nv", m, n), "transposed": tile("fp8e4nv", n, m)}
+    constants = {"PER_ROW": True, "BM": m, "BN": n}
+    code = compile_for(capability, kernels.cast_both_kernel, types, constants)
+    assert "satfinite" in code.asm["ptx"]  # what is too large is the largest number
+
+
+@pytest.mark.parametrize("capability", [80, 89, HOPPER, BLACKWELL, 120])
+def test_the_loss_compiles_for_every_gpu(capability):
+    types = {"raw": "*bf16", "y": "*i64", "loss": "*fp32", "softcap": "fp32"}
+    constants = {"V": 8192, "BLOCK": 8192}
+    kernel = kernels.cross_entropy_kernel
+    assert compile_for(capability, kernel, types, constants, num_warps=8).asm["ptx"]
+
+
+# ---- On a GPU -----------------------------------------------------------------------------------
+SIZES = [(80, 336, 48), (2048, 2560, 640), (2064, 144, 80)]  # M, N, K
+
+
+def fp8(*shape: int, dtype=kernels.E4M3) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def same_both_ways(result: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Return the first in float32; the second has to be its transpose, bit for bit."""
+    out, transposed = (t.float() for t in result)
+    assert torch.equal(out.T, transposed)
+    return out
+
+
+def rounded(got: torch.Tensor, exact: torch.Tensor, bits: int) -> bool:
+    """Return whether got is exact but for rounding to `bits` behind the point."""
+    near = 2.0 ** -(bits + 1) * exact.abs() * 1.01 + 2e-3
+    return bool(((got - exact).abs() <= near).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [kernels.E4M3, kernels.E5M2])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_cast_rounds_as_torch_does_and_is_given_both_ways(dtype, per_row):
+    x = torch.randn(2064, 80, device="cuda").bfloat16()
+    scale = torch.rand(len(x) if per_row else 1, device="cuda")
+    got = same_both_ways(kernels.cast_both(x, scale, dtype))
+    assert torch.equal(got, (x.float() * scale[:, None]).to(dtype).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M, N, K", SIZES)
+def test_squares_and_their_gradient_are_those_of_float32(M, N, K):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    scale = torch.full((1,), K**-0.5, device="cuda")
+    a, b = fp8(M, K), fp8(N, K)
+    result = kernels.relu_square(a, b, scale)
+    squares = same_both_ways(result)
+    exact = torch.relu(a.float() @ b.float().T * scale).square()
+    assert rounded(squares, exact.clamp_max(448), bits=3)
+    grad = fp8(M, K, dtype=kernels.E5M2)
+    got = same_both_ways(kernels.relu_square_gradient(grad, b, result[1], scale))
+    exact = grad.float() @ b.float().T * scale * 2 * squares.sqrt()
+    assert rounded(got, exact, bits=2)
