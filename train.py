@@ -24,7 +24,13 @@ import torch.nn.functional as F
 
 from harness import checkpoint
 from harness.attention import Attention, choose_attention
-from harness.ops import compiled, linear_cross_entropy, norm_relu2_mlp, rotary_norm
+from harness.ops import (
+    any_length,
+    compiled,
+    linear_cross_entropy,
+    norm_relu2_mlp,
+    rotary_norm,
+)
 from harness.run import open_run
 
 # ---- Knobs -----------------------------------------------------------------------------
@@ -472,8 +478,8 @@ def muon_update(
 class Muon(torch.optim.Optimizer):
     """Muon on groups of matrices; those of one shape are updated as one stack.
 
-    Wide matrices are updated transposed, so that each pair of lengths is compiled once;
-    numbers that change go in as 0-dim tensors for the same reason.
+    Wide matrices are updated transposed, so that each pair of lengths is compiled once, for
+    any number of layers; numbers that change go in as 0-dim tensors for the same reason.
     """
 
     STATE_PER_PARAM = 1  # numbers, about, that the warm-up leaves room for; 2 unless said
@@ -510,7 +516,9 @@ class Muon(torch.optim.Optimizer):
         lr = group["lr"] * max(1, rows / columns) ** 0.5
         numbers = (group["momentum"], group["beta2"], lr, group["weight_decay"])
         numbers = map(torch.tensor, numbers)
-        new = muon_update(torch.stack(grads), stack, *state.values(), *numbers)
+        stacks = (torch.stack(grads), stack, *state.values())
+        any_length(*stacks)
+        new = muon_update(*stacks, *numbers)
         torch._foreach_copy_(tall, list(new.unbind()))
 
 

@@ -34,9 +34,18 @@ def compiled(function: Callable) -> Callable:
     return call
 
 
+def any_length(*tensors: torch.Tensor) -> None:
+    """Have what is compiled for these serve any first length, such as a number of layers."""
+    if tensors[0].is_cuda:
+        for t in tensors:
+            torch._dynamo.maybe_mark_dynamic(t, 0)
+
+
 @functools.cache
 def prepare_compiler() -> None:
-    """Set torch.compile up; here, since the import of torch._dynamo takes seconds."""
+    """Import torch.compile and set it up, which takes seconds: not where it is not needed."""
+    import torch._inductor.compile_fx
+
     # A function is compiled for each batch size that is tried, and for layers that differ; by
     # default the ninth time is an error.
     torch._dynamo.config.recompile_limit = 64

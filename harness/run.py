@@ -6,6 +6,7 @@ which train.py calls them.
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from harness.files import data_dir
 from harness.guard import Guard, LateGraphs
 from harness.health import Watch
 from harness.loader import Batch, Rows, load_batches
+from harness.ops import prepare_compiler
 from harness.output import step_line, warning
 from harness.peaks import peak_flops
 from harness.rules import compare_with_last, open_basis
@@ -298,6 +300,8 @@ def open_run() -> Run | dry_run.DryRun:
     try:
         device = gpu.choose_device()
         use_compile_cache(ROOT / "train.py", data_dir().parent / "compiled")
+        if device.type == "cuda":  # seconds, in which this thread opens data and GPU
+            threading.Thread(target=prepare_compiler, daemon=True).start()
         if not (data_dir() / "manifest.json").exists():
             import prepare  # here: train.py is rarely the first to need it
 
