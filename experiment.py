@@ -1,0 +1,350 @@
+"""A night of experiments, one command per experiment. Not edited, and no part of the rules.
+
+    uv run experiment.py start TAG            branch autoresearch/TAG, then the baseline
+        [--gpus 0,1] [--budget 8h | 100]      a worktree per GPU; an end, by hours or number
+    uv run experiment.py run "IDEA"           commit train.py, run it, judge it
+    uv run experiment.py wait [--minutes 8]   for the end of what is going on
+    uv run experiment.py status               where the night stands
+    uv run experiment.py void COMMIT "WHY"    take back a commit that turned out broken
+    uv run --group analysis experiment.py report   the morning's page
+
+The branch is always at the best commit. An attempt is committed, pinned under refs/attempts
+and run in a worktree of its own, runs/TAG/tree, so train.py here is free for the next edit.
+A process of its own does the work, and what is done is a line in results.tsv: whatever is
+killed, `wait` and `run` go on from there. AUTORESEARCH_RUN replaces the command that trains;
+then neither GPU nor data are looked for here.
+
+Exit status: 0 done (kept, discarded or a crash); 1 refused or stopped, with a sentence that
+says what to do; 2 a wrong command line; 3 not finished: `wait`; 4 the night is over.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from loop import ledger
+from loop.git import ROOT, Refused, fcntl, git, make_commit, make_tree, succeeds
+from loop.ledger import plain, read_log  # noqa: F401  (for who imports this file)
+from loop.night import BASELINE_RUNS, NIGHT, Night
+from loop.verdict import verdict  # noqa: F401
+
+ME = "uv run experiment.py"
+POLL = 1.0  # seconds between two looks at what is going on
+PROBE = """from harness import gpu, health
+found = health.measure_health(gpu.choose_device())
+if found.company == "shared": raise SystemExit(f"another process holds the GPU: {found}")"""
+
+
+# ---- The process that works --------------------------------------------------------------
+def work(night: Night) -> None:
+    """Hand the locks over to a process of its own, which does what is open."""
+    if os.fork():
+        return night.leave()
+    try:
+        os.setsid()
+        with open(os.devnull) as null, open(ROOT / "runs" / "work.log", "w") as log:
+            for number, file in enumerate([null, log, log]):
+                os.dup2(file.fileno(), number)
+        night.save(stopped="")
+        night.settle()
+    except Exception as error:
+        traceback.print_exc()
+        night.save(stopped=f"stopped: {error}")
+    finally:
+        os._exit(0)
+
+
+def wait(minutes: float, ours: bool = False) -> int:
+    """Wait for the end of what is open, start it again if it was killed, say the result.
+
+    ours: the process at work is of this command; it is not started a second time.
+    """
+    end = time.monotonic() + 60 * minutes
+    while not (night := Night.locked()) or (night.open and not ours):
+        if night:
+            print(f"going on with {night.open['commit'][:8]}, {night.open['idea']}")
+            work(night)
+            ours = True
+        elif time.monotonic() > end:
+            print(progress(Night.load()))
+            return 3
+        time.sleep(POLL)
+    print("\n".join(night.said))
+    if night.open:
+        what = night.stopped or "what was at work was killed"
+        raise Refused(f"{what}; `{ME} wait` goes on from there")
+    night.follow()
+    night.leave()
+    print(night.summary())
+    return 0
+
+
+def progress(night: Night) -> str:
+    """Return one line: what is going on."""
+    logs = sorted(night.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    lines = logs[-1].read_text("utf-8", "replace").splitlines() if logs else []
+    steps = [x for x in lines if x.startswith("step ")] or lines or [""]
+    idea = night.open["idea"] if night.open else "it"
+    return f"{idea} is going on: {steps[-1]}; `{ME} wait`"
+
+
+# ---- Commands ----------------------------------------------------------------------------
+def changed_files() -> list[str]:
+    """Return the tracked files that differ from HEAD."""
+    return git("diff", "--name-only", "-z", "HEAD").split("\0")[:-1]
+
+
+def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
+    """Begin a night; what could stop it later is tried now."""
+    for pattern, text, help in (
+        (r"\w[\w-]*", tag, "a tag is of letters and digits, such as nov24"),
+        (r"(\d*\.?\d+h|\d+)?", budget, "--budget takes hours (8h) or experiments (100)"),
+        (r"(\w+(,\w+)*)?", gpus, "--gpus takes numbers such as 0,1"),
+    ):
+        if not re.fullmatch(pattern, text):
+            raise Refused(f"{text!r}: {help}")
+    nights = plan(tag, gpus, budget)
+    if NIGHT.exists() and Night.load().tag == tag:
+        raise Refused(f"night {tag} has begun here; `{ME} wait` goes on with it")
+    first = nights[ROOT]
+    if not first.take():
+        raise Refused(f"an experiment is going on in {ROOT}; `{ME} wait`")
+    if dirty := changed_files():
+        advice = "commit it on a branch of your own, or git stash"
+        raise Refused(f"uncommitted work in {', '.join(dirty)}; {advice}; then start")
+    for tree, night in nights.items():
+        name = f"refs/heads/{night.branch}"
+        if succeeds("rev-parse", "-q", "--verify", name):
+            if tree != ROOT or git("rev-parse", name) != night.best:
+                raise Refused(f"branch {night.branch} is there; take another tag")
+        if tree != ROOT and tree.exists():
+            raise Refused(f"{tree} is there; git worktree remove {tree}, or rename it")
+    trial = ROOT / "runs" / "trial"
+    try:
+        make_tree(trial, first.best)
+        make_commit(trial, "trial", "--allow-empty")
+    finally:
+        succeeds("worktree", "remove", "--force", str(trial))
+    if first.gpu and "AUTORESEARCH_RUN" not in first.env:
+        probe("prepare.py", "--check")
+        for night in nights.values():
+            probe("-c", PROBE, **night.env)
+    for path in (ROOT / "results.tsv", first.folder):
+        if path.exists():
+            when = time.strftime("%Y%m%d-%H%M%S")
+            new = path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
+            print(f"{path.name} of an earlier night is now {new.name}")
+    ledger.rewrite(ROOT / "results.tsv", lambda lines: lines)
+    for tree, night in nights.items():
+        if tree == ROOT:
+            git("switch", "-q", "-C", night.branch)
+        else:
+            git("worktree", "add", "-q", "-b", night.branch, str(tree), night.best)
+        (tree / "runs" / tag).mkdir(parents=True)
+        night.save(tree / "runs" / NIGHT.name)
+    work(first)
+    for tree, night in nights.items():
+        if tree != ROOT:
+            print(f"GPU {night.gpu}: for an agent of its own, in {tree}", flush=True)
+            subprocess.run(
+                [sys.executable, tree / "experiment.py", "wait", "--minutes=0"]
+            )
+    return wait(minutes, ours=True)
+
+
+def plan(tag: str, gpus: str, budget: str) -> dict[Path, Night]:
+    """Return a night for each GPU, by its tree; the first one's is this."""
+    own = ("AUTORESEARCH_SEED", "AUTORESEARCH_DRY_RUN")
+    keys = [k for k in os.environ if k.startswith("AUTORESEARCH_") and k not in own]
+    env = {key: os.environ[key] for key in keys}
+    cards = gpus.split(",")
+    if (
+        not gpus
+        and not env.get("AUTORESEARCH_RUN")
+        and env.get("AUTORESEARCH_SMOKE") != "1"
+    ):
+        cards = [os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"]
+    head, log = git("rev-parse", "HEAD"), str((ROOT / "results.tsv").resolve())
+    job = {"commit": head, "idea": "baseline", "runs": BASELINE_RUNS}
+    nights = {}
+    for gpu in cards:
+        end = f"-gpu{gpu}" if nights else ""
+        seen = env | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        where = (tag, f"autoresearch/{tag}{end}", log, gpu, len(cards) > 1, seen, budget)
+        nights[ROOT.with_name(ROOT.name + end)] = Night(*where, head, head, job)
+    return nights
+
+
+def probe(*command: str, **env: str) -> None:
+    """Run Python on something that has to work before a night begins."""
+    io = {"env": os.environ | env, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, **io)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise Refused(f"the machine is not ready: {' '.join(said)}")
+
+
+def run(idea: str, minutes: float) -> int:
+    """Commit train.py as it is, put the best's back in its place, and start the run."""
+    if not (idea := plain(idea)):
+        raise Refused('say in a few words what is tried: run "wider MLP"')
+    busy = Refused(f"an experiment is going on here; `{ME} wait`, then run")
+    if not (night := Night.locked()):
+        raise busy
+    if night.open:
+        print(f"first what is open: {night.open['idea']}")
+        work(night)
+        if status := wait(minutes, ours=True):
+            return status
+        if not (night := Night.locked()):
+            raise busy
+    night.follow()
+    if night.used_up() and not night.over:
+        night.save(open=night.control(night.best), over=True, said=[])
+        work(night)
+        wait(minutes, ours=True)
+    if night.over:
+        print(f"the night is over and nothing was run; `{ME} status`", file=sys.stderr)
+        return 4
+    check_tree(night)
+    tree = night.folder / "tree"
+    make_tree(tree, night.best)
+    shutil.copyfile(ROOT / "train.py", tree / "train.py")
+    commit = make_commit(tree, idea, "--", "train.py")
+    git("update-ref", f"refs/attempts/{commit[:8]}", commit)
+    night.save(open={"commit": commit, "idea": idea, "runs": 0}, said=[])
+    night.follow()
+    print(
+        f"running {commit[:8]}; train.py is the best's again, for the next edit",
+        flush=True,
+    )
+    work(night)
+    return wait(minutes, ours=True)
+
+
+def check_tree(night: Night) -> None:
+    """Refuse what is not one edit of train.py on top of the best commit."""
+    head = git("rev-parse", "--abbrev-ref", "HEAD")
+    if head != night.branch:
+        raise Refused(
+            f"HEAD is {head}, not the night's branch; git switch {night.branch}"
+        )
+    if git("rev-parse", "HEAD") != night.best:
+        help = f"git reset --soft {night.best[:8]} leaves train.py as it is; then run"
+        raise Refused(f"the branch is not at the best commit, {night.best[:8]}; {help}")
+    index = Path(ROOT, git("rev-parse", "--git-path", "index.lock"))
+    if index.exists():
+        raise Refused(f"git is at work here, or was killed; if it was killed, rm {index}")
+    if not (ROOT / "train.py").is_file():
+        raise Refused("train.py is missing; git checkout train.py")
+    changed = changed_files()
+    if others := " ".join(name for name in changed if name != "train.py"):
+        help = f"only train.py may; git stash push {others}, then run"
+        raise Refused(f"{others} differs from the best commit; {help}")
+    if not changed:
+        raise Refused("train.py is the best commit's; edit it, then run")
+
+
+def status() -> int:
+    """Say where the night stands, for a context that is lost."""
+    night = Night.load()
+    gpu, budget = night.gpu or "not here", night.budget or "none"
+    print(f"night {night.tag}: branch {night.branch}, gpu {gpu}, budget {budget}")
+    _, reference, noise, _ = night.stand()
+    print(f"{night.summary()}\nbest mean ever {reference:.6f}, noise {noise:.6f}")
+    try:
+        free = night.take()
+        night.leave()
+    except Refused as error:
+        free = print(error)
+    if night.open:
+        doing = "interrupted" if free else "at work"
+        print(
+            f"open: {night.open['commit'][:8]} {night.open['idea']}, {doing}; `{ME} wait`"
+        )
+    if night.stopped:
+        print(night.stopped)
+    lines, tried = night.all_lines(), {x.idea for x in night.lines()}
+    for line in lines:
+        if not line.status:
+            print(f"{night.log}: not a run, not counted: {line.description[:60]!r}")
+        elif line.status == "keep" and line.valid and line.idea not in tried:
+            tried.add(line.idea)
+            print(f"kept on gpu {line.gpu}: {line.idea}; git show {line.commit}")
+    print("\n".join(line.text() for line in lines[-20:] if line.status))
+    return 0
+
+
+def void(commit: str, why: str, minutes: float) -> int:
+    """Take a commit, and what was kept on top of it, out of the log; revert it."""
+    if not (night := Night.locked()) or night.open:
+        raise Refused(f"an experiment is open; `{ME} wait`, then void")
+    night.follow()
+    lines = [x.commit for x in night.all_lines() if x.status]
+    full = git("rev-parse", "--verify", f"{commit}^{{commit}}")
+    if full[:8] not in lines[1:] or full[:8] == lines[0]:
+        raise Refused(f"{full[:8]} has no line in {night.log}, or is its baseline")
+    commits, changes = [full], {}
+    if succeeds("merge-base", "--is-ancestor", full, night.best):
+        commits += git("rev-list", f"{full}..{night.best}").split()
+        tree = night.folder / "tree"
+        make_tree(tree, night.best)
+        git("revert", "--no-edit", full, tree=tree)
+        best = git("rev-parse", "HEAD", tree=tree)
+        git("update-ref", f"refs/attempts/{best[:8]}", best)
+        job = {"commit": best, "idea": f"without {full[:8]}", "runs": 2}
+        job["instead"] = git("rev-parse", f"{full}^")
+        changes = {"best": best, "before": night.best, "open": job}
+    shorts, end = [x[:8] for x in commits], f", void: {plain(why)}"
+    ledger.rewrite(Path(night.log), lambda x: ledger.mark(x, shorts, "discard", end))
+    night.save(said=[f"void: {' '.join(shorts)}"], **changes)
+    work(night)
+    return wait(minutes, ours=True)
+
+
+def report() -> int:
+    """Write the morning's page."""
+    night = Night.load()
+    try:
+        import analysis
+    except ImportError as error:
+        help = "uv run --group analysis experiment.py report"
+        raise Refused(f"{error}; it is in the group analysis: {help}") from error
+    print(analysis.write_report(ROOT, Path(night.log)))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function in (start, run, wait, status, void, report):
+        text = function.__doc__.splitlines()[0]
+        add = commands.add_parser(function.__name__, help=text).add_argument
+        add_arguments = {
+            start: ["tag", "--gpus", "--budget"],
+            run: ["idea"],
+            void: ["commit", "why"],
+        }
+        for name in add_arguments.get(function, ()):
+            add(name, **({"default": ""} if name.startswith("--") else {}))
+        if function not in (status, report):
+            text = "to wait at most (%(default)s); the work goes on"
+            add("--minutes", type=float, default=8, help=text)
+    args = vars(parser.parse_args())
+    try:
+        if fcntl is None:
+            raise Refused("Windows has no locks of this kind; use WSL")
+        return globals()[args.pop("command")](**args)
+    except (Refused, OSError) as error:
+        print(f"experiment.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

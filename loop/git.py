@@ -1,0 +1,75 @@
+"""Git, worktrees, commits and locks. Not edited."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows; WSL has it
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Refused(Exception):
+    """Why something is not done, and what to do."""
+
+
+def git(*command: str, tree: Path = ROOT) -> str:
+    """Return what git prints; Refused if it fails. Commits alone run hooks."""
+    own = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+    env = {k: v for k, v in os.environ.items() if k not in own} | {"LC_ALL": "C"}
+    hooks = () if command[0] == "commit" else ("-c", "core.hooksPath=/dev/null")
+    call = ["git", "-C", str(tree), *hooks, *command]
+    io = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 120}
+    try:
+        done = subprocess.run(call, env=env, **io)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"git {command[0]} in {tree}: {error}") from error
+    if done.returncode:
+        said = os.fsdecode(done.stderr).strip().splitlines()[-3:]
+        raise Refused(f"git {command[0]} in {tree} failed: {' '.join(said)}")
+    return os.fsdecode(done.stdout).strip()
+
+
+def succeeds(*command: str) -> bool:
+    try:
+        return git(*command) is not None
+    except Refused:
+        return False
+
+
+def make_tree(tree: Path, commit: str) -> None:
+    """Check `commit` out in a worktree of its own, without what an earlier run left there."""
+    shutil.rmtree(tree, ignore_errors=True)
+    git("worktree", "add", "-q", "-f", "-f", "--detach", str(tree), commit)
+
+
+def make_commit(tree: Path, message: str, *what: str) -> str:
+    """Commit in `tree` and return the hash; Refused says what hinders it and what helps."""
+    try:
+        git("commit", "-q", "-m", message, *what, tree=tree)
+    except Refused as error:
+        help = (
+            "if it is a hook, `git config core.hooksPath /dev/null` turns hooks off here"
+        )
+        if re.search("ident|who you are", str(error)):
+            help = "run `git config user.name NAME` and `git config user.email ADDRESS`"
+        elif re.search("gpg|sign", str(error)):
+            help = "`git config commit.gpgsign false` turns signing off in this clone"
+        raise Refused(f"{error}; nothing was run; {help}") from None
+    return git("rev-parse", "HEAD", tree=tree)
+
+
+def lock(path: Path):
+    """Return the file `path`, locked, or None if a process holds it, or a child of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()

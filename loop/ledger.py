@@ -1,0 +1,149 @@
+"""The log of a night, results.tsv, and what the log of one run says. Not edited."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows; WSL has it
+    fcntl = None
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+STATUSES = ("keep", "discard", "crash")
+# How a description ends. What stands before is the idea, in whatever words.
+TAIL = re.compile(
+    r"(?P<idea>.*?), seed (?P<seed>\d+)(, gpu (?P<gpu>\w+))?"
+    r"(, \d+ steps, (?P<speed>[\d.]+) M tok/s)?(, void: (?P<void>.*))?"
+)
+
+
+# ---- The log -----------------------------------------------------------------------------
+@dataclass
+class Line:
+    """A line of the log; without status and commit if it is no run."""
+
+    commit: str
+    val_bpb: float
+    memory_gb: float
+    status: str
+    description: str
+    idea: str = ""
+    seed: int = 0
+    gpu: str = ""  # "" on a night with one
+    speed: float = 0.0  # millions of tokens per second
+    void: str = ""  # why
+
+    @property
+    def valid(self) -> bool:
+        """Whether it is a result to count with."""
+        measured = self.status in ("keep", "discard") and 0 < self.val_bpb < math.inf
+        return measured and not self.void
+
+    def text(self) -> str:
+        """Return it as it stands in the log."""
+        start = f"{self.commit}\t{self.val_bpb:.6f}\t{self.memory_gb:.1f}"
+        return f"{start}\t{self.status}\t{self.description}"
+
+
+def number(text: str) -> float:
+    """Return the number that `text` is, nan if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def read_line(text: str) -> Line:
+    """Return one line of a log. Hashes stay text, quotes mean nothing."""
+    fields = text.split("\t", 4)
+    if len(fields) < 5 or fields[3] not in STATUSES:
+        return Line("", math.nan, math.nan, "", text)
+    line = Line(fields[0], number(fields[1]), number(fields[2]), *fields[3:])
+    if tail := TAIL.fullmatch(line.description):
+        line.idea, line.gpu, line.void = (tail[k] or "" for k in ("idea", "gpu", "void"))
+        line.seed, line.speed = int(tail["seed"]), number(tail["speed"] or "0")
+    return line
+
+
+def read_log(text: str) -> list[Line]:
+    """Return the lines of a log without its header, those that are no run among them."""
+    lines = [raw.rstrip("\r") for raw in text.removeprefix("\ufeff").split("\n")]
+    return [read_line(raw) for raw in lines if raw.strip() and raw + "\n" != HEADER]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rewrite(path: Path, change: Callable[[list[str]], list[str]]) -> None:
+    """Replace the lines of a log, all of them or none; one process at a time does so."""
+    with open(path.parent / "runs" / "log.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        old = path.read_bytes() if path.exists() else b""
+        text = old.decode("utf-8", "surrogateescape") or HEADER
+        lines = change(text.removesuffix("\n").split("\n"))  # a torn last one is ended
+        write_whole(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+
+
+def mark(lines: list[str], commits: list[str], status: str, end: str = "") -> list[str]:
+    """Give the runs of `commits` another status, and their descriptions an end."""
+    marked = []
+    for raw in lines:
+        line = read_line(raw.rstrip("\r"))
+        if line.commit in commits and line.valid:
+            *start, _, description = raw.rstrip("\r").split("\t", 4)
+            raw = "\t".join([*start, status, description + end])
+        marked.append(raw)
+    return marked
+
+
+def plain(text: str) -> str:
+    """Return a text on one line: tabs, line breaks and control characters are blanks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+# ---- A run's own log ---------------------------------------------------------------------
+@dataclass
+class Result:
+    """What a finished run's log says."""
+
+    values: dict[str, str]  # of the summary
+    ok: bool  # exactly one result, exit status 0
+    void: str  # the kind of warning, or the line of the summary, that voids it
+    notes: list[str]  # warnings that do not
+    last: str  # its last words
+
+
+def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result | None:
+    """Read the log of a run; None if that has not ended.
+
+    kinds: of warnings, and whether one voids the run. basis: lines of the summary that
+    must be as in the baseline.
+    """
+    text = text.replace("\r\n", "\n").replace("\0", "")
+    ends = re.findall(r"^exit status (\d+)$", text, re.MULTILINE)
+    if not ends:
+        return None
+    summary = text.rpartition("\n---\n")[2]
+    values = dict(re.findall(r"^(\w+): (.*)$", summary, re.MULTILINE))
+    one = len(re.findall(r"^val_bpb:", text, re.MULTILINE)) == 1
+    ok = ends[-1] == "0" and one and 0 < number(values.get("val_bpb", "")) < math.inf
+    warnings = re.findall(r"^(warning: (\w+): .*)$", text, re.MULTILINE)
+    voids = [kind for _, kind in warnings if kinds.get(kind)]
+    voids += [key for key, value in basis.items() if values.get(key) != value]
+    notes = [line for line, kind in warnings if kinds.get(kind) is False]
+    last = [line for line in text.splitlines() if line.strip()][-4:-1]
+    return Result(values, ok, voids[0] if voids else "", notes, "\n".join(last))

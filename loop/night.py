@@ -1,0 +1,361 @@
+"""One tree's night: its runs, repeats and verdicts, and where its branch belongs. Not edited."""
+
+import ast
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from loop import ledger
+from loop.git import ROOT, Refused, git, lock, make_tree, succeeds
+from loop.ledger import Line
+from loop.verdict import DRIFT, noise_of, number_stretches, verdict
+
+NIGHT = ROOT / "runs" / "night.json"
+LIMIT = 900  # seconds of one run, start-up and evaluation included
+SEED = 42  # of a commit's first run; the next run has the next
+BASELINE_RUNS = 3
+VOID_RUNS = 3  # of a run that is void each time
+CONTROL_EVERY = 10  # experiments, after which the best runs again
+MOST_RUNS = 8  # on a GPU from an idea's first run to its verdict
+HEAVY, LONGER = 1.1, 20  # times the memory, and lines, beyond which the bars are doubled
+LIGHT = 0.95  # times the memory, below which a change is simpler
+SAME = (
+    "attention",
+    "rules",
+    "data",
+)  # lines of the summary that void a run if they differ
+
+
+@dataclass
+class Night:
+    """What runs/night.json keeps; the rest is in the log and in git."""
+
+    tag: str
+    branch: str
+    log: str  # results.tsv, which the trees of a night share
+    gpu: str  # "" if it is not here
+    several: bool  # GPUs, which the lines then name
+    env: dict[str, str]  # what a run sees of CUDA_VISIBLE_DEVICES and AUTORESEARCH_...
+    budget: str  # "8h", "100" experiments, or ""
+    best: str  # the commit at which the branch belongs
+    before: str  # the best before it
+    open: dict | None  # commit, idea; runs: of the best, to be had, 0 for an attempt
+    began: float = field(default_factory=time.time)  # seconds since 1970
+    basis: dict[str, str] = field(default_factory=dict)  # SAME, of the baseline
+    said: list[str] = field(default_factory=list)  # on what was done last
+    stopped: str = ""  # why the work was
+    controls: int = 0
+    over: bool = False
+    held = ()  # files that are locked; not kept
+
+    @staticmethod
+    def load() -> "Night":
+        if not NIGHT.exists():
+            raise Refused(f"no night has begun in {ROOT}; uv run experiment.py start TAG")
+        return Night(**json.loads(NIGHT.read_text("utf-8")))
+
+    @staticmethod
+    def locked() -> "Night | None":
+        """Return the night with its locks, None if an experiment is going on here."""
+        night = Night.load()
+        if night.take():
+            vars(night).update(vars(Night.load()))  # as who had them left it
+            return night
+        return None
+
+    def save(self, path: Path = NIGHT, **changes) -> None:
+        vars(self).update(changes)
+        path.parent.mkdir(exist_ok=True)
+        ledger.write_whole(path, json.dumps(asdict(self), indent=1).encode())
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "runs" / self.tag
+
+    def take(self) -> bool:
+        """Take the locks on this tree and its GPU; False if an experiment is going on here.
+
+        They are free again when all who hold them have ended, a run that outlives us too.
+        """
+        self.held = [lock(ROOT / "runs" / "tree.lock")]
+        if not self.held[0] or not self.gpu:
+            return bool(self.held[0])
+        cache = self.env.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
+        path = Path(cache).expanduser() / f"gpu-{platform.node()}-{self.gpu}.lock"
+        self.held.append(lock(path))
+        if not self.held[1]:
+            self.leave()
+            held = f"GPU {self.gpu} has an experiment of another tree, or what it left behind"
+            raise Refused(f"{held} (fuser {path} shows it); wait for its end")
+        return True
+
+    def leave(self) -> None:
+        """Let go of the locks, in this process."""
+        for file in self.held:
+            if file:
+                file.close()
+        self.held = []
+
+    # ---- What the log says ---------------------------------------------------------------
+    def all_lines(self) -> list[Line]:
+        path = Path(self.log)
+        return ledger.read_log(os.fsdecode(path.read_bytes()) if path.exists() else "")
+
+    def lines(self, commit: str = "") -> list[Line]:
+        """Return the lines of this GPU, of one commit or of all."""
+        gpu = self.gpu if self.several else ""
+        lines = [x for x in self.all_lines() if x.status and x.gpu == gpu]
+        return [x for x in lines if x.commit == commit[:8] or not commit]
+
+    def idea_of(self, commit: str) -> str:
+        return next((x.idea for x in self.lines(commit)), "baseline")
+
+    def count(self) -> int:
+        """Return how many experiments there were; a crash that was mended is none."""
+        lines = self.lines()
+        return len({x.idea for x in lines if x.commit != lines[0].commit})
+
+    def summary(self) -> str:
+        """Return one line: the best so far."""
+        now, _, noise, _ = self.stand()
+        values = now.get(self.best[:8], [])
+        mean = f", mean {fmean(values):.6f} of {len(values)}" if values else ""
+        kept = {x.commit for x in self.lines() if x.status == "keep" and x.valid}
+        counts = f"{self.count()} experiments, {max(0, len(kept) - 1)} kept"
+        end = "; the night is over" if self.over else ""
+        return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
+
+    def used_up(self) -> bool:
+        if self.budget.endswith("h"):
+            return time.time() - self.began > 3600 * float(self.budget[:-1])
+        return bool(self.budget) and self.count() >= int(self.budget)
+
+    def stand(self) -> tuple[dict[str, list[float]], float, float, int]:
+        """Return val_bpb by commits and the best mean kept, both since the GPU's speed
+        changed last, the noise, and how often it changed."""
+        runs = [x for x in self.lines() if x.valid]
+        smoke = self.env.get("AUTORESEARCH_SMOKE") == "1"  # there speed means nothing
+        numbers = number_stretches(runs, 9.9 if smoke else DRIFT)
+        groups: dict[tuple, list[float]] = defaultdict(list)
+        for run, number in zip(runs, numbers, strict=True):
+            groups[number, run.commit].append(run.val_bpb)
+        last = numbers[-1] if numbers else 0
+        now = {commit: v for (number, commit), v in groups.items() if number == last}
+        kept = {x.commit for x in runs if x.status == "keep"}
+        means = [fmean(values) for commit, values in now.items() if commit in kept]
+        return now, min(means, default=9.9), noise_of(groups.values()), last
+
+    def judge(self, commit: str) -> tuple[str, list[str]]:
+        """Return the verdict on an attempt as things are, and the lines that say why."""
+        now, reference, noise, _ = self.stand()
+        pair = [self.best[:8], commit[:8]]
+        best, new = (now.get(c, []) for c in pair)
+        runs = [x for x in self.lines() if x.valid]
+        memory = [[x.memory_gb for x in runs if x.commit == c] for c in pair]
+        old_gb, new_gb = (fmean(values or [0.0]) for values in memory)
+        sizes = [len(git("show", f"{c}:train.py").splitlines()) for c in pair]
+        longer = sizes[1] - sizes[0]
+        heavier = new_gb > HEAVY * old_gb or longer > LONGER
+        simpler = new_gb < LIGHT * old_gb or longer < 0
+        what = verdict(best, new, noise, reference, simpler, heavier)
+        if not new or not best:
+            return what, []
+        gain = min(reference, fmean(best)) - fmean(new)
+        speed = [x.speed for x in runs if x.commit == commit[:8]][-1]
+        values = " ".join(f"{v:.6f}" for v in new)
+        words = [f"val_bpb {values}; the best {fmean(best):.6f} of {len(best)} runs"]
+        if reference < fmean(best):
+            words[0] += f", the best ever {reference:.6f}"
+        times = f"{gain / noise:+.1f} x noise {noise:.6f}" if noise else "noise 0"
+        words.append(f"gain {gain:+.6f}, {times}{', bars doubled' if heavier else ''}")
+        more = f"{new_gb - old_gb:+.1f} GB, {longer:+d} lines"
+        return what, [*words, f"{speed:.3f} M tok/s, {new_gb:.1f} GB ({more})"]
+
+    # ---- One run -------------------------------------------------------------------------
+    def read(self, log: Path) -> ledger.Result | None:
+        if not log.exists():
+            return None
+        source = (ROOT / "constants.py").read_text("utf-8")
+        kinds = re.search(r"^WARNINGS = (\{.*?^\})", source, re.MULTILINE | re.DOTALL)
+        text = log.read_text("utf-8", "replace")
+        return ledger.read_run(text, ast.literal_eval(kinds[1]), self.basis)
+
+    def train(self, commit: str, seed: int, log: Path) -> None:
+        """Run a commit under the time limit; its log ends with the exit status."""
+        make_tree(self.folder / "tree", commit)
+        run = (
+            self.env.get("AUTORESEARCH_RUN") or f"{shlex.quote(sys.executable)} train.py"
+        )
+        run = f'({run}\n)\nprintf "\\nexit status %s\\n" $?'  # also if we are killed
+        apart = ("AUTORESEARCH_", "GIT_", "VIRTUAL_ENV")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(apart)}
+        env |= self.env | {"AUTORESEARCH_SEED": str(seed)}
+        fds = [file.fileno() for file in self.held]  # it keeps the locks if we are killed
+        with open(log, "wb") as out:
+            io = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": out,
+                "stderr": out,
+                "pass_fds": fds,
+            }
+            where = {"cwd": self.folder / "tree", "env": env, "start_new_session": True}
+            child = subprocess.Popen(["sh", "-c", run], **io, **where)
+            try:
+                status = child.wait(LIMIT)
+            except subprocess.TimeoutExpired:
+                status = 124
+            finally:  # and what it left behind
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        if self.read(log) is None:
+            late = f"ended after {LIMIT} s\n" if status == 124 else ""
+            with open(log, "a") as out:
+                out.write(
+                    f"\n{late}exit status {status if status >= 0 else 128 - status}\n"
+                )
+
+    def run_once(self, commit: str, idea: str, status: str) -> Line:
+        """Add a run of `commit` to the log, and up to two more while it is void."""
+        while True:
+            mine = self.lines(commit)
+            seed = SEED + sum(not x.void for x in mine)
+            again = sum(bool(x.void) and x.seed == seed for x in mine)
+            name = f"{commit[:8]}-{seed}" + (f"-{again + 1}" if again else "")
+            log = self.folder / f"{name}.log"
+            if not (result := self.read(log)):  # else it ended, and then we were killed
+                self.train(commit, seed, log)
+                result = self.read(log)
+            line = Line(commit[:8], 0.0, 0.0, "crash", f"{idea}, seed {seed}")
+            if self.several:
+                line.description += f", gpu {self.gpu}"
+            if result.ok:
+                get = result.values.get
+                speed = f"{float(get('tok_per_sec', 0)) / 1e6:.3f} M tok/s"
+                line.description += f", {get('num_steps', 0)} steps, {speed}"
+                if not self.basis and not result.void:
+                    self.save(basis={key: get(key) for key in SAME if get(key)})
+            if result.ok and not result.void:
+                line.status, line.val_bpb = status, float(get("val_bpb"))
+                line.memory_gb = float(get("peak_vram_mb", 0)) / 1024
+            elif result.ok:
+                line.void = result.void
+                line.description += f", void: {result.void}"
+            ledger.rewrite(Path(self.log), lambda lines, new=line: [*lines, new.text()])
+            if not line.void or again + 1 >= VOID_RUNS:
+                return line
+
+    # ---- What is open --------------------------------------------------------------------
+    def follow(self) -> None:
+        """Bring the branch to the best commit, and train.py with it; a draft in it stays."""
+        job, here = self.open, succeeds("symbolic-ref", "-q", "HEAD")
+        here = here and git("symbolic-ref", "--short", "HEAD") == self.branch
+        if here and job and not job["runs"]:
+            if succeeds("diff", "--quiet", job["commit"], "--", "train.py"):
+                git("checkout", "-q", "HEAD", "--", "train.py")
+        if git("rev-parse", self.branch) == self.before != self.best:
+            if here:
+                git("checkout", "-q", "-m", "-B", self.branch, self.best)
+                git("reset", "-q", "--", "train.py")  # after a conflict
+            else:
+                git("update-ref", f"refs/heads/{self.branch}", self.best, self.before)
+
+    def settle(self) -> None:
+        """Do what is open, and what that opens."""
+        while self.open:
+            self.follow()
+            (self.measure if self.open["runs"] else self.attempt)(**self.open)
+        self.follow()
+
+    def measure(
+        self, commit: str, idea: str, runs: int, control: bool = False, instead: str = ""
+    ) -> None:
+        """Run the best until it has `runs`: as baseline, as a control, or after a void.
+
+        instead: the best if this one crashes.
+        """
+        *_, stretch = self.stand()
+        while sum(x.valid for x in self.lines(commit)) < runs:
+            line = self.run_once(commit, idea, "keep")
+            if control:
+                break
+            if line.status == "crash" and instead:
+                said = f"{idea} crashes; the branch is at {instead[:8]} again"
+                return self.save(open=None, said=[said], best=instead, before=commit)
+            if line.status == "crash":
+                logs = f"tail -n 40 {self.folder}/{commit[:8]}-*.log"
+                why = f"{idea}: a run of {commit[:8]} failed ({line.void or 'crash'})"
+                raise Refused(f"{why}; `{logs}` says why; then uv run experiment.py wait")
+        now, _, noise, later = self.stand()
+        values = " ".join(f"{v:.6f}" for v in now.get(commit[:8], []))
+        said = [
+            f"{'control, the best' if control else idea}: {values}; noise {noise:.6f}"
+        ]
+        if later != stretch:
+            said[0] += (
+                "; the GPU's speed changed by over 2 %, so runs before do not count"
+            )
+        self.save(open=None, said=[*self.said, *said])
+
+    def attempt(self, commit: str, idea: str, runs: int) -> None:
+        """Run and repeat an attempt until there is a verdict on it."""
+        while True:
+            what, words = self.state(commit)
+            if what == "repeat new":
+                self.run_once(commit, idea, "discard")
+            elif what == "repeat best":
+                self.run_once(self.best, self.idea_of(self.best), "keep")
+            else:
+                break
+        changes: dict = {"open": None}
+        if what == "keep":
+            short = [commit[:8]]
+            ledger.rewrite(
+                Path(self.log), lambda lines: ledger.mark(lines, short, "keep")
+            )
+            changes |= {"best": commit, "before": self.best}
+        due, over = self.count() // CONTROL_EVERY, self.used_up()
+        if due > self.controls or over:
+            changes |= {
+                "open": self.control(changes.get("best", self.best)),
+                "over": over,
+            }
+        self.save(said=[f"{what}: {commit[:8]} {idea}", *words], controls=due, **changes)
+
+    def state(self, commit: str) -> tuple[str, list[str]]:
+        """Return what is to be done with an attempt, or the verdict, and lines on it."""
+        mine, lines = self.lines(commit), self.lines()
+        what, words = self.judge(commit)
+        if not mine:
+            return what, words
+        log = max(
+            self.folder.glob(f"{commit[:8]}-*.log"), key=lambda p: p.stat().st_mtime
+        )
+        result = self.read(log)
+        last, voids = mine[-1], [x for x in mine if x.void and x.seed == mine[-1].seed]
+        if any(x.status == "crash" and not x.void for x in mine):
+            mend = f"git restore --source {commit[:8]} train.py"
+            words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
+            words.append(f"a slip? {mend}; fix it; `run` again with the same idea")
+            return "crash", words
+        if len(voids) == VOID_RUNS:
+            return "void", [f"{VOID_RUNS} times ({last.void}); tail -n 40 {log} says why"]
+        if what.startswith("repeat") and len(lines) - lines.index(mine[0]) >= MOST_RUNS:
+            what = "discard"
+        return what, [*words, *result.notes[:3]]
+
+    def control(self, best: str) -> dict:
+        """Return what is open when the best has to run once more."""
+        runs = sum(x.valid for x in self.lines(best)) + 1
+        return {"commit": best, "idea": self.idea_of(best), "runs": runs, "control": True}

@@ -1,0 +1,65 @@
+"""Whether a change is kept: arithmetic on the runs of two commits. Not edited."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import fmean
+
+from loop.ledger import Line
+
+# Gains, as multiples of the noise: keep at once; repeat; keep after the repeat.
+CLEAR, REPEAT, CONFIRM = 3.0, 1.0, 1.5
+FLOOR = 0.0005  # of the noise while it rests on three runs
+DRIFT = 0.02  # of a commit's speed, beyond which the machine has changed
+
+
+def noise_of(groups: Iterable[list[float]]) -> float:
+    """Return the standard deviation between runs of one commit, pooled over commits."""
+    groups = [values for values in groups if len(values) > 1]
+    squares = sum((v - fmean(values)) ** 2 for values in groups for v in values)
+    freedom = sum(len(values) - 1 for values in groups)
+    sd = math.sqrt(squares / freedom) if freedom else 0.0
+    return sd if freedom > 2 else max(sd, FLOOR)
+
+
+def verdict(
+    best: list[float],
+    new: list[float],
+    noise: float,
+    reference: float = math.inf,
+    simpler: bool = False,
+    heavier: bool = False,
+) -> str:
+    """Return "keep", "discard", "repeat best" or "repeat new".
+
+    best, new: val_bpb of the runs of both commits. reference: the best mean ever kept; what
+    is kept for being simpler loses one noise against it at most, however often. simpler:
+    fewer lines or less memory. heavier: many more lines or more memory; doubles the bars.
+    """
+    if not new or not best:
+        return "repeat best" if new else "repeat new"
+    gain = min(reference, fmean(best)) - fmean(new)
+    unit = 2 * noise if heavier else noise
+    equal = simpler and not heavier and gain >= -REPEAT * noise
+    if gain > CLEAR * unit:
+        return "keep"
+    if gain <= REPEAT * unit and not equal:
+        return "discard"
+    if len(best) < 2 or len(new) < 2:
+        return "repeat best" if len(best) < 2 else "repeat new"
+    return "keep" if gain > CONFIRM * unit or equal else "discard"
+
+
+def number_stretches(runs: list[Line], drift: float = DRIFT) -> list[int]:
+    """Return a number for each run of a GPU; it grows where the GPU's speed changed.
+
+    That is where a kept commit runs slower or faster than before, by over `drift`.
+    """
+    stretch, speeds, numbers = 0, defaultdict(list), []
+    for run in runs:
+        before = fmean(speeds[run.commit] or [run.speed])
+        if run.status == "keep" and abs(run.speed - before) > drift * before:
+            stretch, speeds = stretch + 1, defaultdict(list)
+        speeds[run.commit].append(run.speed)
+        numbers.append(stretch)
+    return numbers
