@@ -100,6 +100,13 @@ def changed_files() -> list[str]:
     return git("diff", "--name-only", "-z", "HEAD").split("\0")[:-1]
 
 
+def check_index() -> None:
+    """Refuse to go on beside another git, or what is left of one."""
+    index = Path(ROOT, git("rev-parse", "--git-path", "index.lock"))
+    if index.exists():
+        raise Refused(f"git is at work here, or was killed; if it was killed, rm {index}")
+
+
 def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     """Begin a night; what could stop it later is tried now."""
     for pattern, text, help in (
@@ -115,6 +122,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     first = nights[ROOT]
     if not first.take():
         raise Refused(f"an experiment is going on in {ROOT}; `{ME} wait`")
+    check_index()
     if dirty := changed_files():
         advice = "commit it on a branch of your own, or git stash"
         raise Refused(f"uncommitted work in {', '.join(dirty)}; {advice}; then start")
@@ -238,9 +246,7 @@ def check_tree(night: Night) -> None:
     if git("rev-parse", "HEAD") != night.best:
         help = f"git reset --soft {night.best[:8]} leaves train.py as it is; then run"
         raise Refused(f"the branch is not at the best commit, {night.best[:8]}; {help}")
-    index = Path(ROOT, git("rev-parse", "--git-path", "index.lock"))
-    if index.exists():
-        raise Refused(f"git is at work here, or was killed; if it was killed, rm {index}")
+    check_index()
     if not (ROOT / "train.py").is_file():
         raise Refused("train.py is missing; git checkout train.py")
     changed = changed_files()

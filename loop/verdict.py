@@ -57,9 +57,10 @@ def number_stretches(runs: list[Line], drift: float = DRIFT) -> list[int]:
     """
     stretch, speeds, numbers = 0, defaultdict(list), []
     for run in runs:
-        before = fmean(speeds[run.commit] or [run.speed])
-        if run.status == "keep" and abs(run.speed - before) > drift * before:
-            stretch, speeds = stretch + 1, defaultdict(list)
-        speeds[run.commit].append(run.speed)
+        if run.speed and run.status == "keep":
+            before = fmean(speeds[run.commit] or [run.speed])
+            if abs(run.speed - before) > drift * before:
+                stretch, speeds = stretch + 1, defaultdict(list)
+            speeds[run.commit].append(run.speed)
         numbers.append(stretch)
     return numbers

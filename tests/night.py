@@ -30,6 +30,10 @@ if ONCE:
         FAULT = ONCE
     except FileExistsError:
         pass
+try:
+    SPEED *= float(open(os.path.join(here, "speed")).read())
+except FileNotFoundError:
+    pass
 print("step 00000 (0.0%) | loss: 9.0110", flush=True)
 if FAULT == "crash":
     raise SystemExit("train.py: training loss is nan at step 3 (lrm 1.00); lower a rate")
@@ -40,8 +44,9 @@ if FAULT == "hangs":
 if FAULT == "slow":
     time.sleep(1)
 if FAULT == "leaves":
-    if not os.fork():
+    if not (child := os.fork()):
         time.sleep(60)
+    open(os.path.join(here, "left"), "w").write(str(child))
 if FAULT == "twice":
     print("val_bpb: 0.100000")
 if FAULT in ("gpu", "edit"):

@@ -1,0 +1,586 @@
+"""experiment.py in throw-away clones with real git: what it decides, and what it survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from night import Clone, make_origin, train_py
+
+from loop import ledger
+from loop.ledger import HEADER, Line, plain, read_log, read_run
+from loop.verdict import FLOOR, noise_of, number_stretches, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = ["keep baseline, seed 42", "keep baseline, seed 43", "keep baseline, seed 44"]
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    return make_origin(tmp_path_factory.mktemp("night") / "origin")
+
+
+@pytest.fixture
+def fresh(origin, tmp_path) -> Clone:
+    """A clone in which no night has begun."""
+    return Clone(origin, tmp_path)
+
+
+@pytest.fixture
+def clone(fresh) -> Clone:
+    """A clone with a baseline."""
+    assert "noise 0.000500" in fresh.do("start", "nov24")
+    return fresh
+
+
+# ---- The verdict -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "gain, runs, flags, expected",
+    [
+        # gain in noises; runs of the best and the new one
+        (3.1, (3, 1), "", "keep"),
+        (3.0, (3, 1), "", "repeat new"),
+        (3.0, (1, 1), "", "repeat best"),
+        (1.1, (3, 1), "", "repeat new"),
+        (1.0, (3, 1), "", "discard"),
+        (1.0, (3, 1), "simpler", "repeat new"),
+        (0.0, (3, 1), "", "discard"),
+        (-1.0, (3, 1), "simpler", "repeat new"),
+        (-1.0, (1, 1), "simpler", "repeat best"),
+        (-1.1, (3, 1), "simpler", "discard"),
+        (1.6, (2, 2), "", "keep"),
+        (1.5, (2, 2), "", "discard"),
+        (0.9, (2, 2), "simpler", "keep"),
+        (-1.0, (2, 2), "simpler", "keep"),
+        (-1.1, (2, 2), "simpler", "discard"),
+        # many lines or much memory more: twice the bars
+        (6.1, (3, 1), "heavier", "keep"),
+        (6.0, (3, 1), "heavier", "repeat new"),
+        (2.0, (3, 1), "heavier", "discard"),
+        (3.1, (2, 2), "heavier", "keep"),
+        (3.0, (2, 2), "heavier", "discard"),
+        (0.0, (3, 1), "heavier simpler", "discard"),
+        # no run that counts, since the GPU's speed changed
+        (9.0, (0, 1), "", "repeat best"),
+        (9.0, (1, 0), "", "repeat new"),
+        (9.0, (0, 0), "", "repeat new"),
+    ],
+)
+def test_the_table(gain, runs, flags, expected):
+    noise = 0.25  # so that all numbers are exact
+    best, new = [1.0] * runs[0], [1.0 - gain * noise] * runs[1]
+    how = {flag: True for flag in flags.split()}
+    assert verdict(best, new, noise, **how) == expected
+
+
+@pytest.mark.parametrize(
+    "gain, flags, expected",
+    [
+        (0.1, {}, "keep"),
+        (0.0, {}, "discard"),
+        (0.0, {"simpler": True}, "keep"),
+        (-0.1, {"simpler": True}, "discard"),
+    ],
+)
+def test_without_noise_any_gain_is_one(gain, flags, expected):
+    assert verdict([1.0] * 2, [1.0 - gain] * 2, 0.0, **flags) == expected
+
+
+def test_the_gain_is_over_the_best_mean_ever_kept():
+    # The best was kept for being shorter, one noise above what had been kept before.
+    assert verdict([1.1, 1.1], [0.89], 0.1, reference=1.0) == "repeat new"
+    assert verdict([1.1, 1.1], [1.05, 1.05], 0.1, reference=1.0) == "discard"
+    shorter = {"reference": 1.0, "simpler": True}
+    assert verdict([1.1, 1.1], [1.09, 1.09], 0.1, **shorter) == "keep"
+    assert verdict([1.1, 1.1], [1.15, 1.15], 0.1, **shorter) == "discard"
+
+
+@pytest.mark.parametrize(
+    "groups, expected",
+    [
+        ([], FLOOR),
+        ([[0.44]], FLOOR),
+        ([[0.44, 0.4401, 0.4399]], FLOOR),
+        ([[0.44, 0.442, 0.438]], 0.002),
+        ([[0.44, 0.44, 0.44], [0.43, 0.43]], 0.0),  # five runs are enough
+        ([[0.44, 0.442, 0.438], [0.43, 0.434]], 0.0023094),
+    ],
+)
+def test_the_noise_has_a_floor_while_it_rests_on_three_runs(groups, expected):
+    assert noise_of(groups) == pytest.approx(expected, rel=1e-4)
+
+
+def runs_of(*pairs: tuple[str, float], status: str = "keep") -> list[Line]:
+    return [Line(c, 0.44, 1.0, status, "", speed=speed) for c, speed in pairs]
+
+
+def test_a_changed_speed_of_a_kept_commit_begins_a_stretch():
+    same = runs_of(("a", 1.2), ("a", 1.21), ("b", 1.5), ("a", 1.19))
+    assert number_stretches(same) == [0, 0, 0, 0]
+    slower = [*same, *runs_of(("a", 1.1), ("a", 1.1), ("b", 1.4), ("b", 1.5))]
+    assert number_stretches(slower) == [0, 0, 0, 0, 1, 1, 1, 2]
+    other = runs_of(("a", 1.2), ("a", 1.1), status="discard")
+    assert number_stretches(other) == [0, 0]
+    unknown = runs_of(("a", 0.0), ("a", 1.2), ("a", 0.0), ("a", 1.2))
+    assert number_stretches(unknown) == [0, 0, 0, 0]
+
+
+# ---- The log -----------------------------------------------------------------------------
+def test_a_line_comes_back_as_it_was_written():
+    words = "wider MLP, seed 42, gpu 1, 2747 steps, 1.200 M tok/s, void: gpu"
+    line = Line("12e45678", 0.441812, 58.7, "crash", words)
+    (read,) = read_log(HEADER + line.text() + "\n")
+    assert (read.idea, read.seed, read.gpu, read.speed) == ("wider MLP", 42, "1", 1.2)
+    assert (read.void, read.valid, read.text()) == ("gpu", False, line.text())
+
+
+@pytest.mark.parametrize(
+    "description, idea, seed",
+    [
+        ("lr 0.1, seed 42", "lr 0.1", 42),
+        (
+            "a, seed 7 for all, seed 43, 2747 steps, 1.200 M tok/s",
+            "a, seed 7 for all",
+            43,
+        ),
+        ("baseline lr doubled, seed 42", "baseline lr doubled", 42),
+        ('"quoted, seed 42', '"quoted', 42),
+        ("by hand", "", 0),
+    ],
+)
+def test_an_idea_may_have_any_words(description, idea, seed):
+    (line,) = read_log(f"abc1234\t0.44\t58.7\tkeep\t{description}")
+    assert (line.idea, line.seed, line.valid) == (idea, seed, True)
+
+
+def test_a_log_as_people_and_programs_leave_it():
+    text = "\ufeff" + HEADER.replace("\n", "\r\n")
+    text += '12e4567\t0.44\t58.7\tkeep\t"a "quoted" idea, seed 42\r\n'
+    text += "1234567\tnan\t58.7\tkeep\tb, seed 42\n\n"
+    text += "0000000\tn/a\tn/a\tdiscard\tc, seed 42\n"
+    text += "1e5\t0.000000\t0.0\tcrash\td, seed 42\n"
+    text += "abcdef0\t0.4"  # torn
+    lines = read_log(text)
+    assert [x.commit for x in lines] == ["12e4567", "1234567", "0000000", "1e5", ""]
+    assert [x.valid for x in lines] == [True, False, False, False, False]
+    assert [x.status for x in lines] == ["keep", "keep", "discard", "crash", ""]
+    assert lines[0].idea == '"a "quoted" idea' and lines[-1].description == "abcdef0\t0.4"
+    assert read_log("") == read_log(HEADER) == read_log(HEADER.rstrip("\n")) == []
+
+
+def test_what_is_said_of_an_idea_fits_on_a_line():
+    assert plain("a\tb\nc\x00 `d` $e \"f\" 'g'\r\n é\u2028") == "a b c `d` $e \"f\" 'g' é"
+
+
+@pytest.fixture
+def log(tmp_path) -> Path:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "results.tsv").write_text(HEADER + "torn\t0.4")
+    return tmp_path / "results.tsv"
+
+
+def test_a_torn_line_is_ended_before_the_next(log):
+    ledger.rewrite(log, lambda lines: [*lines, "a\t1\t1\tkeep\tx"])
+    assert log.read_text() == HEADER + "torn\t0.4\na\t1\t1\tkeep\tx\n"
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync", "replace"])
+def test_a_line_on_a_full_disk_is_not_written_in_part(log, monkeypatch, broken):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    if broken == "write":
+        monkeypatch.setattr(ledger, "open", lambda *a: Full(a[0]), raising=False)
+    else:
+        monkeypatch.setattr(os, broken, full)
+    before = log.read_bytes()
+    with pytest.raises(OSError, match="No space"):
+        ledger.write_whole(log, b"x" * 100)
+    assert log.read_bytes() == before
+    assert sorted(p.name for p in log.parent.iterdir()) == ["results.tsv", "runs"]
+
+
+class Full:
+    """A file on a disk that fills up in the middle of a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def write(self, content: bytes):
+        self.path.write_bytes(content[:10])
+        raise OSError(28, "No space left on device")
+
+
+KINDS = {"gpu": True, "edit": False}
+SUMMARY = "warning: uv: x\n---\nval_bpb: 0.44\nattention: fa3\n\nexit status 0\n"
+
+
+@pytest.mark.parametrize(
+    "text, ok, void",
+    [
+        (SUMMARY, True, ""),
+        (SUMMARY.replace("\n", "\r\n"), True, ""),
+        ("\0" * 99 + SUMMARY, True, ""),
+        ("warning: edit: x\n" + SUMMARY, True, ""),
+        ("warning: gpu: x\n" + SUMMARY, True, "gpu"),
+        (SUMMARY.replace("fa3", "flex"), True, "attention"),
+        (SUMMARY.replace("attention: fa3\n", ""), True, "attention"),
+        (SUMMARY.replace("status 0", "status 1"), False, ""),
+        ("val_bpb: 0.1\n" + SUMMARY, False, ""),
+        (SUMMARY.replace("val_bpb: 0.44\n", ""), False, "attention"),
+        (SUMMARY.replace("0.44", "nan"), False, ""),
+        ("exit status 137\n", False, "attention"),
+    ],
+)
+def test_what_counts_as_a_result(text, ok, void):
+    result = read_run(text, KINDS, {"attention": "fa3"})
+    assert result.ok is ok and (result.void == void or not ok)
+    assert result.notes == (["warning: edit: x"] if "edit" in text else [])
+
+
+def test_a_run_that_has_not_ended_is_none():
+    assert read_run(SUMMARY.partition("exit")[0], KINDS, {}) is None
+
+
+# ---- A night -----------------------------------------------------------------------------
+def test_a_change_is_kept_repeated_or_discarded_by_the_table(clone):
+    assert "keep: " in clone.experiment("wider MLP", 0.436)
+    assert clone.value() == 0.436
+    said = clone.experiment("rates x 1.5", 0.4353)  # 1.4 noises: both repeat
+    assert (
+        "gain +0.000700, +1.7 x noise 0.000405" in said and len(said.splitlines()) <= 10
+    )
+    assert "discard: " in clone.experiment("softcap 20", 0.4352)
+    assert clone.value() == 0.4353 and clone.git("status", "--short") == ""
+    assert "discard: " in clone.experiment("worse", 0.5)
+    assert clone.said() == [
+        *BASELINE,
+        "keep wider MLP, seed 42",
+        "keep rates x 1.5, seed 42",
+        "keep wider MLP, seed 43",
+        "keep rates x 1.5, seed 43",
+        "discard softcap 20, seed 42",
+        "discard worse, seed 42",
+    ]
+    kept = ["start", "wider MLP", "rates x 1.5"]
+    assert clone.git("log", "--reverse", "--format=%s").split("\n") == kept
+    pinned = clone.git("log", "--no-walk", "--format=%h %s", "--glob=refs/attempts")
+    assert len(pinned.splitlines()) == 4 and "softcap 20" in pinned
+    assert "2747 steps, 1.200 M tok/s" in clone.rows()[3][3]
+
+
+def test_what_is_shorter_and_equal_is_kept_and_what_is_longer_needs_more(clone):
+    assert "discard: " in clone.experiment("equal", 0.4401)
+    assert "keep: " in clone.experiment("shorter", 0.4401, lines=-5)
+    assert "discard: " in clone.experiment("shorter again", 0.4406, lines=-9)
+    assert "discard: " in clone.experiment("long", 0.4392, lines=30)
+    assert "bars doubled" in clone.experiment("large", 0.4385, MEMORY=70.0)
+    assert "keep: " in clone.experiment("long and good", 0.43, lines=30)
+
+
+def test_a_crash_says_why_and_an_idea_that_is_mended_counts_once(clone):
+    said = clone.experiment("fp8 head", 0.4, FAULT="crash")
+    assert "crash: " in said and "training loss is nan" in said
+    assert clone.value() == 0.44 and clone.git("status", "--short") == ""
+    restore = next(line for line in said.splitlines() if "a slip?" in line)
+    clone.call(restore.partition("a slip? ")[2].partition(";")[0].split())
+    assert clone.value() == 0.4
+    assert "keep: " in clone.experiment("fp8 head", 0.4)
+    assert "1 experiments, 1 kept" in clone.do("status")
+    assert clone.rows()[3][:3] == ["0.000000", "0.0", "crash"]
+
+
+@pytest.mark.parametrize("fault", ["refused", "hangs", "twice"])
+def test_no_result_is_a_crash(clone, fault):
+    said = clone.experiment(fault, 0.4, FAULT=fault)
+    assert "crash: " in said and len(said.splitlines()) <= 10
+    assert clone.said()[3:] == [f"crash {fault}, seed 42"] and goes_on(clone)
+
+
+def goes_on(clone: Clone) -> bool:
+    """Return whether the night is as it should be after a fault, and goes on."""
+    said = clone.do("status")
+    assert "open: " not in said and "stopped" not in said
+    assert clone.git("branch", "--show-current") == "autoresearch/nov24"
+    rows = clone.rows()
+    assert "keep: " in clone.experiment("after the fault", 0.30)
+    assert clone.rows()[: len(rows)] == rows and len(clone.rows()) == len(rows) + 1
+    return clone.value() == 0.30
+
+
+@pytest.mark.parametrize("once", [{"ONCE": "gpu"}, {"ONCE": "rules"}])
+def test_a_void_run_is_run_again(clone, once):
+    assert "keep: " in clone.experiment("depth 10", 0.43, **once)
+    kind = once["ONCE"]
+    assert clone.rows()[3][:3] == ["0.000000", "0.0", "crash"]
+    assert clone.rows()[3][3].endswith(f"M tok/s, void: {kind}")
+    assert clone.said()[4:] == ["keep depth 10, seed 42"]
+
+
+def test_a_run_that_is_always_void_ends_after_three(clone):
+    said = clone.experiment("flex", 0.40, ATTENTION="flex")
+    assert "void: " in said and "3 times (attention)" in said
+    assert clone.said()[3:] == ["crash flex, seed 42, void: attention"] * 3
+    assert goes_on(clone)
+
+
+def test_a_warning_about_the_edit_is_shown_and_voids_nothing(clone):
+    said = clone.experiment("half done", 0.43, FAULT="edit")
+    assert "keep: " in said and "warning: edit: " in said and len(said.splitlines()) <= 10
+
+
+def test_any_words_will_do_for_an_idea(clone):
+    idea = "a\tb\nc \"d\" 'e' `f` $HOME $(g) %s \\t #h, seed 7"
+    clone.experiment(idea, 0.43)
+    assert clone.said()[3:] == [f"keep {plain(idea)}, seed 42"]
+    assert clone.git("log", "-1", "--format=%s") == plain(idea)
+    assert "experiment.py: say" in clone.do("run", " \n ", status=1)
+
+
+def test_a_run_sees_its_gpu_and_no_virtual_env(fresh):
+    fresh.env["VIRTUAL_ENV"] = "/elsewhere"
+    fresh.do("start", "nov24", "--gpus", "3")
+    assert set((fresh.folder.parent / "environment").read_text().split("\n")) == {
+        "[None, '3']",
+        "",
+    }
+
+
+# ---- The tree is the agent's -------------------------------------------------------------
+def test_the_next_edit_can_be_drafted_while_the_gpu_works(clone):
+    clone.edit(0.43, FAULT="slow")
+    assert clone.do("run", "slow", "--minutes=0", status=3)
+    assert clone.value() == 0.44  # the best's
+    draft = train_py(0.44) + "# the next edit\n"
+    (clone.folder / "train.py").write_text(draft)
+    assert "keep: " in clone.do("wait")
+    text = train_py(0.43, FAULT="slow") + "# the next edit\n"
+    assert (clone.folder / "train.py").read_text() == text
+    assert "keep: " in clone.experiment("next", 0.42)
+
+
+def test_a_draft_that_does_not_fit_what_was_kept_shows_both(clone):
+    clone.edit(0.43, FAULT="slow")
+    clone.do("run", "slow", "--minutes=0", status=3)
+    clone.edit(0.42)
+    clone.do("wait")
+    text = (clone.folder / "train.py").read_text()
+    assert "<<<<<<<" in text and "VAL_BPB = 0.43" in text and "VAL_BPB = 0.42" in text
+    assert "keep: " in clone.experiment("next", 0.41) and clone.value() == 0.41
+
+
+def test_the_owners_files_survive_a_night(clone):
+    (clone.folder / "mine.txt").write_text("mine")
+    (clone.folder / "harness.py").write_text("raise SystemExit")
+    for idea, value in (("good", 0.43), ("bad", 0.5)):
+        clone.experiment(idea, value)
+    assert (clone.folder / "mine.txt").read_text() == "mine"
+    assert clone.git("status", "--short") == "?? harness.py\n?? mine.txt"
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ("notes.md", "git stash push notes.md"),
+        ("constants.py", "git stash push constants.py"),
+        ("nothing", "edit it, then run"),
+        ("gone", "git checkout train.py"),
+        ("added", "git stash push new.py"),
+        ("detached", "git switch autoresearch/nov24"),
+        ("elsewhere", "git switch autoresearch/nov24"),
+        ("committed", "git reset --soft"),
+        ("index", "rm "),
+    ],
+)
+def test_run_refuses_what_is_not_one_edit_of_train_py(clone, change, why):
+    rows = clone.rows()
+    if change != "nothing":
+        clone.edit(0.43)
+    if change in ("notes.md", "constants.py"):
+        (clone.folder / change).write_text("changed")
+    elif change == "gone":
+        (clone.folder / "train.py").unlink()
+    elif change == "added":
+        (clone.folder / "new.py").touch()
+        clone.git("add", "new.py")
+    elif change == "detached":
+        clone.git("switch", "-q", "--detach")
+    elif change == "elsewhere":
+        clone.git("switch", "-qc", "other")
+    elif change == "committed":
+        clone.git("commit", "-qam", "by hand")
+    elif change == "index":
+        (clone.folder / ".git" / "index.lock").touch()
+    said = clone.do("run", "x", status=1)
+    assert why in said and len(said.splitlines()) == 1 and clone.rows() == rows
+    if change not in ("nothing", "gone"):
+        assert clone.value() == 0.43
+    # What the sentence says is what helps.
+    mend = ["git checkout -q train.py"] if change == "gone" else []
+    for start in ("git stash push", "git switch", "git reset --soft", "rm"):
+        if f"{start} " in said:
+            words = said.partition(f"{start} ")[2].replace(",", " ").split()
+            mend.append(f"{start} {words[0]}")
+    for command in mend:
+        clone.call(command.split())
+    assert change == "nothing" or mend
+    assert change != "committed" or clone.git("rev-list", "--count", "HEAD") == "1"
+    assert goes_on(clone)
+
+
+@pytest.mark.parametrize("when", ["start", "run"])
+@pytest.mark.parametrize("fault", ["identity", "hook", "signing"])
+def test_what_git_cannot_commit_is_not_run(fresh, fault, when):
+    if when == "run":
+        fresh.do("start", "nov24")
+        fresh.edit(0.43)
+    saved = {
+        k: fresh.env.pop(k)
+        for k in [*fresh.env]
+        if k.startswith("GIT_") and fault[0] == "i"
+    }
+    fresh.git("config", "user.useConfigOnly", "true")
+    if fault == "hook":
+        hook = fresh.folder / ".git" / "hooks" / "pre-commit"
+        hook.write_text("#!/bin/sh\necho no tabs, please >&2\nexit 1\n")
+        hook.chmod(0o755)
+    elif fault == "signing":
+        fresh.git("config", "commit.gpgsign", "true")
+        fresh.git("config", "gpg.program", "false")
+    words = {
+        "identity": "git config user.name",
+        "hook": "hooksPath",
+        "signing": "gpgsign",
+    }
+    command = ["start", "nov24"] if when == "start" else ["run", "x"]
+    said = fresh.do(*command, status=1)
+    assert words[fault] in said and "nothing was run" in said
+    assert fault != "hook" or "no tabs, please" in said
+    if when == "start":
+        assert not (fresh.folder / "results.tsv").exists()
+        assert fresh.git("branch", "--format=%(refname:short)") == "main"
+        assert fresh.git("worktree", "list").count("\n") == 0
+    else:
+        assert fresh.said() == BASELINE and fresh.value() == 0.43
+    fresh.env |= saved
+    fresh.git("config", "commit.gpgsign", "false")
+    fresh.git("config", "core.hooksPath", "/dev/null")
+    assert fresh.do(*command)
+
+
+def test_start_refuses_a_dirty_tree_and_touches_nothing(fresh):
+    (fresh.folder / "notes.md").write_text("a day's work")
+    assert "uncommitted work in notes.md" in fresh.do("start", "nov24", status=1)
+    assert (fresh.folder / "notes.md").read_text() == "a day's work"
+    assert fresh.git("branch", "--show-current") == "main"
+    for words in (["a b"], ["x", "--budget", "soon"], ["x", "--gpus", "0;1"]):
+        assert fresh.do("start", *words, status=1).startswith("experiment.py: ")
+
+
+def test_a_night_after_a_night(clone):
+    clone.experiment("wider MLP", 0.43)
+    first = (clone.folder / "results.tsv").read_text()
+    assert "has begun" in clone.do("start", "nov24", status=1)
+    said = clone.do("start", "nov25")
+    (old,) = clone.folder.glob("results-*.tsv")
+    assert old.name in said and old.read_text() == first
+    assert clone.git("branch", "--show-current") == "autoresearch/nov25"
+    assert "another tag" in clone.do("start", "nov24", status=1)
+    assert clone.rows()[0][0] == "0.430000" and clone.said() == BASELINE
+    clone.experiment("deeper", 0.42)
+    assert clone.git("log", "--format=%s").split("\n")[:2] == ["deeper", "wider MLP"]
+
+
+# ---- The log in a night ------------------------------------------------------------------
+@pytest.mark.parametrize("damage", ["no newline", "CRLF", "torn", "latin-1"])
+def test_a_damaged_log_is_not_damaged_further(clone, damage):
+    log = clone.folder / "results.tsv"
+    text = log.read_bytes()
+    text = {
+        "no newline": text.rstrip(b"\n"),
+        "CRLF": text.replace(b"\n", b"\r\n"),
+        "torn": text + b"abc1234\t0.4",
+        "latin-1": text.replace(b"baseline", b"b\xe9"),
+    }[damage]
+    log.write_bytes(text)
+    assert "keep: " in clone.experiment("wider MLP", 0.43)
+    kept = log.read_bytes()
+    assert kept.startswith(text.rstrip(b"\n")) and kept.count(b"wider MLP") == 1
+    assert b"\n" in kept[len(text.rstrip(b"\n")) :].split(b"wider")[0]
+    said = clone.do("status")
+    assert ("not a run, not counted: 'abc1234" in said) == (damage == "torn")
+    assert clone.git("log", "-1", "--format=%s") == "wider MLP"
+
+
+# ---- Who else is there -------------------------------------------------------------------
+def test_a_second_agent_in_the_same_tree_is_refused(clone):
+    clone.edit(0.43, FAULT="slow")
+    assert "slow is going on: step 00000" in clone.do(
+        "run", "slow", "--minutes=0.004", status=3
+    )
+    clone.edit(0.42)
+    assert "going on here" in clone.do("run", "other", status=1)
+    assert "at work" in clone.do("status")
+    assert "going on" in clone.do("start", "nov25", status=1)
+    assert "keep: " in clone.do("wait")
+    assert clone.said() == [*BASELINE, "keep slow, seed 42"]
+
+
+def test_a_second_experiment_on_a_gpu_is_refused_in_another_tree(origin, tmp_path):
+    clones = [Clone(origin, tmp_path / name) for name in "ab"]
+    clones[1].env["AUTORESEARCH_CACHE"] = clones[0].env["AUTORESEARCH_CACHE"]
+    for clone in clones:
+        clone.do("start", "nov24", "--gpus", "0")
+        clone.edit(0.43, FAULT="slow")
+    clones[0].do("run", "slow", "--minutes=0", status=3)
+    assert "GPU 0 has an experiment of another tree" in clones[1].do("run", "x", status=1)
+    assert "GPU 0" in clones[1].do("status") and clones[1].said() == BASELINE
+    assert "keep: " in clones[0].do("wait")
+    assert "keep: " in clones[1].do("run", "x")
+
+
+def test_what_a_run_leaves_behind_is_ended(clone):
+    clone.experiment("leaves", 0.43, FAULT="leaves")
+    pid = int((clone.folder.parent / "left").read_text())
+    stat = Path(f"/proc/{pid}/stat")
+    with pytest.raises(ProcessLookupError):
+        if stat.exists() and stat.read_text().split()[2] == "Z":
+            raise ProcessLookupError
+        os.kill(pid, 0)
+    assert goes_on(clone)
+
+
+def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
+    clone.edit(0.43, FAULT="slow")
+    clone.do("run", "slow", "--minutes=0", status=3)
+    worker = processes_in(clone.folder, "experiment.py")
+    assert len(worker) == 1
+    os.kill(worker[0], signal.SIGKILL)
+    clone.edit(0.42)
+    assert "going on here" in clone.do("run", "other", status=1)  # by its training
+    assert "keep: " in clone.do("wait")
+    assert clone.said() == [*BASELINE, "keep slow, seed 42"]
+
+
+def processes_in(folder: Path, name: str) -> list[int]:
+    """Return the processes of a script in `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if name.encode() in words and os.readlink(path / "cwd") == str(folder):
+                found.append(int(path.name))
+        except OSError:
+            pass
+    return found
