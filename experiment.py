@@ -29,7 +29,8 @@ import traceback
 from pathlib import Path
 
 from loop import ledger
-from loop.git import ROOT, Refused, fcntl, git, make_commit, make_tree, succeeds
+from loop.git import ROOT, Refused, changed_files, check_index, fcntl, git
+from loop.git import make_commit, make_tree, succeeds
 from loop.ledger import plain, read_log  # noqa: F401  (for who imports this file)
 from loop.night import BASELINE_RUNS, NIGHT, Night
 from loop.verdict import verdict  # noqa: F401
@@ -72,7 +73,7 @@ def wait(minutes: float, ours: bool = False) -> int:
             work(night)
             ours = True
         elif time.monotonic() > end:
-            print(progress(Night.load()))
+            print(Night.load().progress())
             return 3
         time.sleep(POLL)
     print("\n".join(night.said))
@@ -85,28 +86,7 @@ def wait(minutes: float, ours: bool = False) -> int:
     return 0
 
 
-def progress(night: Night) -> str:
-    """Return one line: what is going on."""
-    logs = sorted(night.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text("utf-8", "replace").splitlines() if logs else []
-    steps = [x for x in lines if x.startswith("step ")] or lines or [""]
-    idea = night.open["idea"] if night.open else "it"
-    return f"{idea} is going on: {steps[-1]}; `{ME} wait`"
-
-
 # ---- Commands ----------------------------------------------------------------------------
-def changed_files() -> list[str]:
-    """Return the tracked files that differ from HEAD."""
-    return git("diff", "--name-only", "-z", "HEAD").split("\0")[:-1]
-
-
-def check_index() -> None:
-    """Refuse to go on beside another git, or what is left of one."""
-    index = Path(ROOT, git("rev-parse", "--git-path", "index.lock"))
-    if index.exists():
-        raise Refused(f"git is at work here, or was killed; if it was killed, rm {index}")
-
-
 def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     """Begin a night; what could stop it later is tried now."""
     for pattern, text, help in (
@@ -129,7 +109,10 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     for tree, night in nights.items():
         name = f"refs/heads/{night.branch}"
         if succeeds("rev-parse", "-q", "--verify", name):
-            if tree != ROOT or git("rev-parse", name) != night.best:
+            ours = (
+                tree == ROOT and not first.folder.exists()
+            )  # of a start that was killed
+            if not ours or git("rev-parse", name) != night.best:
                 raise Refused(f"branch {night.branch} is there; take another tag")
         if tree != ROOT and tree.exists():
             raise Refused(f"{tree} is there; git worktree remove {tree}, or rename it")
@@ -159,7 +142,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     work(first)
     for tree, night in nights.items():
         if tree != ROOT:
-            print(f"GPU {night.gpu}: for an agent of its own, in {tree}", flush=True)
+            print(f"GPU {night.gpu}: for an agent of its own, in {tree}")
             subprocess.run(
                 [sys.executable, tree / "experiment.py", "wait", "--minutes=0"]
             )
@@ -249,6 +232,10 @@ def check_tree(night: Night) -> None:
     check_index()
     if not (ROOT / "train.py").is_file():
         raise Refused("train.py is missing; git checkout train.py")
+    if b"\n<<<<<<< " in b"\n" + (ROOT / "train.py").read_bytes():
+        raise Refused(
+            "train.py shows <<<<<<< where a draft does not fit; mend it, then run"
+        )
     changed = changed_files()
     if others := " ".join(name for name in changed if name != "train.py"):
         help = f"only train.py may; git stash push {others}, then run"
@@ -343,6 +330,8 @@ def main() -> int:
             text = "to wait at most (%(default)s); the work goes on"
             add("--minutes", type=float, default=8, help=text)
     args = vars(parser.parse_args())
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         if fcntl is None:
             raise Refused("Windows has no locks of this kind; use WSL")

@@ -73,3 +73,15 @@ def lock(path: Path):
         return file
     except BlockingIOError:
         file.close()
+
+
+def changed_files() -> list[str]:
+    """Return the tracked files that differ from HEAD."""
+    return git("diff", "--name-only", "-z", "HEAD").split("\0")[:-1]
+
+
+def check_index() -> None:
+    """Refuse to go on beside another git, or what is left of one."""
+    index = Path(ROOT, git("rev-parse", "--git-path", "index.lock"))
+    if index.exists():
+        raise Refused(f"git is at work here, or was killed; if it was killed, rm {index}")

@@ -136,15 +136,30 @@ class Night:
         end = "; the night is over" if self.over else ""
         return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
 
+    def progress(self) -> str:
+        """Return one line: what is going on."""
+        logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
+        lines = logs[-1].read_text("utf-8", "replace").splitlines() if logs else []
+        steps = [x for x in lines if x.startswith("step ")] or lines or [""]
+        idea = self.open["idea"] if self.open else "it"
+        return f"{idea} is going on: {steps[-1]}; uv run experiment.py wait"
+
     def used_up(self) -> bool:
         if self.budget.endswith("h"):
             return time.time() - self.began > 3600 * float(self.budget[:-1])
         return bool(self.budget) and self.count() >= int(self.budget)
 
-    def stand(self) -> tuple[dict[str, list[float]], float, float, int]:
+    def stand(
+        self, attempt: str = ""
+    ) -> tuple[dict[str, list[float]], float, float, int]:
         """Return val_bpb by commits and the best mean kept, both since the GPU's speed
-        changed last, the noise, and how often it changed."""
+        changed last; the noise; and how often it changed.
+
+        attempt: a commit that counts as not kept, also if a verdict was interrupted.
+        """
         runs = [x for x in self.lines() if x.valid]
+        for run in runs:
+            run.status = "discard" if run.commit == attempt[:8] else run.status
         smoke = self.env.get("AUTORESEARCH_SMOKE") == "1"  # there speed means nothing
         numbers = number_stretches(runs, 9.9 if smoke else DRIFT)
         groups: dict[tuple, list[float]] = defaultdict(list)
@@ -158,7 +173,7 @@ class Night:
 
     def judge(self, commit: str) -> tuple[str, list[str]]:
         """Return the verdict on an attempt as things are, and the lines that say why."""
-        now, reference, noise, _ = self.stand()
+        now, reference, noise, _ = self.stand(commit)
         pair = [self.best[:8], commit[:8]]
         best, new = (now.get(c, []) for c in pair)
         runs = [x for x in self.lines() if x.valid]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,23 @@ class Clone:
             self.env[f"GIT_{role}_NAME"] = "night"
             self.env[f"GIT_{role}_EMAIL"] = "night@localhost"
         self.env |= env
+
+    def copy(self, home: Path) -> "Clone":
+        """Return a clone in `home` that is as this one is now."""
+        shutil.copytree(self.folder.parent, home, symlinks=True, dirs_exist_ok=True)
+        night = home / "clone" / "runs" / "night.json"
+        night.write_text(night.read_text().replace(str(self.folder.parent), str(home)))
+        return Clone(self.folder, home)
+
+    def until_it_trains(self) -> None:
+        """Wait for the first step of the first run after the baseline."""
+        end = time.monotonic() + 30
+        while True:
+            logs = self.folder.glob("runs/*/*.log")
+            if sum("step 0" in path.read_text() for path in logs) > 3:
+                return
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
     def do(self, *command: str, status: int | None = 0, cwd: Path | None = None) -> str:
         """Run experiment.py; return what it prints, its refusal included."""

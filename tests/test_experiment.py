@@ -31,11 +31,17 @@ def fresh(origin, tmp_path) -> Clone:
     return Clone(origin, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def begun(origin, tmp_path_factory) -> Clone:
+    clone = Clone(origin, tmp_path_factory.mktemp("begun"))
+    assert "noise 0.000500" in clone.do("start", "nov24")
+    return clone
+
+
 @pytest.fixture
-def clone(fresh) -> Clone:
+def clone(begun, tmp_path) -> Clone:
     """A clone with a baseline."""
-    assert "noise 0.000500" in fresh.do("start", "nov24")
-    return fresh
+    return begun.copy(tmp_path)
 
 
 # ---- The verdict -------------------------------------------------------------------------
@@ -564,6 +570,7 @@ def test_what_a_run_leaves_behind_is_ended(clone):
 def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     clone.edit(0.43, FAULT="slow")
     clone.do("run", "slow", "--minutes=0", status=3)
+    clone.until_it_trains()
     worker = processes_in(clone.folder, "experiment.py")
     assert len(worker) == 1
     os.kill(worker[0], signal.SIGKILL)
@@ -584,3 +591,283 @@ def processes_in(folder: Path, name: str) -> list[int]:
         except OSError:
             pass
     return found
+
+
+# ---- kill -9 at every step ---------------------------------------------------------------
+# Ends the process, with kill -9, behind the KILL_AT-th thing that it does to the disk.
+DRIVER = """
+import os, signal, subprocess, sys
+sys.path.insert(0, os.getcwd())
+import experiment
+count, verbs = 0, {"worktree", "commit", "update-ref", "checkout", "reset", "switch"}
+
+def behind(function, counts=lambda *args: True):
+    def call(*args, **how):
+        global count
+        result = function(*args, **how)
+        count += counts(*args)
+        if counts(*args) and count == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+os.replace = behind(os.replace)
+subprocess.run = behind(subprocess.run, lambda call: bool(verbs & {*call}))
+night = sys.modules["loop.night"]
+Popen = subprocess.Popen
+def popen(*args, **how):
+    child = Popen(*args, **how)
+    return behind(lambda: child)() if args[0][0] == "sh" else child
+night.subprocess = type(sys)("subprocess")
+vars(night.subprocess).update(vars(subprocess), Popen=popen)
+sys.argv[0] = "experiment.py"
+sys.exit(experiment.main())
+"""
+
+
+def driven(clone: Clone, kill_at: int, *command: str) -> bool:
+    """Run a command and kill it; return whether it got so far."""
+    driver = clone.folder.parent / "driver.py"
+    driver.write_text(DRIVER)
+    env = clone.env | {"KILL_AT": str(kill_at)}
+    how = {"cwd": clone.folder, "env": env, "stdin": subprocess.DEVNULL}
+    done = subprocess.run([sys.executable, driver, *command], **how, capture_output=True)
+    killed = done.returncode == -signal.SIGKILL or b"was killed" in done.stderr
+    assert killed or done.returncode == 0, (kill_at, done.stdout, done.stderr)
+    return killed
+
+
+def test_killed_at_any_step_an_experiment_is_finished_once(clone, tmp_path_factory):
+    clone.experiment("wider MLP", 0.436)
+    clone.edit(0.4353)  # the best and it are repeated, and it is kept
+    for kill_at in range(1, 99):
+        other = clone.copy(tmp_path_factory.mktemp("killed"))
+        killed = driven(other, kill_at, "run", "rates x 1.5")
+        said = other.do("status")
+        assert ("open: " in said) == ("interrupted" in said)
+        other.do("wait")
+        if "rates x 1.5" not in "".join(other.said()):
+            assert other.value() == 0.4353, kill_at  # the edit is still there
+            other.do("run", "rates x 1.5")
+        assert other.said()[3:] == [
+            "keep wider MLP, seed 42",
+            "keep rates x 1.5, seed 42",
+            "keep wider MLP, seed 43",
+            "keep rates x 1.5, seed 43",
+        ], kill_at
+        assert other.git("log", "--format=%s", "-2").split("\n") == [
+            "rates x 1.5",
+            "wider MLP",
+        ]
+        assert other.value() == 0.4353 and other.git("status", "--short") == "", kill_at
+        assert other.git("rev-parse", "HEAD") in other.git("show-ref"), kill_at
+        if not killed:
+            break
+    assert 15 < kill_at < 40
+
+
+def test_killed_at_any_step_a_start_can_be_repeated(fresh, tmp_path_factory):
+    for kill_at in range(1, 99):
+        other = Clone(fresh.folder, tmp_path_factory.mktemp("killed"))
+        killed = driven(other, kill_at, "start", "nov24")
+        if (other.folder / "runs" / "night.json").exists():
+            other.do("wait")
+        else:
+            other.do("start", "nov24")
+        assert other.said() == BASELINE and "noise 0.000500" in other.do("wait"), kill_at
+        if not killed:
+            break
+    assert kill_at > 8
+
+
+def test_a_line_that_finds_the_disk_full_is_written_later(clone):
+    clone.edit(0.43)
+    (clone.folder.parent / "driver.py").write_text(FULL_DISK)
+    driver = [sys.executable, clone.folder.parent / "driver.py", "run", "wider MLP"]
+    said = clone.call(driver, status=1)
+    assert "No space left on device" in said and "wait` goes on" in said
+    assert clone.said() == BASELINE
+    said = clone.do("status")
+    assert "open: " in said and "stopped: [Errno 28]" in said
+    assert "keep: " in clone.do("wait")
+    assert clone.said() == [*BASELINE, "keep wider MLP, seed 42"] and goes_on(clone)
+
+
+FULL_DISK = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import experiment
+from loop import ledger
+write_whole = ledger.write_whole
+def full(path, content):
+    if path.name == "results.tsv":
+        raise OSError(28, "No space left on device", str(path))
+    write_whole(path, content)
+ledger.write_whole = full
+sys.exit(experiment.main())
+"""
+
+
+# ---- Drift, budget, void -----------------------------------------------------------------
+def test_every_ten_experiments_the_best_runs_again_and_a_changed_speed_counts(clone):
+    for number in range(9):
+        said = clone.experiment(f"bad {number}", 0.5, lines=number)
+        assert "control" not in said
+    (clone.folder.parent / "speed").write_text("0.9")
+    said = clone.experiment("bad 9", 0.5, lines=9)
+    assert "control, the best: 0.440000" in said and "changed by over 2 %" in said
+    assert (
+        clone.said()[-1] == "keep baseline, seed 45"
+        and "1.080 M tok/s" in clone.rows()[-1][3]
+    )
+    # Now the best has 0.440000 alone, and needs a second run before the verdict.
+    said = clone.experiment("good", 0.4394)
+    assert "the best 0.440000 of 2 runs" in said and "discard: " in said
+    assert clone.said()[-3:] == [
+        "discard good, seed 42",
+        "keep baseline, seed 46",
+        "discard good, seed 43",
+    ]
+    assert "11 experiments, 0 kept" in said
+
+
+@pytest.mark.parametrize("budget", ["2", "0.0008h"])
+def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
+    fresh.do("start", "nov24", "--budget", budget)
+    if budget == "2":
+        assert "over" not in fresh.experiment("wider MLP", 0.43)
+        said = fresh.experiment("deeper", 0.44)
+        assert (
+            "control, the best: 0.430000 0.430500" in said and "the night is over" in said
+        )
+    else:
+        time.sleep(3)
+    rows = [*fresh.rows()]
+    fresh.edit(0.40)
+    said = fresh.do("run", "one more", status=4)
+    assert "the night is over and nothing was run" in said and fresh.value() == 0.40
+    assert len(fresh.rows()) - len(rows) == (0 if budget == "2" else 1)
+    assert fresh.do("run", "one more", status=4) and "keep" in fresh.rows()[-1]
+    assert "the night is over" in fresh.do("status")
+
+
+def test_a_commit_that_turns_out_broken_is_taken_back(clone):
+    clone.experiment("a leak", 0.2)
+    leak = clone.git("rev-parse", "HEAD")
+    text = (clone.folder / "train.py").read_text()
+    for number in range(5):  # of the end, so that the leak can be reverted alone
+        text = text.replace("# a line\n", "", 1)
+    (clone.folder / "train.py").write_text(text)
+    assert "keep: " in clone.do("run", "shorter")
+    said = clone.do("void", leak[:7], "sees\tthe future")
+    assert "without" in said and "best: " in said
+    assert clone.said()[3:] == [
+        "discard a leak, seed 42, void: sees the future",
+        "discard shorter, seed 42, void: sees the future",
+        "discard a leak, seed 43, void: sees the future",
+        "discard shorter, seed 43, void: sees the future",
+        f"keep without {leak[:8]}, seed 42",
+        f"keep without {leak[:8]}, seed 43",
+    ]
+    assert clone.value() == 0.44 and clone.git("status", "--short") == ""
+    assert (clone.folder / "train.py").read_text() == text.replace("0.2", "0.44", 1)
+    assert goes_on(clone)
+
+
+def test_a_discarded_commit_can_be_void_too_and_others_cannot(clone):
+    clone.experiment("bad", 0.5)
+    bad = clone.rows()[-1]
+    commit = (clone.folder / "results.tsv").read_text().splitlines()[-1].split("\t")[0]
+    clone.do("void", commit, "never ran")
+    assert clone.rows()[-1][3] == bad[3] + ", void: never ran"
+    for other in ("HEAD", "main", "nonsense"):
+        assert clone.do("void", other, "why", status=1).startswith("experiment.py: ")
+
+
+def keep_two(clone: Clone, first: str, second: str) -> str:
+    """Keep two commits that put a line in front and one at the end; return the first."""
+    good = train_py(0.43).replace("LUCK", f"{first}\nLUCK", 1)
+    (clone.folder / "train.py").write_text(good)
+    assert "keep: " in clone.do("run", "first")
+    commit = clone.git("rev-parse", "HEAD")
+    shorter = good.replace("# a line\n", "") + f"{second}\n"
+    (clone.folder / "train.py").write_text(shorter)
+    assert "keep: " in clone.do("run", "second")
+    return commit
+
+
+def test_what_is_left_of_a_void_commit_crashes_so_the_branch_goes_further_back(clone):
+    first = keep_two(clone, "X = 1", "print(X)")
+    assert "crashes; the branch is at" in clone.do("void", first, "why")
+    assert clone.git("log", "-1", "--format=%s") == "start" and goes_on(clone)
+
+
+def test_a_void_commit_that_git_cannot_revert_is_named_and_left(clone):
+    first = keep_two(clone, "X = 1", "print(X)")
+    clone.edit(0.42)
+    clone.do("run", "third")
+    said = clone.do("void", first, "why", status=1)
+    assert "git revert" in said and "void" not in "".join(clone.said()) and goes_on(clone)
+
+
+# ---- Several GPUs ------------------------------------------------------------------------
+def test_several_gpus_share_a_log_and_each_is_judged_by_its_own(origin, tmp_path):
+    clone = Clone(origin, tmp_path)
+    said = clone.do("start", "nov24", "--gpus", "0,1")
+    other = tmp_path / "clone-gpu1"
+    assert f"GPU 1: for an agent of its own, in {other}" in said
+    clone.do("wait", cwd=other)
+    assert sorted(clone.said()) == sorted(
+        f"{x}, gpu {gpu}" for x in BASELINE for gpu in "01"
+    )
+    assert clone.git("branch", "--show-current", cwd=other) == "autoresearch/nov24-gpu1"
+
+    clone.experiment("wider MLP", 0.43)
+    (other / "train.py").write_text(train_py(0.435))
+    said = clone.do("run", "deeper", cwd=other)
+    assert "keep: " in said and "the best 0.440033 of 3 runs" in said  # of GPU 1
+    said = clone.do("status", cwd=other)
+    commit = clone.git("rev-parse", "--short=8", "HEAD")
+    assert f"kept on gpu 0: wider MLP; git show {commit}" in said
+    assert "deeper" not in said.partition("kept on")[2].partition("\n")[0]
+    (other / "train.py").write_text(train_py(0.43))
+    clone.do("run", "wider MLP", cwd=other)
+    assert "kept on" not in clone.do("status", cwd=other)
+    assert clone.said()[-3:] == [
+        "keep wider MLP, seed 42, gpu 0",
+        "keep deeper, seed 42, gpu 1",
+        "keep wider MLP, seed 42, gpu 1",
+    ]
+    environment = (tmp_path / "environment").read_text()
+    assert environment.count("'0'") == 4 and environment.count("'1'") == 5
+
+
+# ---- Words -------------------------------------------------------------------------------
+def test_without_a_night_each_command_says_how_one_begins(fresh):
+    for command in (
+        ["run", "x"],
+        ["wait"],
+        ["status"],
+        ["void", "HEAD", "x"],
+        ["report"],
+    ):
+        said = fresh.do(*command, status=1)
+        assert "no night has begun" in said and "experiment.py start TAG" in said
+
+
+def test_the_report_names_the_group_that_it_needs(clone):
+    (clone.folder / "analysis.py").write_text("import no_such_module")
+    said = clone.do("report", status=1)
+    assert "uv run --group analysis experiment.py report" in said
+    writes = "def write_report(folder, ledger): return folder / ledger.name"
+    (clone.folder / "analysis.py").write_text(writes)
+    assert clone.do("report") == f"{clone.folder / 'results.tsv'}\n"
+
+
+def test_the_loop_needs_the_standard_library_alone():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'numpy', 'constants')))"
+    )
+    call = [sys.executable, "-S", "-c", f"{code}; import experiment"]
+    subprocess.run(call, cwd=ROOT, check=True)
+    assert len((ROOT / "experiment.py").read_text("utf-8").splitlines()) < 350
