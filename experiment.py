@@ -29,11 +29,19 @@ import traceback
 from pathlib import Path
 
 from loop import ledger
-from loop.git import ROOT, Refused, changed_files, check_index, fcntl, git
-from loop.git import make_commit, make_tree, succeeds
-from loop.ledger import plain, read_log  # noqa: F401  (for who imports this file)
+from loop.git import (
+    ROOT,
+    Refused,
+    changed_files,
+    check_index,
+    fcntl,
+    git,
+    make_commit,
+    make_tree,
+    succeeds,
+)
+from loop.ledger import plain
 from loop.night import BASELINE_RUNS, NIGHT, Night
-from loop.verdict import verdict  # noqa: F401
 
 ME = "uv run experiment.py"
 POLL = 1.0  # seconds between two looks at what is going on
@@ -316,15 +324,11 @@ def report() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    words = {start: "tag --gpus --budget", run: "idea", void: "commit why"}
     for function in (start, run, wait, status, void, report):
         text = function.__doc__.splitlines()[0]
         add = commands.add_parser(function.__name__, help=text).add_argument
-        add_arguments = {
-            start: ["tag", "--gpus", "--budget"],
-            run: ["idea"],
-            void: ["commit", "why"],
-        }
-        for name in add_arguments.get(function, ()):
+        for name in words.get(function, "").split():
             add(name, **({"default": ""} if name.startswith("--") else {}))
         if function not in (status, report):
             text = "to wait at most (%(default)s); the work goes on"

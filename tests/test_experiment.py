@@ -1,11 +1,9 @@
 """experiment.py in throw-away clones with real git: what it decides, and what it survives."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -755,7 +753,7 @@ def test_a_commit_that_turns_out_broken_is_taken_back(clone):
     clone.experiment("a leak", 0.2)
     leak = clone.git("rev-parse", "HEAD")
     text = (clone.folder / "train.py").read_text()
-    for number in range(5):  # of the end, so that the leak can be reverted alone
+    for _ in range(5):  # of the end, so that the leak can be reverted alone
         text = text.replace("# a line\n", "", 1)
     (clone.folder / "train.py").write_text(text)
     assert "keep: " in clone.do("run", "shorter")
