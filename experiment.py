@@ -104,6 +104,10 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     ):
         if not re.fullmatch(pattern, text):
             raise Refused(f"{text!r}: {help}")
+    if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+        raise Refused(
+            f"{ROOT} is not the top of a git checkout; start in a clone of its own"
+        )
     nights = plan(tag, gpus, budget)
     if NIGHT.exists() and Night.load().tag == tag:
         raise Refused(f"night {tag} has begun here; `{ME} wait` goes on with it")
@@ -117,10 +121,8 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     for tree, night in nights.items():
         name = f"refs/heads/{night.branch}"
         if succeeds("rev-parse", "-q", "--verify", name):
-            ours = (
-                tree == ROOT and not first.folder.exists()
-            )  # of a start that was killed
-            if not ours or git("rev-parse", name) != night.best:
+            killed = tree == ROOT and not first.folder.exists()  # a start like this one
+            if not killed or git("rev-parse", name) != night.best:
                 raise Refused(f"branch {night.branch} is there; take another tag")
         if tree != ROOT and tree.exists():
             raise Refused(f"{tree} is there; git worktree remove {tree}, or rename it")
@@ -130,7 +132,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
         make_commit(trial, "trial", "--allow-empty")
     finally:
         succeeds("worktree", "remove", "--force", str(trial))
-    if first.gpu and "AUTORESEARCH_RUN" not in first.env:
+    if trains_here(first.env):
         probe("prepare.py", "--check")
         for night in nights.values():
             probe("-c", PROBE, **night.env)
@@ -151,9 +153,8 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     for tree, night in nights.items():
         if tree != ROOT:
             print(f"GPU {night.gpu}: for an agent of its own, in {tree}")
-            subprocess.run(
-                [sys.executable, tree / "experiment.py", "wait", "--minutes=0"]
-            )
+            script = tree / "experiment.py"
+            subprocess.run([sys.executable, script, "wait", "--minutes=0"])
     return wait(minutes, ours=True)
 
 
@@ -163,11 +164,7 @@ def plan(tag: str, gpus: str, budget: str) -> dict[Path, Night]:
     keys = [k for k in os.environ if k.startswith("AUTORESEARCH_") and k not in own]
     env = {key: os.environ[key] for key in keys}
     cards = gpus.split(",")
-    if (
-        not gpus
-        and not env.get("AUTORESEARCH_RUN")
-        and env.get("AUTORESEARCH_SMOKE") != "1"
-    ):
+    if not gpus and trains_here(env):
         cards = [os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"]
     head, log = git("rev-parse", "HEAD"), str((ROOT / "results.tsv").resolve())
     job = {"commit": head, "idea": "baseline", "runs": BASELINE_RUNS}
@@ -178,6 +175,11 @@ def plan(tag: str, gpus: str, budget: str) -> dict[Path, Night]:
         where = (tag, f"autoresearch/{tag}{end}", log, gpu, len(cards) > 1, seen, budget)
         nights[ROOT.with_name(ROOT.name + end)] = Night(*where, head, head, job)
     return nights
+
+
+def trains_here(env: dict[str, str]) -> bool:
+    """Return whether a GPU of this machine is used, and the data here."""
+    return not env.get("AUTORESEARCH_RUN") and env.get("AUTORESEARCH_SMOKE") != "1"
 
 
 def probe(*command: str, **env: str) -> None:
@@ -219,21 +221,15 @@ def run(idea: str, minutes: float) -> int:
     git("update-ref", f"refs/attempts/{commit[:8]}", commit)
     night.save(open={"commit": commit, "idea": idea, "runs": 0}, said=[])
     night.follow()
-    print(
-        f"running {commit[:8]}; train.py is the best's again, for the next edit",
-        flush=True,
-    )
+    print(f"running {commit[:8]}; train.py is the best's again, for the next edit")
     work(night)
     return wait(minutes, ours=True)
 
 
 def check_tree(night: Night) -> None:
     """Refuse what is not one edit of train.py on top of the best commit."""
-    head = git("rev-parse", "--abbrev-ref", "HEAD")
-    if head != night.branch:
-        raise Refused(
-            f"HEAD is {head}, not the night's branch; git switch {night.branch}"
-        )
+    if git("rev-parse", "--symbolic-full-name", "HEAD") != f"refs/heads/{night.branch}":
+        raise Refused(f"HEAD is not the branch of the night; git switch {night.branch}")
     if git("rev-parse", "HEAD") != night.best:
         help = f"git reset --soft {night.best[:8]} leaves train.py as it is; then run"
         raise Refused(f"the branch is not at the best commit, {night.best[:8]}; {help}")
@@ -241,9 +237,7 @@ def check_tree(night: Night) -> None:
     if not (ROOT / "train.py").is_file():
         raise Refused("train.py is missing; git checkout train.py")
     if b"\n<<<<<<< " in b"\n" + (ROOT / "train.py").read_bytes():
-        raise Refused(
-            "train.py shows <<<<<<< where a draft does not fit; mend it, then run"
-        )
+        raise Refused("train.py has marks (<<<<<<<) where a draft did not fit; fix it")
     changed = changed_files()
     if others := " ".join(name for name in changed if name != "train.py"):
         help = f"only train.py may; git stash push {others}, then run"
@@ -259,18 +253,15 @@ def status() -> int:
     print(f"night {night.tag}: branch {night.branch}, gpu {gpu}, budget {budget}")
     _, reference, noise, _ = night.stand()
     print(f"{night.summary()}\nbest mean ever {reference:.6f}, noise {noise:.6f}")
+    doing = "at work"
     try:
-        free = night.take()
+        doing = "interrupted" if night.take() else doing
         night.leave()
     except Refused as error:
-        free = print(error)
-    if night.open:
-        doing = "interrupted" if free else "at work"
-        print(
-            f"open: {night.open['commit'][:8]} {night.open['idea']}, {doing}; `{ME} wait`"
-        )
-    if night.stopped:
-        print(night.stopped)
+        print(error)
+    if job := night.open:
+        print(f"open: {job['commit'][:8]} {job['idea']}, {doing}; `{ME} wait` goes on")
+        print(night.stopped, end="\n" if night.stopped else "")
     lines, tried = night.all_lines(), {x.idea for x in night.lines()}
     for line in lines:
         if not line.status:

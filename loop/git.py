@@ -53,9 +53,7 @@ def make_commit(tree: Path, message: str, *what: str) -> str:
     try:
         git("commit", "-q", "-m", message, *what, tree=tree)
     except Refused as error:
-        help = (
-            "if it is a hook, `git config core.hooksPath /dev/null` turns hooks off here"
-        )
+        help = "if a hook did it, `git config core.hooksPath /dev/null` turns hooks off"
         if re.search("ident|who you are", str(error)):
             help = "run `git config user.name NAME` and `git config user.email ADDRESS`"
         elif re.search("gpg|sign", str(error)):

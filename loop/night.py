@@ -311,7 +311,7 @@ class Night:
             if line.status == "crash":
                 logs = f"tail -n 40 {self.folder}/{commit[:8]}-*.log"
                 why = f"{idea}: a run of {commit[:8]} failed ({line.void or 'crash'})"
-                raise Refused(f"{why}; `{logs}` says why; then uv run experiment.py wait")
+                raise Refused(f"{why}; `{logs}` says why; the machine is not ready")
         now, _, noise, later = self.stand()
         values = " ".join(f"{v:.6f}" for v in now.get(commit[:8], []))
         said = [

@@ -1,6 +1,7 @@
 """experiment.py in throw-away clones with real git: what it decides, and what it survives."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,7 +316,7 @@ def test_no_result_is_a_crash(clone, fault):
 def goes_on(clone: Clone) -> bool:
     """Return whether the night is as it should be after a fault, and goes on."""
     said = clone.do("status")
-    assert "open: " not in said and "stopped" not in said
+    assert "open: " not in said
     assert clone.git("branch", "--show-current") == "autoresearch/nov24"
     rows = clone.rows()
     assert "keep: " in clone.experiment("after the fault", 0.30)
@@ -490,6 +491,24 @@ def test_start_refuses_a_dirty_tree_and_touches_nothing(fresh):
     assert fresh.git("branch", "--show-current") == "main"
     for words in (["a b"], ["x", "--budget", "soon"], ["x", "--gpus", "0;1"]):
         assert fresh.do("start", *words, status=1).startswith("experiment.py: ")
+
+
+def test_start_refuses_a_folder_that_is_no_checkout_of_its_own(fresh):
+    shutil.rmtree(fresh.folder / ".git")
+    assert "not a git repository" in fresh.do("start", "nov24", status=1)
+    fresh.git("init", "-q", cwd=fresh.folder.parent)
+    assert "not the top of a git checkout" in fresh.do("start", "nov24", status=1)
+
+
+def test_start_says_when_the_baseline_fails_and_wait_tries_again(fresh):
+    (fresh.folder / "train.py").write_text(train_py(ONCE="crash"))
+    fresh.git("commit", "-qam", "crashes once")
+    said = fresh.do("start", "nov24", status=1)
+    assert "baseline: a run of" in said and "tail -n 40" in said
+    assert "open: " in fresh.do("status")
+    fresh.do("wait")
+    assert fresh.said()[0] == "crash baseline, seed 42" and len(fresh.said()) == 4
+    assert goes_on(fresh)
 
 
 def test_a_night_after_a_night(clone):
