@@ -20,11 +20,14 @@ KNOBS = {
     "ATTENTION": "fa3",
     "FAULT": "",
     "ONCE": "",  # a fault of the first run that comes here
+    "SMOKE": "",  # a fault of the smoke check
 }
 LUCK = {42: 0.0, 43: 0.0005, 44: -0.0004}
 TRAIN = """
 import os, sys, time
-here, seed = os.environ["NIGHT_HOME"], int(os.environ["AUTORESEARCH_SEED"])
+here, seed = os.environ["NIGHT_HOME"], int(os.environ.get("AUTORESEARCH_SEED", 42))
+if os.environ.get("AUTORESEARCH_SMOKE"):
+    raise SystemExit(SMOKE or 0)
 if ONCE:
     try:
         os.mkdir(os.path.join(here, ONCE + str(VAL_BPB)))
@@ -88,6 +91,7 @@ def make_origin(folder: Path) -> Path:
         (folder / name).write_text(text.replace(old, new), "utf-8")
     (folder / "train.py").write_text(train_py())
     (folder / "notes.md").write_text("the owner's\n")
+    (folder / "prepare.py").write_text('print("prepared")\n')
     for command in (["init", "-qb", "main"], ["add", "."], ["commit", "-qm", "start"]):
         call = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run([*call, *command], check=True)
