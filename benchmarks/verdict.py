@@ -1,4 +1,4 @@
-"""Simulate verdict rules on nights whose true effects are known: what is kept wrongly?
+"""Simulate the loop's verdict, and others, on nights whose true effects are known.
 
 Usage: python benchmarks/verdict.py [--noise 0.0007] [--nights 1000] [--ideas 80]
            [--seed 1]
@@ -6,21 +6,21 @@ Usage: python benchmarks/verdict.py [--noise 0.0007] [--nights 1000] [--ideas 80
 An idea lowers val_bpb by its effect: 20 % of the ideas gain (exponential, mean 0.0015),
 30 % do nothing, 50 % harm (exponential, mean 0.004). A run adds normal noise to the true
 value of its commit. All rules judge the same ideas. A false keep has an effect of zero or
-less, a missed gain an effect above zero; what program.md says of simpler code and of
-crashes is left out.
+less, a missed gain an effect above zero. Simpler code, crashes and drift are left out.
 """
 
 import argparse
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 
-# Gains, as multiples of the noise, from which program.md's rule keeps a change.
-CLEAR = 3.0  # at once
-REPEAT = 1.0  # may be kept: the change is repeated
-CONFIRM = 1.5  # after the repeat
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from loop.verdict import BARS, CLEAR, FLOOR, REPEAT, noise_of, verdict  # noqa: E402
+
 # Ideas: fractions that gain and that do nothing, and mean sizes of what the others do.
 GAIN_FRACTION = 0.2
 NONE_FRACTION = 0.3
@@ -39,15 +39,6 @@ def draw_effect(rng: random.Random) -> float:
     return -rng.expovariate(1 / MEAN_HARM)
 
 
-def noise(commits: list[list[float]]) -> float:
-    """Return the standard deviation between runs of one commit, pooled over `commits`.
-
-    Computed as program.md's awk does.
-    """
-    squares = sum((value - fmean(runs)) ** 2 for runs in commits for value in runs)
-    return math.sqrt(squares / sum(len(runs) - 1 for runs in commits))
-
-
 @dataclass
 class Night:
     """The state of a night: the best commit's true value, and the runs of all commits."""
@@ -57,6 +48,7 @@ class Night:
     best_true: float = 0.0
     runs: int = 0
     commits: list[list[float]] = field(default_factory=list)  # values of each one's runs
+    kept: list[list[float]] = field(default_factory=list)  # those that were ever the best
 
     def run(self, true: float) -> float:
         """Return the val_bpb of one more run of a commit whose true value is `true`."""
@@ -73,24 +65,20 @@ def keep_if_lower(night: Night, best: list[float], new: list[float], true: float
     return fmean(best) > fmean(new)
 
 
-def with_repeats(clear: float, repeat: float, confirm: float, runs: int = 2) -> Rule:
-    """Return a rule of program.md's kind.
-
-    clear, repeat, confirm: as CLEAR, REPEAT and CONFIRM. runs: what a commit within the
-    noise has in the end.
-    """
+def by_verdict(bars: tuple[float, float, float] = BARS, floor: float = FLOOR) -> Rule:
+    """Return the rule of the loop, with other bars or another floor of the noise."""
 
     def rule(night: Night, best: list[float], new: list[float], true: float) -> bool:
-        gain = fmean(best) - fmean(new)
-        sd = noise(night.commits)
-        if gain > clear * sd:
-            return True
-        if gain < repeat * sd:
-            return False
-        for values, value in ((best, night.best_true), (new, true)):
-            while len(values) < runs:
-                values.append(night.run(value))
-        return fmean(best) - fmean(new) > confirm * noise(night.commits)
+        while True:
+            reference = min(map(fmean, night.kept))
+            noise = noise_of(night.commits, floor)
+            what = verdict(best, new, noise, reference, bars=bars)
+            if what == "repeat best":
+                best.append(night.run(night.best_true))
+            elif what == "repeat new":
+                new.append(night.run(true))
+            else:
+                return what == "keep"
 
     return rule
 
@@ -98,11 +86,11 @@ def with_repeats(clear: float, repeat: float, confirm: float, runs: int = 2) -> 
 # name -> rule, runs of the baseline
 RULES: dict[str, tuple[Rule, int]] = {
     "keep if lower": (keep_if_lower, 1),
-    "program.md": (with_repeats(CLEAR, REPEAT, CONFIRM), 3),
-    "the same, bar after the repeat 1": (with_repeats(CLEAR, REPEAT, 1.0), 3),
-    "the same, bar after the repeat 2": (with_repeats(CLEAR, REPEAT, 2.0), 3),
-    "nothing kept without a repeat": (with_repeats(math.inf, REPEAT, CONFIRM), 3),
-    "the same, three runs, bar 1": (with_repeats(math.inf, REPEAT, 1.0, 3), 3),
+    "the loop": (by_verdict(), 3),
+    "the same, noise without a floor": (by_verdict(floor=0.0), 3),
+    "the same, bar after the repeat 1": (by_verdict((CLEAR, REPEAT, 1.0)), 3),
+    "the same, bar after the repeat 2": (by_verdict((CLEAR, REPEAT, 2.0)), 3),
+    "nothing kept without a repeat": (by_verdict((math.inf, *BARS[1:])), 3),
 }
 
 
@@ -112,6 +100,7 @@ def play(
     """Judge one idea after the other; return what was kept and missed, and its cost."""
     best = [night.run(0.0) for _ in range(baseline_runs)]
     night.commits.append(best)
+    night.kept.append(best)
     kept = []
     missed = []
     for effect in effects:
@@ -120,6 +109,7 @@ def play(
         night.commits.append(new)
         if rule(night, best, new, true):
             best = new
+            night.kept.append(new)
             night.best_true = true
             kept.append(effect)
         elif effect > 0:

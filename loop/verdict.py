@@ -8,18 +8,18 @@ from statistics import fmean
 from loop.ledger import Line
 
 # Gains, as multiples of the noise: keep at once; repeat; keep after the repeat.
-CLEAR, REPEAT, CONFIRM = 3.0, 1.0, 1.5
+BARS = CLEAR, REPEAT, CONFIRM = 3.0, 1.0, 1.5
 FLOOR = 0.0005  # of the noise while it rests on three runs
 DRIFT = 0.02  # of a commit's speed, beyond which the machine has changed
 
 
-def noise_of(groups: Iterable[list[float]]) -> float:
+def noise_of(groups: Iterable[list[float]], floor: float = FLOOR) -> float:
     """Return the standard deviation between runs of one commit, pooled over commits."""
     groups = [values for values in groups if len(values) > 1]
     squares = sum((v - fmean(values)) ** 2 for values in groups for v in values)
     freedom = sum(len(values) - 1 for values in groups)
     sd = math.sqrt(squares / freedom) if freedom else 0.0
-    return sd if freedom > 2 else max(sd, FLOOR)
+    return sd if freedom > 2 else max(sd, floor)
 
 
 def verdict(
@@ -29,6 +29,7 @@ def verdict(
     reference: float = math.inf,
     simpler: bool = False,
     heavier: bool = False,
+    bars: tuple[float, float, float] = BARS,
 ) -> str:
     """Return "keep", "discard", "repeat best" or "repeat new".
 
@@ -39,15 +40,15 @@ def verdict(
     if not new or not best:
         return "repeat best" if new else "repeat new"
     gain = min(reference, fmean(best)) - fmean(new)
-    unit = 2 * noise if heavier else noise
-    equal = simpler and not heavier and gain >= -REPEAT * noise
-    if gain > CLEAR * unit:
+    clear, repeat, confirm = (bar * noise * (2 if heavier else 1) for bar in bars)
+    equal = simpler and not heavier and gain >= -repeat
+    if gain > clear:
         return "keep"
-    if gain <= REPEAT * unit and not equal:
+    if gain <= repeat and not equal:
         return "discard"
     if len(best) < 2 or len(new) < 2:
         return "repeat best" if len(best) < 2 else "repeat new"
-    return "keep" if gain > CONFIRM * unit or equal else "discard"
+    return "keep" if gain > confirm or equal else "discard"
 
 
 def number_stretches(runs: list[Line], drift: float = DRIFT) -> list[int]:

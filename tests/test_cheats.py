@@ -29,8 +29,8 @@ from runs import (
 import constants as C
 from harness.data import load_manifest
 from harness.tokenizer import Tokenizer
+from loop.ledger import read_run
 
-ROOT = Path(C.__file__).parent
 EVALUATE, STEPS = "run.evaluate(model)", "for step in run.steps():"
 SUMMARY, TRAINS = "run.print_summary(", "step.loss = train_step("
 CHEATS: dict[str, list[Edit]] = {}
@@ -519,10 +519,9 @@ def test_its_own_val_bpb_line_instead_of_the_summary(result):
 
 @cheat("train.py", EVALUATE, f'print("val_bpb: 0.100000")\n    {EVALUATE}')
 def test_its_own_val_bpb_line_before_the_summary(result):
-    """Gain: a reader that takes the first line. The count that program.md asks for is not 1."""
-    program = (ROOT / "program.md").read_text("utf-8")
-    assert "grep -c '^val_bpb:' run.log" in program
+    """Gain: a reader that takes the first line. The loop wants exactly one."""
     assert len(re.findall("^val_bpb:", result[1], re.MULTILINE)) == 2
+    assert not read_run(f"{result[1]}\nexit status 0\n", {}, {}).ok
 
 
 @cheat("train.py", SUMMARY, f"for _ in range(2): {SUMMARY}")

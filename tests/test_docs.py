@@ -12,6 +12,7 @@ import pytest
 import constants as C
 from harness import gpu
 from harness.files import PREPARE
+from loop.night import SAME
 
 ROOT = Path(C.__file__).parent
 KEYS = re.findall(r"^(\w+): ", C.SUMMARY, re.MULTILINE)
@@ -120,7 +121,11 @@ def test_every_option_and_variable_in_the_docs_is_one_that_the_code_reads(name):
     text = (ROOT / name).read_text("utf-8")
     code = "".join(
         (ROOT / file).read_text("utf-8")
-        for file in ("constants.py", "prepare.py", *(ROOT / "harness").glob("*.py"))
+        for file in (
+            *("constants.py", "prepare.py", "experiment.py"),
+            *(ROOT / "harness").glob("*.py"),
+            *(ROOT / "loop").glob("*.py"),
+        )
     )
     variables = set(re.findall(r"\b(AUTORESEARCH_[A-Z]+)\b", text))
     assert sorted(v for v in variables if v not in code) == []
@@ -143,9 +148,21 @@ def test_every_option_of_prepare_is_in_the_docs(docs, option):
     assert f"prepare.py {option}" in docs
 
 
-def test_program_md_reads_the_keys_that_a_run_prints(program):
-    read = set(re.findall(r"\^(\w+):", program))
-    assert "warning" in read and read <= {*KEYS, "warning"}
+def test_the_loop_reads_keys_that_a_run_prints():
+    text = (ROOT / "loop" / "night.py").read_text("utf-8")
+    read = {*SAME, *re.findall(r"""\bget\(["']([a-z_]{5,})""", text)}
+    assert "val_bpb" in read and read <= {*KEYS}
+
+
+def test_program_md_names_commands_and_statuses_of_experiment_py(program):
+    command = [sys.executable, ROOT / "experiment.py", "--help"]
+    said = subprocess.check_output(command, text=True)
+    named = set(re.findall(r"uv run experiment\.py (\w+)", program))
+    assert named == {"start", "run", "wait", "status", "void"}
+    assert all(re.search(rf"^    {name} ", said, re.MULTILINE) for name in named)
+    stated = re.findall(r"^\| (\d) \|", program, re.MULTILINE)
+    text = (ROOT / "experiment.py").read_text("utf-8").partition("Exit status: ")[2]
+    assert stated == [n for n in re.findall(r"\b(\d) ", text[:250]) if n != "2"]
 
 
 def test_the_commands_that_errors_name_are_those_of_the_readme(readme):

@@ -1,80 +1,126 @@
-"""benchmarks/verdict.py simulates program.md's rule, and that rule keeps what it promises."""
+"""The verdict by its table, and benchmarks/verdict.py, which simulates nights with it."""
 
 import importlib.util
-import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import constants as C
+from loop import verdict as rule
+from loop.ledger import Line
+from loop.verdict import FLOOR, noise_of, number_stretches, verdict
 
-ROOT = Path(C.__file__).parent
-spec = importlib.util.spec_from_file_location(
-    "verdict", ROOT / "benchmarks" / "verdict.py"
-)
-verdict = sys.modules["verdict"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(verdict)
-
-
-@pytest.fixture(scope="module")
-def program() -> str:
-    return (ROOT / "program.md").read_text("utf-8")
-
-
-def test_the_simulated_rule_has_the_factors_of_program_md(program):
-    table = program.partition("\n## Verdict\n")[2]
-    stated = {float(n) for n in re.findall(r"([\d.]+) x noise", table)}
-    assert stated == {verdict.CLEAR, verdict.REPEAT, verdict.CONFIRM}
+ROOT = Path(__file__).resolve().parent.parent
+path = ROOT / "benchmarks" / "verdict.py"
+spec = importlib.util.spec_from_file_location("simulation", path)
+simulation = sys.modules["simulation"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(simulation)
 
 
 @pytest.mark.parametrize(
-    "gain, keep, runs",
+    "gain, runs, flags, expected",
     [
-        (3.1, True, 0),
-        (2.9, True, 2),
-        (1.6, True, 2),
-        (1.4, False, 2),
-        (0.9, False, 0),
-        (-2, False, 0),
+        # gain in noises; runs of the best and the new one
+        (3.1, (3, 1), "", "keep"),
+        (3.0, (3, 1), "", "repeat new"),
+        (3.0, (1, 1), "", "repeat best"),
+        (1.1, (3, 1), "", "repeat new"),
+        (1.0, (3, 1), "", "discard"),
+        (1.0, (3, 1), "simpler", "repeat new"),
+        (0.0, (3, 1), "", "discard"),
+        (-1.0, (3, 1), "simpler", "repeat new"),
+        (-1.0, (1, 1), "simpler", "repeat best"),
+        (-1.1, (3, 1), "simpler", "discard"),
+        (1.6, (2, 2), "", "keep"),
+        (1.5, (2, 2), "", "discard"),
+        (0.9, (2, 2), "simpler", "keep"),
+        (-1.0, (2, 2), "simpler", "keep"),
+        (-1.1, (2, 2), "simpler", "discard"),
+        # many lines or much memory more: twice the bars
+        (6.1, (3, 1), "heavier", "keep"),
+        (6.0, (3, 1), "heavier", "repeat new"),
+        (2.0, (3, 1), "heavier", "discard"),
+        (3.1, (2, 2), "heavier", "keep"),
+        (3.0, (2, 2), "heavier", "discard"),
+        (0.0, (3, 1), "heavier simpler", "discard"),
+        # no run that counts, since the GPU's speed changed
+        (9.0, (0, 1), "", "repeat best"),
+        (9.0, (1, 0), "", "repeat new"),
+        (9.0, (0, 0), "", "repeat new"),
     ],
 )
-def test_the_rule_repeats_within_the_noise_only(gain, keep, runs):
-    night = verdict.Night(random.Random(0), sd=0.0)
-    night.best_true = 0.0
-    night.commits = [[1.0, 1.0, 2.0, 2.0, 1.5]]
-    night.commits[0] = [x * (1 / verdict.noise(night.commits)) for x in night.commits[0]]
-    assert verdict.noise(night.commits) == pytest.approx(1.0)
-    best, new = [0.0], [-float(gain)]
-    assert verdict.RULES["program.md"][0](night, best, new, -float(gain)) is keep
-    assert (len(best) + len(new) - 2, night.runs) == (runs, runs)
+def test_the_table(gain, runs, flags, expected):
+    noise = 0.25  # so that all numbers are exact
+    best, new = [1.0] * runs[0], [1.0 - gain * noise] * runs[1]
+    how = {flag: True for flag in flags.split()}
+    assert verdict(best, new, noise, **how) == expected
 
 
-def test_the_noise_of_the_simulation_is_what_program_mds_command_prints(
-    program, tmp_path
-):
-    (block,) = re.findall(r"```sh\n(awk .*?)```", program, re.DOTALL)
-    commits = [[0.4418, 0.4425, 0.4413], [0.4391], [0.4379, 0.4383], [0.4355, 0.4356]]
-    lines = [
-        "commit\tval_bpb\tmemory_gb\tstatus\tdescription",
-        "c9\t0.000000\t0.0\tcrash\tx",
-    ]
-    lines += [
-        f"c{k}\t{v:.6f}\t1.0\tkeep\tx" for k, runs in enumerate(commits) for v in runs
-    ]
-    (tmp_path / "results.tsv").write_text("\n".join(lines) + "\n")
-    command = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
-    printed = subprocess.run(["sh", "-c", block], **command).stdout
-    assert f"noise {verdict.noise(commits):.6f}\n" in printed
-    assert "c0 mean 0.441867 runs 3\n" in printed and "c9" not in printed
+@pytest.mark.parametrize(
+    "gain, flags, expected",
+    [
+        (0.1, {}, "keep"),
+        (0.0, {}, "discard"),
+        (0.0, {"simpler": True}, "keep"),
+        (-0.1, {"simpler": True}, "discard"),
+    ],
+)
+def test_without_noise_any_gain_is_one(gain, flags, expected):
+    assert verdict([1.0] * 2, [1.0 - gain] * 2, 0.0, **flags) == expected
+
+
+def test_the_gain_is_over_the_best_mean_ever_kept():
+    # The best was kept for being shorter, one noise above what had been kept before.
+    assert verdict([1.1, 1.1], [0.89], 0.1, reference=1.0) == "repeat new"
+    assert verdict([1.1, 1.1], [1.05, 1.05], 0.1, reference=1.0) == "discard"
+    shorter = {"reference": 1.0, "simpler": True}
+    assert verdict([1.1, 1.1], [1.09, 1.09], 0.1, **shorter) == "keep"
+    assert verdict([1.1, 1.1], [1.15, 1.15], 0.1, **shorter) == "discard"
+
+
+@pytest.mark.parametrize(
+    "groups, expected",
+    [
+        ([], FLOOR),
+        ([[0.44]], FLOOR),
+        ([[0.44, 0.4401, 0.4399]], FLOOR),
+        ([[0.44, 0.442, 0.438]], 0.002),
+        ([[0.44, 0.44, 0.44], [0.43, 0.43]], 0.0),  # five runs are enough
+        ([[0.44, 0.442, 0.438], [0.43, 0.434]], 0.0023094),
+    ],
+)
+def test_the_noise_has_a_floor_while_it_rests_on_three_runs(groups, expected):
+    assert noise_of(groups) == pytest.approx(expected, rel=1e-4)
+
+
+def runs_of(*pairs: tuple[str, float], status: str = "keep") -> list[Line]:
+    return [Line(c, 0.44, 1.0, status, "", speed=speed) for c, speed in pairs]
+
+
+def test_a_changed_speed_of_a_kept_commit_begins_a_stretch():
+    same = runs_of(("a", 1.2), ("a", 1.21), ("b", 1.5), ("a", 1.19))
+    assert number_stretches(same) == [0, 0, 0, 0]
+    slower = [*same, *runs_of(("a", 1.1), ("a", 1.1), ("b", 1.4), ("b", 1.5))]
+    assert number_stretches(slower) == [0, 0, 0, 0, 1, 1, 1, 2]
+    other = runs_of(("a", 1.2), ("a", 1.1), status="discard")
+    assert number_stretches(other) == [0, 0]
+    unknown = runs_of(("a", 0.0), ("a", 1.2), ("a", 0.0), ("a", 1.2))
+    assert number_stretches(unknown) == [0, 0, 0, 0]
+
+
+# ---- What is said of it ------------------------------------------------------------------
+def test_program_md_states_the_bars():
+    program = (ROOT / "program.md").read_text("utf-8")
+    table = program.partition("\n## Verdict\n")[2].partition("\n## ")[0]
+    stated = {float(n) for n in re.findall(r"(-?[\d.]+) x noise", table)}
+    assert {abs(n) for n in stated} == {*rule.BARS}
 
 
 def test_false_keeps_are_cut_five_fold_for_at_most_30_percent_more_runs():
     args = {"sd": 0.0007, "nights": 60, "ideas": 80, "seed": 2}
     plain, ours = (
-        verdict.simulate(name, **args) for name in ("keep if lower", "program.md")
+        simulation.simulate(name, **args) for name in ("keep if lower", "the loop")
     )
     assert plain["false"] > 5 * ours["false"]
     assert ours["runs"] < 1.3 * plain["runs"]
