@@ -252,7 +252,7 @@ def status() -> int:
     gpu, budget = night.gpu or "not here", night.budget or "none"
     print(f"night {night.tag}: branch {night.branch}, gpu {gpu}, budget {budget}")
     _, reference, noise, _ = night.stand()
-    print(f"{night.summary()}\nbest mean ever {reference:.6f}, noise {noise:.6f}")
+    print(f"{night.summary()}\nbest mean ever kept {reference:.6f}, noise {noise:.6f}")
     doing = "at work"
     try:
         doing = "interrupted" if night.take() else doing

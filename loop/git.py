@@ -36,6 +36,7 @@ def git(*command: str, tree: Path = ROOT) -> str:
 
 
 def succeeds(*command: str) -> bool:
+    """Return whether git ends with status 0."""
     try:
         return git(*command) is not None
     except Refused:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import platform
 import re
@@ -61,6 +62,7 @@ class Night:
 
     @staticmethod
     def load() -> "Night":
+        """Return the night of this tree; Refused if none has begun."""
         if not NIGHT.exists():
             raise Refused(f"no night has begun in {ROOT}; uv run experiment.py start TAG")
         return Night(**json.loads(NIGHT.read_text("utf-8")))
@@ -75,12 +77,14 @@ class Night:
         return None
 
     def save(self, path: Path = NIGHT, **changes) -> None:
+        """Change some values and write all of them, whole or not at all."""
         vars(self).update(changes)
         path.parent.mkdir(exist_ok=True)
         ledger.write_whole(path, json.dumps(asdict(self), indent=1).encode())
 
     @property
     def folder(self) -> Path:
+        """Where the logs of runs are, and the tree in which they run."""
         return ROOT / "runs" / self.tag
 
     def take(self) -> bool:
@@ -109,6 +113,7 @@ class Night:
 
     # ---- What the log says ---------------------------------------------------------------
     def all_lines(self) -> list[Line]:
+        """Return the lines of the log, of all GPUs."""
         path = Path(self.log)
         return ledger.read_log(os.fsdecode(path.read_bytes()) if path.exists() else "")
 
@@ -119,10 +124,11 @@ class Night:
         return [x for x in lines if x.commit == commit[:8] or not commit]
 
     def idea_of(self, commit: str) -> str:
+        """Return what a commit's first line says that it tries."""
         return next((x.idea for x in self.lines(commit)), "baseline")
 
     def count(self) -> int:
-        """Return how many experiments there were; a crash that was mended is none."""
+        """Return how many experiments there were; an idea that was mended counts once."""
         lines = self.lines()
         return len({x.idea for x in lines if x.commit != lines[0].commit})
 
@@ -145,6 +151,7 @@ class Night:
         return f"{idea} is going on: {steps[-1]}; uv run experiment.py wait"
 
     def used_up(self) -> bool:
+        """Return whether the budget of the night is."""
         if self.budget.endswith("h"):
             return time.time() - self.began > 3600 * float(self.budget[:-1])
         return bool(self.budget) and self.count() >= int(self.budget)
@@ -169,7 +176,7 @@ class Night:
         now = {commit: v for (number, commit), v in groups.items() if number == last}
         kept = {x.commit for x in runs if x.status == "keep"}
         means = [fmean(values) for commit, values in now.items() if commit in kept]
-        return now, min(means, default=9.9), noise_of(groups.values()), last
+        return now, min(means, default=math.inf), noise_of(groups.values()), last
 
     def judge(self, commit: str) -> tuple[str, list[str]]:
         """Return the verdict on an attempt as things are, and the lines that say why."""
@@ -199,6 +206,7 @@ class Night:
 
     # ---- One run -------------------------------------------------------------------------
     def read(self, log: Path) -> ledger.Result | None:
+        """Return what the log of a run says, None if there is none, or no end of it."""
         if not log.exists():
             return None
         source = (ROOT / "constants.py").read_text("utf-8")
@@ -359,16 +367,21 @@ class Night:
         )
         result = self.read(log)
         last, voids = mine[-1], [x for x in mine if x.void and x.seed == mine[-1].seed]
+        mend = f"git restore --source {commit[:8]} train.py"
         if any(x.status == "crash" and not x.void for x in mine):
-            mend = f"git restore --source {commit[:8]} train.py"
             words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
             words.append(f"a slip? {mend}; fix it; `run` again with the same idea")
             return "crash", words
         if len(voids) == VOID_RUNS:
-            return "void", [f"{VOID_RUNS} times ({last.void}); tail -n 40 {log} says why"]
+            why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"
+            return "void", [why, f"to try it again: {mend}; `run`"]
         if what.startswith("repeat") and len(lines) - lines.index(mine[0]) >= MOST_RUNS:
-            what = "discard"
-        return what, [*words, *result.notes[:3]]
+            what, why = (
+                "discard",
+                f"no verdict in {MOST_RUNS} runs: the GPU's speed varies",
+            )
+            words = [*words, why]
+        return what, [*words, *result.notes[:2]]
 
     def control(self, best: str) -> dict:
         """Return what is open when the best has to run once more."""

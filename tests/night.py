@@ -35,7 +35,9 @@ if ONCE:
     except FileExistsError:
         pass
 try:
-    SPEED *= float(open(os.path.join(here, "speed")).read())
+    speed = open(os.path.join(here, "speed")).read()
+    runs = len(open(os.path.join(here, "environment")).readlines())
+    SPEED *= 1 + 0.1 * runs if speed == "wanders" else float(speed)
 except FileNotFoundError:
     pass
 print("step 00000 (0.0%) | loss: 9.0110", flush=True)

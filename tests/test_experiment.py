@@ -367,6 +367,7 @@ def test_what_a_run_leaves_behind_is_ended(clone):
     assert goes_on(clone)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the process in /proc")
 def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     clone.edit(0.43, FAULT="slow")
     clone.do("run", "slow", "--minutes=0", status=3)
@@ -467,17 +468,19 @@ def test_killed_at_any_step_an_experiment_is_finished_once(clone, tmp_path_facto
 
 
 def test_killed_at_any_step_a_start_can_be_repeated(fresh, tmp_path_factory):
+    begun = 0  # nights written down; from there on it is as in the test above
     for kill_at in range(1, 99):
         other = Clone(fresh.folder, tmp_path_factory.mktemp("killed"))
-        killed = driven(other, kill_at, "start", "nov24")
+        assert driven(other, kill_at, "start", "nov24")
         if (other.folder / "runs" / "night.json").exists():
             other.do("wait")
+            begun += 1
         else:
             other.do("start", "nov24")
         assert other.said() == BASELINE and "noise 0.000500" in other.do("wait"), kill_at
-        if not killed:
+        if begun == 3:
             break
-    assert kill_at > 8
+    assert kill_at > 6
 
 
 def test_a_line_that_finds_the_disk_full_is_written_later(clone):
@@ -529,6 +532,14 @@ def test_every_ten_experiments_the_best_runs_again_and_a_changed_speed_counts(cl
         "discard good, seed 43",
     ]
     assert "11 experiments, 0 kept" in said
+
+
+def test_a_speed_that_changes_all_the_time_gives_no_verdict_and_no_endless_runs(clone):
+    clone.experiment("wider MLP", 0.43)
+    (clone.folder.parent / "speed").write_text("wanders")
+    said = clone.experiment("a little", 0.4292)
+    assert "discard: " in said and "the GPU's speed varies" in said
+    assert len(clone.rows()) == 3 + 1 + 8
 
 
 @pytest.mark.parametrize("budget", ["2", "0.0008h"])
