@@ -74,23 +74,29 @@ def wait(minutes: float, ours: bool = False) -> int:
 
     ours: the process at work is of this command; it is not started a second time.
     """
-    end = time.monotonic() + 60 * minutes
+    end, idle = time.monotonic() + 60 * minutes, 0
     while not (night := Night.locked()) or (night.open and not ours):
+        there = night or Night.load()
+        idle = 0 if there.open else idle + 1
         if night:
             print(f"going on with {night.open['commit'][:8]}, {night.open['idea']}")
             work(night)
             ours = True
+        elif idle > 5:  # done, and somebody has the locks nevertheless
+            break
         elif time.monotonic() > end:
-            print(Night.load().progress())
+            print(there.busy())
             return 3
         time.sleep(POLL)
-    print("\n".join(night.said))
-    if night.open:
-        what = night.stopped or "what was at work was killed"
+    there = night or Night.load()
+    print("\n".join(there.said))
+    if there.open:
+        what = there.stopped or "what was at work was killed"
         raise Refused(f"{what}; `{ME} wait` goes on from there")
-    night.follow()
-    night.leave()
-    print(night.summary())
+    if night:
+        night.follow()
+        night.leave()
+    print(there.summary() if night else there.busy())
     return 0
 
 
@@ -195,16 +201,15 @@ def run(idea: str, minutes: float) -> int:
     """Commit train.py as it is, put the best's back in its place, and start the run."""
     if not (idea := plain(idea)):
         raise Refused('say in a few words what is tried: run "wider MLP"')
-    busy = Refused(f"an experiment is going on here; `{ME} wait`, then run")
     if not (night := Night.locked()):
-        raise busy
+        raise Refused(Night.load().busy())
     if night.open:
         print(f"first what is open: {night.open['idea']}")
         work(night)
         if status := wait(minutes, ours=True):
             return status
         if not (night := Night.locked()):
-            raise busy
+            raise Refused(Night.load().busy())
     night.follow()
     if night.used_up() and not night.over:
         night.save(open=night.control(night.best), over=True, said=[])
@@ -275,8 +280,10 @@ def status() -> int:
 
 def void(commit: str, why: str, minutes: float) -> int:
     """Take a commit, and what was kept on top of it, out of the log; revert it."""
-    if not (night := Night.locked()) or night.open:
-        raise Refused(f"an experiment is open; `{ME} wait`, then void")
+    if not (night := Night.locked()):
+        raise Refused(Night.load().busy())
+    if night.open:
+        raise Refused(f"{night.open['idea']} is open; `{ME} wait`, then void")
     night.follow()
     lines = [x.commit for x in night.all_lines() if x.status]
     full = git("rev-parse", "--verify", f"{commit}^{{commit}}")

@@ -142,13 +142,17 @@ class Night:
         end = "; the night is over" if self.over else ""
         return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
 
-    def progress(self) -> str:
-        """Return one line: what is going on."""
+    def busy(self) -> str:
+        """Return one line on who has the locks."""
+        if not self.open:
+            path = ROOT / "runs" / "tree.lock"
+            return (
+                f"a process that a run left behind holds {path} (fuser shows it); end it"
+            )
         logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
         lines = logs[-1].read_text("utf-8", "replace").splitlines() if logs else []
         steps = [x for x in lines if x.startswith("step ")] or lines or [""]
-        idea = self.open["idea"] if self.open else "it"
-        return f"{idea} is going on: {steps[-1]}; uv run experiment.py wait"
+        return f"{self.open['idea']} is going on: {steps[-1]}; uv run experiment.py wait"
 
     def used_up(self) -> bool:
         """Return whether the budget of the night is."""

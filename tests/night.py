@@ -49,8 +49,9 @@ if FAULT == "hangs":
     time.sleep(60)
 if FAULT == "slow":
     time.sleep(1)
-if FAULT == "leaves":
+if FAULT in ("leaves", "escapes"):
     if not (child := os.fork()):
+        FAULT == "escapes" and os.setsid()
         time.sleep(60)
     open(os.path.join(here, "left"), "w").write(str(child))
 if FAULT == "twice":

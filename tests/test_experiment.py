@@ -336,7 +336,7 @@ def test_a_second_agent_in_the_same_tree_is_refused(clone):
         "run", "slow", "--minutes=0.004", status=3
     )
     clone.edit(0.42)
-    assert "going on here" in clone.do("run", "other", status=1)
+    assert "slow is going on: step" in clone.do("run", "other", status=1)
     assert "at work" in clone.do("status")
     assert "going on" in clone.do("start", "nov25", status=1)
     assert "keep: " in clone.do("wait")
@@ -367,6 +367,16 @@ def test_what_a_run_leaves_behind_is_ended(clone):
     assert goes_on(clone)
 
 
+def test_what_a_run_leaves_behind_in_a_session_of_its_own_is_named(clone):
+    said = clone.experiment("escapes", 0.43, FAULT="escapes")
+    assert "keep: " in said and "tree.lock (fuser shows it); end it" in said
+    clone.edit(0.42)
+    assert "tree.lock (fuser shows it); end it" in clone.do("run", "next", status=1)
+    assert "keep: " in clone.do("wait")
+    os.kill(int((clone.folder.parent / "left").read_text()), signal.SIGKILL)
+    assert goes_on(clone)
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the process in /proc")
 def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     clone.edit(0.43, FAULT="slow")
@@ -376,7 +386,9 @@ def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     assert len(worker) == 1
     os.kill(worker[0], signal.SIGKILL)
     clone.edit(0.42)
-    assert "going on here" in clone.do("run", "other", status=1)  # by its training
+    assert "slow is going on: step" in clone.do(
+        "run", "other", status=1
+    )  # by its training
     assert "keep: " in clone.do("wait")
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
 
