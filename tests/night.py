@@ -47,8 +47,8 @@ if FAULT == "refused":
     raise SystemExit("evaluation refused: the model sees the future from 1 on")
 if FAULT == "hangs":
     time.sleep(60)
-if FAULT == "slow":
-    time.sleep(1)
+while FAULT == "slow" and not os.path.exists(os.path.join(here, "go")):
+    time.sleep(0.01)
 if FAULT in ("leaves", "escapes"):
     if not (child := os.fork()):
         FAULT == "escapes" and os.setsid()
@@ -71,7 +71,7 @@ print(f"---\\nval_bpb: {VAL_BPB + luck:.6f}\\npeak_vram_mb: {MEMORY * 1024:.1f}\
 # The product's times are for people; these are for tests.
 FASTER = [
     ("experiment.py", "POLL = 1.0", "POLL = 0.02"),
-    ("loop/night.py", "LIMIT = 900", "LIMIT = 2"),
+    ("loop/night.py", "LIMIT = 900", "LIMIT = 5"),
 ]
 
 
@@ -139,6 +139,16 @@ class Clone:
                 return
             assert time.monotonic() < end
             time.sleep(0.01)
+
+    def run_slowly(self, *args) -> None:
+        """Begin an experiment that trains until `go`."""
+        self.edit(*args, FAULT="slow")
+        self.do("run", "slow", "--minutes=0", status=3)
+        self.until_it_trains()
+
+    def go(self) -> None:
+        """Let a slow run end."""
+        (self.folder.parent / "go").touch()
 
     def do(self, *command: str, status: int | None = 0, cwd: Path | None = None) -> str:
         """Run experiment.py; return what it prints, its refusal included."""

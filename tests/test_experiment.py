@@ -147,11 +147,11 @@ def test_a_run_sees_its_gpu_and_no_virtual_env(fresh):
 
 # ---- The tree is the agent's -------------------------------------------------------------
 def test_the_next_edit_can_be_drafted_while_the_gpu_works(clone):
-    clone.edit(0.43, FAULT="slow")
-    assert clone.do("run", "slow", "--minutes=0", status=3)
+    clone.run_slowly(0.43)
     assert clone.value() == 0.44  # the best's
     draft = train_py(0.44) + "# the next edit\n"
     (clone.folder / "train.py").write_text(draft)
+    clone.go()
     assert "keep: " in clone.do("wait")
     text = train_py(0.43, FAULT="slow") + "# the next edit\n"
     assert (clone.folder / "train.py").read_text() == text
@@ -159,9 +159,9 @@ def test_the_next_edit_can_be_drafted_while_the_gpu_works(clone):
 
 
 def test_a_draft_that_does_not_fit_what_was_kept_shows_both(clone):
-    clone.edit(0.43, FAULT="slow")
-    clone.do("run", "slow", "--minutes=0", status=3)
+    clone.run_slowly(0.43)
     clone.edit(0.42)
+    clone.go()
     clone.do("wait")
     text = (clone.folder / "train.py").read_text()
     assert "<<<<<<<" in text and "VAL_BPB = 0.43" in text and "VAL_BPB = 0.42" in text
@@ -331,14 +331,13 @@ def test_a_damaged_log_is_not_damaged_further(clone, damage):
 
 # ---- Who else is there -------------------------------------------------------------------
 def test_a_second_agent_in_the_same_tree_is_refused(clone):
-    clone.edit(0.43, FAULT="slow")
-    assert "slow is going on: step 00000" in clone.do(
-        "run", "slow", "--minutes=0.004", status=3
-    )
+    clone.run_slowly(0.43)
+    assert "slow is going on: step 00000" in clone.do("wait", "--minutes=0", status=3)
     clone.edit(0.42)
     assert "slow is going on: step" in clone.do("run", "other", status=1)
     assert "at work" in clone.do("status")
     assert "going on" in clone.do("start", "nov25", status=1)
+    clone.go()
     assert "keep: " in clone.do("wait")
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
 
@@ -348,10 +347,11 @@ def test_a_second_experiment_on_a_gpu_is_refused_in_another_tree(origin, tmp_pat
     clones[1].env["AUTORESEARCH_CACHE"] = clones[0].env["AUTORESEARCH_CACHE"]
     for clone in clones:
         clone.do("start", "nov24", "--gpus", "0")
-        clone.edit(0.43, FAULT="slow")
-    clones[0].do("run", "slow", "--minutes=0", status=3)
+        clone.edit(0.43)
+    clones[0].run_slowly(0.43)
     assert "GPU 0 has an experiment of another tree" in clones[1].do("run", "x", status=1)
     assert "GPU 0" in clones[1].do("status") and clones[1].said() == BASELINE
+    clones[0].go()
     assert "keep: " in clones[0].do("wait")
     assert "keep: " in clones[1].do("run", "x")
 
@@ -379,16 +379,14 @@ def test_what_a_run_leaves_behind_in_a_session_of_its_own_is_named(clone):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the process in /proc")
 def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
-    clone.edit(0.43, FAULT="slow")
-    clone.do("run", "slow", "--minutes=0", status=3)
-    clone.until_it_trains()
+    clone.run_slowly(0.43)
     worker = processes_in(clone.folder, "experiment.py")
     assert len(worker) == 1
     os.kill(worker[0], signal.SIGKILL)
     clone.edit(0.42)
-    assert "slow is going on: step" in clone.do(
-        "run", "other", status=1
-    )  # by its training
+    said = clone.do("run", "other", status=1)
+    assert "slow is going on: step" in said  # its training is
+    clone.go()
     assert "keep: " in clone.do("wait")
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
 

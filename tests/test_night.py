@@ -109,7 +109,7 @@ PLAN = [
     ("softcap 20", train_py(0.4350)),  # 1.4 x noise: again, discarded
     ("fp8 head", train_py(0.40, FAULT="crash")),
     ("a slip", train_py(0.40, FAULT="crash"), train_py(0.4399)),
-    ("no compile", train_py(0.40, FAULT="hangs")),
+    ("no compile", train_py(0.40, FAULT="twice")),
     ("bidirectional", train_py(0.10, FAULT="refused")),
     ("a typo", train_py(0.40, SMOKE="crash")),
     ("depth 10", train_py(0.4300, ONCE="gpu")),
