@@ -128,7 +128,7 @@ class Night:
         return next((x.idea for x in self.lines(commit)), "baseline")
 
     def count(self) -> int:
-        """Return how many experiments there were; an idea that was mended counts once."""
+        """Return how many experiments there were; an idea that was fixed counts once."""
         lines = self.lines()
         return len({x.idea for x in lines if x.commit != lines[0].commit})
 
@@ -371,14 +371,14 @@ class Night:
         )
         result = self.read(log)
         last, voids = mine[-1], [x for x in mine if x.void and x.seed == mine[-1].seed]
-        mend = f"git restore --source {commit[:8]} train.py"
+        back = f"git restore --source {commit[:8]} train.py"
         if any(x.status == "crash" and not x.void for x in mine):
             words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
-            words.append(f"a slip? {mend}; fix it; `run` again with the same idea")
+            words.append(f"a slip? {back}; fix it; `run` again with the same idea")
             return "crash", words
         if len(voids) == VOID_RUNS:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"
-            return "void", [why, f"to try it again: {mend}; `run`"]
+            return "void", [why, f"to try it again: {back}; `run`"]
         if what.startswith("repeat") and len(lines) - lines.index(mine[0]) >= MOST_RUNS:
             what, why = (
                 "discard",

@@ -77,7 +77,7 @@ def test_what_is_shorter_and_equal_is_kept_and_what_is_longer_needs_more(clone):
     assert "keep: " in clone.experiment("long and good", 0.43, lines=30)
 
 
-def test_a_crash_says_why_and_an_idea_that_is_mended_counts_once(clone):
+def test_a_crash_says_why_and_an_idea_that_is_fixed_counts_once(clone):
     said = clone.experiment("fp8 head", 0.4, FAULT="crash")
     assert "crash: " in said and "training loss is nan" in said
     assert clone.value() == 0.44 and clone.git("status", "--short") == ""
@@ -215,14 +215,14 @@ def test_run_refuses_what_is_not_one_edit_of_train_py(clone, change, why):
     if change not in ("nothing", "gone"):
         assert clone.value() == 0.43
     # What the sentence says is what helps.
-    mend = ["git checkout -q train.py"] if change == "gone" else []
+    cures = ["git checkout -q train.py"] if change == "gone" else []
     for start in ("git stash push", "git switch", "git reset --soft", "rm"):
         if f"{start} " in said:
             words = said.partition(f"{start} ")[2].replace(",", " ").split()
-            mend.append(f"{start} {words[0]}")
-    for command in mend:
+            cures.append(f"{start} {words[0]}")
+    for command in cures:
         clone.call(command.split())
-    assert change == "nothing" or mend
+    assert change == "nothing" or cures
     assert change != "committed" or clone.git("rev-list", "--count", "HEAD") == "1"
     assert goes_on(clone)
 

@@ -73,22 +73,22 @@ class Agent:
         assert len(said.splitlines()) <= 10, said
         return said
 
-    def experiment(self, idea: str, text: str, mended: str = "") -> None:
+    def experiment(self, idea: str, text: str, fixed: str = "") -> None:
         (self.clone.folder / "train.py").write_text(text, "utf-8")
         self.at(f"{idea}: edited")
         if self.sh(self.commands("AUTORESEARCH_SMOKE=1"))[1] != "exit status 0\n":
             self.sh(self.commands("git checkout train.py"))
             return
         self.at(f"{idea}: checked")
-        self.run(idea, mended)
+        self.run(idea, fixed)
 
-    def run(self, idea: str, mended: str = "") -> None:
+    def run(self, idea: str, fixed: str = "") -> None:
         command = self.commands("uv run experiment.py run", "wider MLP", idea)
         said = self.until_done(command, dies=self.die_at == f"{idea}: running")
-        if "a slip?" in said and mended:
+        if "a slip?" in said and fixed:
             (command,) = re.findall(r"a slip\? (git [^;]*);", said)
             assert self.sh(command)[0] == 0
-            (self.clone.folder / "train.py").write_text(mended, "utf-8")
+            (self.clone.folder / "train.py").write_text(fixed, "utf-8")
             self.run(idea)
 
     def resume(self, idea: str) -> None:
@@ -101,7 +101,7 @@ class Agent:
             self.run(idea)
 
 
-# Idea, train.py, and what it is after a slip in it is mended.
+# Idea, train.py, and what it is after a slip in it is fixed.
 PLAN = [
     ("wider MLP", train_py(0.4360)),
     ("no value embeddings", train_py(0.4400)),
