@@ -39,8 +39,8 @@ def test_tests_come_with_a_plain_uv_run_and_the_notebook_does_not():
     assert any(
         d.startswith("pytest") for d in groups["dev"]
     )  # the group that uv installs unasked
-    assert not any(re.match("pandas|matplotlib", d) for d in groups["dev"])
-    assert any(d.startswith("pandas") for d in groups["analysis"])
+    assert not any(re.match("nbclient|matplotlib", d) for d in groups["dev"])
+    assert any(d.startswith("matplotlib") for d in groups["analysis"])
 
 
 def test_the_lock_file_names_the_public_index_alone():

@@ -1,0 +1,232 @@
+"""The morning after: what a night of experiments found, and how much of it to believe.
+
+Reads `results.tsv`. A *run* is a line of it, a *change* a commit with all its runs on one GPU.
+The commit of the first line is the *baseline*; every other commit is an *experiment*, numbered
+in the order of the log. The *noise* is the standard deviation between runs of one commit. All
+numbers are val_bpb, bits per byte, lower is better. A gain is counted against the best mean
+before it on the same GPU, in the picture and in the tables alike.
+
+`write_report` writes one page; `analysis.ipynb` shows the same pieces. Both only read the log.
+"""
+
+import datetime
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist, fmean
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from loop.ledger import Line, read_log, write_whole
+from loop.verdict import noise_of, number_stretches
+from morning.page import headline, write_page
+from morning.picture import draw_night, png
+
+STANDS = 2.0  # standard errors, above which a kept gain is believed
+
+
+# ---- The night -------------------------------------------------------------------------
+@dataclass
+class Change:
+    """A commit with all its runs on one GPU."""
+
+    number: int  # of the experiment; 0 is the baseline
+    runs: list[Line]
+    # Stretch of the night, in which the GPU kept its speed -> val_bpb of the runs in it.
+    groups: dict[int, list[float]]
+    mean: float = math.nan
+    gain: float = math.nan  # against the best mean before, in the same stretch
+    error: float = math.nan  # standard error of the gain
+
+    def __post_init__(self):
+        first = self.runs[0]
+        self.commit, self.gpu = first.commit, first.gpu
+        words = first.idea or re.sub(r"(, seed \d+)?(, void.*)?$", "", first.description)
+        self.idea = "".join(c if c.isprintable() else " " for c in words)
+
+    @property
+    def values(self) -> list[float]:
+        return [run.val_bpb for run in self.runs if run.valid]
+
+    @property
+    def status(self) -> str:
+        if not self.values:
+            return "crash"
+        kept = not self.number or any(run.status == "keep" for run in self.runs)
+        return "keep" if kept else "discard"
+
+    @property
+    def believe(self) -> str:
+        """What to believe of its gain."""
+        if self.gain > STANDS * self.error:
+            return "stands"
+        return "may be luck" if self.gain > self.error else "no gain"
+
+
+@dataclass
+class Night:
+    """A log with its arithmetic."""
+
+    changes: list[Change]
+    strays: list[str]  # lines of the log that are no runs
+    withdrawn: int  # commits that `experiment.py void` took out; in nothing else
+    # A later run of a commit, how many experiments were before it, and by which fraction
+    # the commit's speed had changed (nan in logs without speed).
+    controls: list[tuple[Line, int, float]]
+    noise: float
+    spare: int  # degrees of freedom of the noise; without any it is assumed
+    folder: Path  # of train.py and its git
+    note: str  # under the title
+    made_up: bool = False  # the example, which the title then says
+
+    @property
+    def best(self) -> Change | None:
+        bests = [c for gpu in {c.gpu for c in self.changes} for c in self.chain(gpu)[-1:]]
+        return min(bests, key=lambda c: c.mean, default=None)
+
+    @property
+    def start(self) -> Change | None:
+        """The first of the chain that ends in the best."""
+        return self.chain(self.best.gpu)[0] if self.best else None
+
+    @property
+    def gain(self) -> float:
+        """From start to best, in the last stretch in which both ran, if there is one."""
+        start, best = self.start, self.best
+        both = [
+            (start.groups[n], best.groups[n]) for n in best.groups if n in start.groups
+        ]
+        old, new = (both or [(start.values, best.values)])[-1]
+        return fmean(old) - fmean(new)
+
+    @property
+    def luck(self) -> float:
+        """How far below the start the best would lie if no change did anything."""
+        return self.noise * expected_best(len(self.tried("keep", "discard")))
+
+    def chain(self, gpu: str) -> list[Change]:
+        """Return the changes that were in turn the best of a GPU, from the baseline on."""
+        kept = [c for c in self.changes if c.gpu == gpu and c.status == "keep"]
+        return [c for c in kept if not c.gain <= 0]
+
+    def tried(self, *statuses: str) -> list[Change]:
+        """Return the changes of these statuses, without the baseline."""
+        return [c for c in self.changes if c.number and c.status in statuses]
+
+    def times(self, gain: float) -> float:
+        """Return a gain in noises."""
+        return gain / self.noise if self.noise else math.copysign(math.inf, gain)
+
+    def drift(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return ln(num_steps) and val_bpb of repeated commits, less each commit's mean."""
+        found = [np.empty((0, 2))]
+        for change in self.changes:
+            runs = [run for run in change.runs if run.valid]
+            steps = [re.findall(r", (\d+) steps, ", run.description) for run in runs]
+            both = [
+                (int(n[-1]), run.val_bpb) for n, run in zip(steps, runs, strict=True) if n
+            ]
+            pairs = np.array([(math.log(n), bpb) for n, bpb in both if n])
+            found += [pairs - pairs.mean(0)] if len(pairs) > 1 else []
+        return tuple(np.concatenate(found).T)
+
+
+def expected_best(n: int) -> float:
+    """Return the expected largest of n standard normal draws.
+
+    Source: Blom 1958; within 1 % for n > 4.
+    """
+    return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
+
+
+def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
+    """Return the night that the text of a log tells."""
+    lines = read_log(text)
+    logged = [line for line in lines if line.status]
+    # A void run is a crash. What has a number and is void was withdrawn as a whole.
+    gone = {line.commit for line in logged if line.void and line.status != "crash"}
+    runs = [line for line in logged if line.commit not in gone]
+    numbers = {line.commit: 0 for line in logged[:1]}
+    changes: dict[tuple[str, str], Change] = {}
+    last, newest, controls = {}, 0, []
+    begun: dict[str, int] = {}  # by GPU, commits so far
+    crashed: dict[tuple[str, str], int] = {}  # numbers of ideas that gave no number yet
+    for run in runs:
+        # A crash that was mended is a new commit, but the same experiment.
+        idea = run.gpu, run.idea or run.description
+        number = numbers.setdefault(run.commit, crashed.pop(idea, newest + 1))
+        newest = max(newest, number)
+        if run.status == "crash":
+            crashed[idea] = number
+        key = run.gpu, run.commit
+        if key not in changes:
+            changes[key] = Change(number, [run], {})
+            begun[run.gpu] = begun.get(run.gpu, 0) + 1
+        # A later run shows drift when another idea was begun in between.
+        elif run.valid and changes[key].values and last[key] < begun[run.gpu]:
+            speeds = [r.speed for r in changes[key].runs if r.valid and r.speed > 0]
+            moved = run.speed / speeds[0] - 1 if speeds and run.speed > 0 else math.nan
+            controls.append((run, newest, moved))
+        last[key] = begun[run.gpu]
+        if run is not changes[key].runs[0]:
+            changes[key].runs.append(run)
+    for gpu in {run.gpu for run in runs}:
+        valid = [run for run in runs if run.gpu == gpu and run.valid]
+        for run, stretch in zip(valid, number_stretches(valid), strict=True):
+            changes[gpu, run.commit].groups.setdefault(stretch, []).append(run.val_bpb)
+    groups = [values for change in changes.values() for values in change.groups.values()]
+    noise, spare = noise_of(groups), sum(len(values) - 1 for values in groups)
+    kept: dict[str, list[Change]] = {}  # by GPU, so far
+    for change in (c for c in changes.values() if c.values):
+        change.mean, before = fmean(change.values), kept.setdefault(change.gpu, [])
+        pairs = [
+            (new, [c.groups[stretch] for c in before if stretch in c.groups])
+            for stretch, new in change.groups.items()
+        ]
+        for new, rivals in [*pairs, (change.values, [c.values for c in before])]:
+            if rivals:
+                best = min(rivals, key=fmean)
+                change.gain = fmean(best) - fmean(new)
+                change.error = noise * math.sqrt(1 / len(best) + 1 / len(new))
+                break
+        before += [change] if change.status == "keep" else []
+    strays = [line.description for line in lines if not line.status]
+    found = list(changes.values()), strays, len(gone), controls, noise, spare
+    return Night(*found, Path(folder), note)
+
+
+# ---- The report ------------------------------------------------------------------------
+def read_night(folder: Path | str = ".", ledger: Path | str | None = None) -> Night:
+    """Return the night whose log is `ledger`, by default results.tsv in `folder`."""
+    path = Path(ledger or Path(folder, "results.tsv"))
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    return analyse(text, folder, f"As of {datetime.datetime.now():%Y-%m-%d %H:%M}.")
+
+
+def picture(night: Night) -> Figure:
+    """Return the picture of the night, with the headline as its title."""
+    return draw_night(night, headline(night))
+
+
+def read_example() -> Night:
+    """Return the night of results.tsv here; without one, the made-up example of docs/."""
+    if Path("results.tsv").exists():
+        return read_night()
+    night = read_night(ledger=Path(__file__).with_name("docs") / "example.tsv")
+    night.note, night.made_up = "A made-up example: there is no results.tsv here.", True
+    return night
+
+
+def write_report(folder: Path | str = ".", ledger: Path | str | None = None) -> Path:
+    """Write report.html and progress.png into `folder`, and return the page's path.
+
+    ledger: the log, by default results.tsv in `folder`. Nothing that git tracks is touched,
+    and each file is written whole or not at all, so the night may go on meanwhile.
+    """
+    folder = Path(folder)
+    night = read_night(folder, ledger)
+    write_whole(folder / "progress.png", png(picture(night)))
+    write_whole(folder / "report.html", write_page(night).encode())
+    return folder / "report.html"

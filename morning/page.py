@@ -1,0 +1,253 @@
+"""What the page of a night says, piece by piece; a notebook shows the same pieces."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loop.verdict import DRIFT, FLOOR
+from morning.parts import touched
+from morning.picture import draw_drift, draw_night, png
+
+if TYPE_CHECKING:  # it imports this file
+    from analysis import Change, Night
+
+NEAR = (0.5, 1.5)  # times the noise: the gains of near misses
+MOST = 8  # lines of a list
+
+
+class Html(str):
+    """Text that a notebook shows as HTML."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return "HTML"
+
+
+@dataclass
+class Picture:
+    """The picture of a night, which a notebook shows."""
+
+    night: Night
+
+    def _repr_png_(self) -> bytes:
+        return png(draw_night(self.night, headline(self.night)))
+
+    def __repr__(self) -> str:
+        return headline(self.night)
+
+
+def many(n: int, word: str) -> str:
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
+def on_gpu(gpu: str) -> str:
+    return f" on GPU {gpu}" if gpu else ""
+
+
+def headline(night: Night) -> str:
+    """Return the night in one line."""
+    tried = len({c.number for c in night.changes if c.number})
+    experiments, made_up = many(tried, "experiment"), "made up: " if night.made_up else ""
+    if not night.best:
+        return f"No result yet: {experiments} without a number"
+    noise = f"noise {night.noise:.4f}" + ("" if night.spare else " (assumed)")
+    if not tried:
+        return f"{night.start.mean:.4f}, the baseline alone, {noise}"
+    kept = len({c.number for c in night.tried("keep")})
+    ends = f"{night.start.mean:.4f} \u2192 {night.best.mean:.4f}"
+    return f"{made_up}{ends}, {experiments}, {kept} kept, {noise}"
+
+
+def gain_words(night: Night, change: Change) -> tuple[str, str]:
+    """Return a gain, also in noises; nothing where there is none."""
+    if math.isnan(change.gain):
+        return "", ""
+    return f"{change.gain:+.4f}", f"{night.times(change.gain):+.1f}"
+
+
+def table(night: Night, changes: list[Change], last: str) -> str:
+    """Return changes as an HTML table; its last column is their attribute `last`."""
+    lines = [["#", "idea", "val_bpb", "runs", "gain", "in noises", "commit", last]]
+    for c in changes:
+        line = [f"{c.number}{on_gpu(c.gpu)}", c.idea, f"{c.mean:.6f}" if c.values else ""]
+        line += [len(c.values), *gain_words(night, c), c.commit, getattr(c, last)]
+        lines.append(line)
+    cells = [[f"<td>{html.escape(str(cell))}" for cell in line] for line in lines]
+    return f"<table>{''.join('<tr>' + ''.join(line) for line in cells)}</table>"
+
+
+def believe(night: Night) -> Html:
+    """What to believe: each kept gain against its error, luck, and the machine's drift."""
+    text = ["<h2>What to believe</h2>"]
+    if not night.spare:
+        text.append(f"No commit gave two numbers, so a noise of {FLOOR} is assumed.")
+    kept = [c for c in night.tried("keep") if not math.isnan(c.gain)]
+    if kept:
+        beliefs = [c.believe for c in kept]
+        text.append(
+            f"<b>{beliefs.count('stands')} of {many(len(kept), 'kept change')}</b> gained more "
+            f"than twice the standard error. {beliefs.count('may be luck')} may be luck: "
+            f"another run may undo the gain. {beliefs.count('no gain')} gained nothing that "
+            "shows, as simpler code may."
+        )
+        text.append(table(night, kept, "believe"))
+    if night.luck and night.best:
+        n = len(night.tried("keep", "discard"))
+        text.append(
+            f"<b>Luck.</b> The whole gain is {night.gain:.4f}. If no change did anything, the best "
+            f"of {n} would still look {night.luck:.4f} better than the start."
+        )
+    if night.best:
+        text.append(f"<b>Drift.</b> {drift_words(night)}")
+    else:
+        text.append("Nothing has been measured yet.")
+    return Html("\n<p>".join(text))
+
+
+def drift_words(night: Night) -> str:
+    """Say whether the machine stayed the same."""
+    controls = [c for c in night.controls if not math.isnan(c[2])]
+    if not controls:
+        return "No commit ran again later with its speed in the log, so drift would not show."
+    text = [many(len(controls), "control") + ": an earlier commit ran again."]
+    if far := [c for c in controls if abs(c[2]) > DRIFT]:
+        where = [
+            f"{moved:+.1%} at experiment {at}{on_gpu(run.gpu)}" for run, at, moved in far
+        ]
+        where = ", ".join(where[:MOST]) + (", ..." if where[MOST:] else "")
+        text.append(f"<b>{len(far)} changed speed by over {DRIFT:.0%}</b> ({where}).")
+        text.append("A gain is therefore between runs of one speed.")
+    else:
+        text.append(f"Speed stayed within {max(abs(c[2]) for c in controls):.1%}.")
+    steps, bpb = night.drift()
+    if len(steps) > 2 and steps.std() > 1e-3 and bpb.std() > 0:
+        slope, r = (steps @ bpb) / (steps @ steps), np.corrcoef(steps, bpb)[0, 1]
+        text.append(
+            f"For one commit, 1 % more steps went with {slope / 100:+.4f} (r = {r:.2f})."
+        )
+    return " ".join(text)
+
+
+def try_next(night: Night) -> Html:
+    """What to try next: near misses, what may be luck, parts of train.py without a keep."""
+    text, dropped = ["<h2>What to try next</h2>"], night.tried("discard")
+    below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
+    near = [c for c in dropped if NEAR[0] <= night.times(c.gain) <= NEAR[1]]
+    measured = {c.number for c in night.changes if c.values}
+    groups = {
+        "Discarded, though below today's best: run them again": below,
+        "Near misses, {} to {} noise: run them again, or two together".format(*NEAR): [
+            c for c in near if c not in below
+        ],
+        "Kept, but may be luck: run them with another seed": [
+            c for c in night.tried("keep") if c.believe == "may be luck"
+        ],
+        "Never measured, because every run crashed or was void": [
+            c for c in night.tried("crash") if c.number not in measured
+        ],
+    }
+    for title, changes in groups.items():
+        lines = []
+        for c in sorted(changes, key=lambda c: -c.gain):
+            gain, times = gain_words(night, c)
+            gain = f" (gain {gain}, {times} noises)" if gain else ""
+            lines.append(f"<li><b>{c.number}</b> {html.escape(c.idea)}{gain}")
+        lines[MOST:] = [f"<li>and {len(lines) - MOST} more"] if lines[MOST:] else []
+        text += [f"{title}.<ul>{''.join(lines)}</ul>"] if lines else []
+    where = touched(night)
+    never = [name for name, changes in where.items() if not changes]
+    kept = {
+        name
+        for name, changes in where.items()
+        if any(c.status == "keep" for c in changes)
+    }
+    lost = [f"{n} ({len(c)})" for n, c in where.items() if c and n not in kept]
+    for words, names in (
+        ("none of whose experiments was kept", lost),
+        ("that no experiment touched", never),
+    ):
+        text += (
+            [f"Parts of train.py {words}: {html.escape(', '.join(names))}."]
+            if names
+            else []
+        )
+    return Html("\n<p>".join(text if text[1:] else [*text, "Nothing stands out yet."]))
+
+
+def best_commit(night: Night) -> Html:
+    """The best commit, the command that shows its diff, and the counts."""
+    text, best = ["<h2>The best commit</h2>"], night.best
+    if best:
+        runs = many(len(best.values), "run") + on_gpu(best.gpu)
+        text.append(html.escape(f"{best.commit}, {best.idea}: {best.mean:.6f}, {runs}."))
+        command = f"git diff {night.start.commit} {best.commit} -- train.py"
+        text.append(f"<pre>{html.escape(command)}</pre>")
+    runs = [run for change in night.changes for run in change.runs]
+    crashed = [run for run in runs if run.status == "crash"]
+    void = sum(bool(run.void) or run.description.endswith(", void") for run in crashed)
+    text.append(
+        f"Counts: {many(len(runs), 'run')}; {len(night.tried('keep'))} changes kept, "
+        f"{len(night.tried('discard'))} discarded, {night.withdrawn} withdrawn as broken; "
+        f"{len(crashed) - void} runs crashed, {void} were void."
+    )
+    if night.strays:
+        lines = "\n".join(line[:90] for line in night.strays[:MOST])
+        text.append(f"Lines of the log that are no runs: {len(night.strays)}.")
+        text.append(f"<pre>{html.escape(lines)}</pre>")
+    return Html("\n<p>".join(text))
+
+
+def everything(night: Night) -> Html:
+    """Every change of the night."""
+    return Html("<h2>Every experiment</h2>" + table(night, night.changes, "status"))
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --line: #d8dee4 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --paper: #0d1117; --line: #30363d } }
+body { margin: 0 auto; padding: 1.5rem; max-width: 1080px; color: var(--ink);
+  background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+p { margin: .5rem 0 } ul { margin: .25rem 0; padding-left: 1.4rem }
+img { display: block; width: 100%; margin: 1rem 0 } summary { cursor: pointer; margin-top: 2rem }
+table { border-collapse: collapse; font-size: .85rem; width: 100%; margin: .5rem 0 }
+td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; width: 99% }
+tr:first-child { font-weight: bold }
+pre { border: 1px solid var(--line); padding: .6rem; border-radius: 6px; overflow-x: auto }
+"""
+
+
+def write_page(night: Night) -> str:
+    """Return the page: one file, its pictures inside, for light and dark screens."""
+
+    def image(draw, words: str) -> str:
+        drawn = [png(draw(night, dark=dark)) for dark in (False, True)]
+        light, dark = (base64.b64encode(data).decode() for data in drawn)
+        start, media = "data:image/png;base64,", "(prefers-color-scheme: dark)"
+        source = f'<source srcset="{start}{dark}" media="{media}">'
+        return f'<picture>{source}<img src="{start}{light}" alt="{words}"></picture>'
+
+    moved = any(not math.isnan(change) for _, _, change in night.controls)
+    title = html.escape(headline(night))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>{title}</h1><p>{html.escape(night.note)}</p>
+{image(draw_night, "val_bpb of every experiment")}
+{believe(night)}
+{image(draw_drift, "speed and val_bpb of repeated commits") if moved else ""}
+{try_next(night)}
+{best_commit(night)}
+<details><summary>Every experiment</summary>{everything(night)}</details>
+</body></html>
+"""

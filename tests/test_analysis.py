@@ -1,0 +1,436 @@
+"""analysis.py: the night's arithmetic by hand, and a page with a sentence for every log."""
+
+import base64
+import math
+import re
+import subprocess
+
+import pytest
+from cells import HEADER, ROOT
+
+pytest.importorskip("matplotlib")
+from matplotlib.colors import to_hex  # noqa: E402
+
+import analysis  # noqa: E402  (needs the group analysis)
+from analysis import analyse, expected_best, write_report  # noqa: E402
+from morning import page  # noqa: E402
+from morning.page import headline, write_page  # noqa: E402
+from morning.parts import parts  # noqa: E402
+from morning.picture import DARK, draw_night  # noqa: E402
+
+# commit, val_bpb, status, what ends the line
+NIGHT = [
+    ("0000000", 0.9980, "keep", "baseline, seed 42, 2000 steps, 1.000 M tok/s"),
+    ("0000000", 0.9990, "keep", "baseline, seed 43, 2000 steps, 1.000 M tok/s"),
+    ("0000000", 0.9970, "keep", "baseline, seed 44, 2000 steps, 1.000 M tok/s"),
+    ("1111111", 0.9940, "keep", "wider MLP, seed 42, 1900 steps, 0.950 M tok/s"),
+    ("2222222", 0.9932, "discard", "softcap 20, seed 42, 1900 steps, 0.950 M tok/s"),
+    ("33333e3", 0.0, "crash", "fp8 head, seed 42"),
+    ("4444444", 0.9935, "discard", "fewer lines, seed 42, 1900 steps, 0.950 M tok/s"),
+    ("4444444", 0.9949, "keep", "fewer lines, seed 43, 1900 steps, 0.950 M tok/s"),
+    ("5555555", 0.0, "crash", "depth 10, seed 42, void: gpu"),
+    (
+        "6666666",
+        0.9000,
+        "discard",
+        "leak, seed 42, 1900 steps, 0.950 M tok/s, void: leaks",
+    ),
+    ("7777777", 0.9880, "keep", "rates x 1.5, seed 42, 1900 steps, 0.950 M tok/s"),
+    ("1111111", 0.9950, "keep", "wider MLP, seed 43, 1886 steps, 0.943 M tok/s"),
+]
+
+
+def log(lines) -> str:
+    """Return the text of a log with these lines; commit, val_bpb, status, description."""
+    form = "{}\t{:.6f}\t58.7\t{}\t{}\n"
+    return HEADER + "".join(form.format(*line) for line in lines)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pictures are drawn, but not turned into files."""
+    for module in (analysis, page):
+        monkeypatch.setattr(module, "png", lambda figure: b"\x89PNG")
+
+
+def words(text: str) -> str:
+    """Return what a reader of a page sees."""
+    return " ".join(re.sub("<style>.*?</style>|<[^>]*>", " ", text, flags=re.S).split())
+
+
+# ---- By hand ---------------------------------------------------------------------------
+def test_a_night_counted_by_hand():
+    night = analyse(log(NIGHT))
+    # Pooled: baseline 2 e-6 with 2 degrees, 0.5 e-6 and 0.98 e-6 with one each.
+    assert night.noise == pytest.approx(math.sqrt((2 + 0.5 + 0.98) * 1e-6 / 4))
+    assert night.spare == 4
+    numbers = {c.commit: (c.number, c.status, len(c.values)) for c in night.changes}
+    assert numbers == {
+        "0000000": (0, "keep", 3),
+        "1111111": (1, "keep", 2),
+        "2222222": (2, "discard", 1),
+        "33333e3": (3, "crash", 0),
+        "4444444": (4, "keep", 2),
+        "5555555": (5, "crash", 0),
+        "7777777": (6, "keep", 1),
+    }
+    gains = {c.number: c.gain for c in night.changes if c.number and c.values}
+    # 1 has the mean 0.9945, 4 has 0.9942; each against the best mean before it.
+    expected = {1: 0.0035, 2: 0.0013, 4: 0.0003, 6: 0.0062}
+    assert gains == pytest.approx(expected)
+    assert night.changes[1].error == pytest.approx(night.noise * math.sqrt(1 / 2 + 1 / 3))
+    assert [c.believe for c in night.tried("keep")] == ["stands", "no gain", "stands"]
+    assert headline(night) == "0.9980 \u2192 0.9880, 6 experiments, 3 kept, noise 0.0009"
+    assert night.luck == pytest.approx(night.noise * expected_best(4))
+    assert night.withdrawn == 1
+
+
+def test_gains_of_a_chain_add_up_to_the_whole():
+    night = analyse(log(NIGHT))
+    whole = night.start.mean - night.best.mean
+    assert sum(max(0, c.gain) for c in night.tried("keep")) == pytest.approx(whole)
+
+
+def test_a_simpler_change_does_not_lower_the_bar_for_the_next():
+    lines = [("aaaaaa0", 0.990, "keep", "baseline, seed 42")]
+    lines += [("aaaaaa1", 0.991, "keep", "shorter, seed 42")]
+    lines += [("aaaaaa2", 0.9895, "keep", "next, seed 42")]
+    gains = [c.gain for c in analyse(log(lines)).tried("keep")]
+    assert gains == pytest.approx([-0.001, 0.0005])  # not 0.0015
+    assert analyse(log(lines[:2])).best.commit == "aaaaaa0"
+
+
+def test_drift_shows_in_the_control_and_in_the_steps():
+    night = analyse(log(NIGHT))
+    ((run, at, moved),) = night.controls
+    assert (run.commit, at) == ("1111111", 6)
+    assert moved == pytest.approx(0.943 / 0.950 - 1)
+    assert "1 control: an earlier commit ran again. Speed stayed within 0.7%." in (
+        page.drift_words(night)
+    )
+    steps, bpb = night.drift()
+    half = math.log(1900 / 1886) / 2
+    assert (min(steps), max(steps)) == pytest.approx((-half, half))
+    assert len(bpb) == 7 and sum(bpb) == pytest.approx(0)
+
+
+def test_where_the_machine_changed_gains_are_of_one_speed():
+    end = "seed 4{}, {} steps, {} M tok/s"
+    fast, slow = (2000, "1.000"), (1900, "0.950")
+    lines = [("aaaaaa0", 0.9980, "keep", "baseline, " + end.format(2, *fast))]
+    lines += [("aaaaaa1", 0.9950, "keep", "wider, " + end.format(2, *fast))]
+    lines += [("aaaaaa2", 0.9990, "discard", "deeper, " + end.format(2, *fast))]
+    lines += [("aaaaaa1", 0.9970, "keep", "wider, " + end.format(3, *slow))]  # control
+    lines += [("aaaaaa3", 0.9955, "keep", "rates, " + end.format(2, *slow))]
+    lines += [("aaaaaa0", 1.0001, "keep", "baseline, " + end.format(3, *slow))]  # control
+    night = analyse(log(lines))
+    gains = [c.gain for c in night.changes]
+    assert gains[1:] == pytest.approx([0.0030, -0.0040, 0.0015])  # 0.0015, not -0.0005
+    assert night.spare == 0  # two runs at two speeds are no repeat
+    assert night.best.commit == "aaaaaa3"
+    assert night.gain == pytest.approx(1.0001 - 0.9955)
+    text = page.drift_words(night)
+    assert "<b>2 changed speed by over 2%</b> (-5.0% at experiment 2, -5.0% at" in text
+    assert "1 % more steps went with -0.0004 (r = -1.00)" in text
+
+
+def test_repeats_before_a_verdict_are_no_controls():
+    lines = NIGHT[:4] + [NIGHT[3]]
+    assert analyse(log(lines)).controls == []
+    # Nor does what another GPU does in between make one.
+    lines = [("aaaaaa0", 0.99, "keep", "baseline, seed 42, gpu 0")]
+    lines += [("aaaaaa1", 0.98, "keep", "wider, seed 42, gpu 0")]
+    lines += [("aaaaaa2", 0.99, "discard", "deeper, seed 42, gpu 1")]
+    lines += [("aaaaaa1", 0.98, "keep", "wider, seed 43, gpu 0")]
+    assert analyse(log(lines)).controls == []
+
+
+def test_expected_best_of_n_draws():
+    assert expected_best(0) == expected_best(1) == 0
+    # Tables of normal order statistics.
+    assert expected_best(10) == pytest.approx(1.5388, rel=0.01)
+    assert expected_best(100) == pytest.approx(2.5076, rel=0.01)
+
+
+def test_the_noise_has_a_floor_while_it_rests_on_three_runs():
+    lines = [
+        ("aaaaaa0", 0.99 + i * 1e-5, "keep", f"baseline, seed {i}") for i in range(3)
+    ]
+    assert analyse(log(lines)).noise == 0.0005
+    more = lines + [("aaaaaa0", 0.99001, "keep", "baseline, seed 3")]
+    assert analyse(log(more)).noise < 0.0001
+
+
+def test_each_gpu_is_compared_with_itself():
+    lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed {s}, gpu 0") for s in (42, 43)]
+    lines += [("aaaaaa0", 0.980, "keep", f"baseline, seed {s}, gpu 1") for s in (42, 43)]
+    lines += [("aaaaaa1", 0.985, "keep", "wider, seed 42, gpu 0")]
+    lines += [("aaaaaa2", 0.985, "discard", "deeper, seed 42, gpu 1")]
+    lines += [("aaaaaa1", 0.976, "keep", "wider, seed 42, gpu 1")]  # offered to the other
+    night = analyse(log(lines))
+    changes = [(c.gpu, c.number, round(c.gain, 6)) for c in night.changes if c.number]
+    assert changes == [("0", 1, 0.005), ("1", 2, -0.005), ("1", 1, 0.004)]
+    assert headline(night).startswith("0.9800 \u2192 0.9760, 2 experiments, 1 kept")
+    figure = analysis.picture(night)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"best so far, GPU 0", "best so far, GPU 1", "kept, GPU 0"} <= set(shown)
+
+
+def test_a_crash_that_was_mended_is_one_experiment():
+    lines = [*NIGHT[:3], ("aaaaaa1", 0, "crash", "wider, seed 42")]
+    lines += [("aaaaaa2", 0.99, "keep", "wider, seed 42")]
+    lines += [("aaaaaa3", 0.98, "keep", "wider, seed 42")]  # the same words, another idea
+    night = analyse(log(lines))
+    assert [c.number for c in night.changes] == [0, 1, 1, 2]
+    assert "2 experiments, 2 kept" in headline(night)
+    assert "Never measured" not in page.try_next(night)
+
+
+# ---- Faults that were met --------------------------------------------------------------
+def test_what_a_line_is_follows_from_its_commit_not_from_its_words():
+    lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed {s}") for s in (42, 43, 44, 45)]
+    lines += [("aaaaaa1", 1.036, "discard", "baseline lr doubled, seed 42")]
+    lines += [("aaaaaa2", 0.985, "keep", "seed 43 for the tables, not 42, seed 42")]
+    night = analyse(log(lines))
+    assert (night.noise, night.spare) == (0, 3)  # a fourth baseline run is no experiment
+    assert [c.idea for c in night.changes if c.number] == [
+        "baseline lr doubled",
+        "seed 43 for the tables, not 42",
+    ]
+
+
+def test_a_noise_of_zero_is_no_error(quick):
+    lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed {s}") for s in (42, 43, 44, 45)]
+    lines += [("aaaaaa1", 0.985, "keep", "wider, seed 42")]
+    night = analyse(log(lines))
+    assert [c.believe for c in night.tried("keep")] == ["stands"]
+    assert "noise 0.0000" in write_page(night)
+
+
+@pytest.mark.parametrize("value", ["nan", "n/a", "inf", "-1", "", "0"])
+def test_a_value_that_is_no_number_counts_as_nothing(value):
+    line = f"aaaaaa1\t{value}\t58.7\tkeep\twider, seed 42\n"
+    night = analyse(log(NIGHT[:3]) + line)
+    assert [c.status for c in night.changes] == ["keep", "crash"]
+
+
+def test_older_logs_read_the_same(quick):
+    lines = [("aaaaaa0", 0.44, "keep", "baseline, seed 42, rules full-0a1b2c3d")]
+    lines += [("aaaaaa0", 0.45, "keep", "baseline")]
+    lines += [("aaaaaa1", 0.0, "crash", "depth 10, seed 42, void")]
+    lines += [("aaaaaa1", 0.42, "keep", "depth 10")]
+    lines += [("aaaaaa2", 0.0, "crash", "avoid, or fill, the void")]
+    night = analyse(log(lines))
+    assert headline(night).startswith("0.4450 \u2192 0.4200, 2 experiments, 1 kept")
+    text = words(write_page(night))
+    assert "2 runs crashed, 0 were void" not in text
+    assert "1 runs crashed, 1 were void" in text
+    assert "drift would not show" in text
+
+
+def test_a_log_that_was_torn_edited_and_written_on_windows():
+    text = log(NIGHT[:4]).replace("\n", "\r\n").rstrip("\r\n")
+    assert headline(analyse(text)) == headline(analyse(log(NIGHT[:4])))
+    torn = analyse(text + "\r\n2222222\t0.99\nnote to self\n\n")
+    assert len(torn.strays) == 2 and len(torn.changes) == 2
+    odd = [("12e4567", 0.99, "keep", 'an "open quote'), ("0000001", 0.98, "keep", "NA")]
+    night = analyse("\ufeff" + log(odd))
+    assert [(c.commit, c.idea) for c in night.changes] == [
+        ("12e4567", 'an "open quote'),
+        ("0000001", "NA"),
+    ]
+
+
+# ---- The page --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "No result yet: 0 experiments without a number"),
+        ("", "No result yet: 0 experiments without a number"),
+        (HEADER.rstrip("\n"), "Nothing has been measured yet."),
+        (log([("aaaaaa0", 0, "crash", "baseline, seed 42")]), "1 runs crashed"),
+        (log(NIGHT[:1]), "0.9980, the baseline alone, noise 0.0005 (assumed)"),
+        (log(NIGHT[:3]), "0.9980, the baseline alone, noise 0.0010"),
+        (log([NIGHT[5], NIGHT[3]]), "0.9940 \u2192 0.9940, 1 experiment, 1 kept"),
+        (log([*NIGHT[:3], NIGHT[4]]), "1 experiment, 0 kept"),
+        ("no tabs at all\n", "Lines of the log that are no runs: 1"),
+    ],
+)
+def test_every_log_gives_a_page_with_a_sentence(tmp_path, quick, text, sentence):
+    if text is not None:
+        (tmp_path / "results.tsv").write_text(text, encoding="utf-8")
+    assert sentence in words(write_report(tmp_path).read_text("utf-8"))
+
+
+def test_words_of_the_log_are_text_not_html(quick):
+    idea = '<script>alert("&")</script> $x_{'
+    lines = [*NIGHT[:3], ("<b>aaaa", 0.99, "keep", idea), ("aaaaaa9", 0, "crash", idea)]
+    text = write_page(analyse(log(lines) + "<i>stray\n"))
+    assert (
+        "&lt;script&gt;" in text and "&lt;i&gt;stray" in text and "&lt;b&gt;aaaa" in text
+    )
+    assert not re.search("<script|<i>|<b>aaaa", text)
+
+
+def test_odd_descriptions_are_drawn_without_a_word(quick, recwarn):
+    odd = [
+        "\u6df1 \U0001f680",
+        "a" * 200,
+        "",
+        "\x01 \u2028",
+        "$x_{",
+        "--help",
+        "tab\tin it",
+    ]
+    lines = [*NIGHT[:3]]
+    lines += [
+        (f"aaaaa{i:02d}", 0.99 - i / 999, "keep", idea) for i, idea in enumerate(odd)
+    ]
+    night = analyse(log(lines))
+    assert len(night.tried("keep")) == len(odd) and not night.strays
+    assert write_page(night) and not recwarn.list
+
+
+def test_without_a_log_the_notebook_shows_an_example_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    night = analysis.read_example()
+    assert "made-up example" in night.note and headline(night).startswith("made up: ")
+    (tmp_path / "results.tsv").write_text(log(NIGHT), encoding="utf-8")
+    night = analysis.read_example()
+    assert "made" not in night.note + headline(night)
+
+
+def test_the_page_says_what_to_try(quick):
+    text = words(write_page(analyse(log(NIGHT))))
+    assert "Near misses" in text and "2 softcap 20 (gain +0.0013, +1.4 noises)" in text
+    assert "Never measured, because every run crashed or was void. 3 fp8 head" in text
+    assert "git diff 0000000 7777777 -- train.py" in text
+    assert "1 withdrawn as broken; 1 runs crashed, 1 were void" in text
+    assert "leak" not in text
+    assert (
+        "2 of 3 kept changes gained more than twice the standard error. 0 may be" in text
+    )
+    assert not re.search("[{}]|nan", text)
+
+
+def test_near_misses_are_between_half_a_noise_and_one_and_a_half():
+    lines = [("aaaaaa0", 0.99, "discard", f"baseline, seed {i}") for i in (42, 43, 44)]
+    for i, gain in enumerate((0.0002, 0.0003, 0.0007, 0.0008)):  # the noise is 0.0005
+        lines.append((f"aaaaab{i}", 0.99 - gain, "discard", f"idea {i}, seed 42"))
+    lines += [("aaaaaa1", 0.98, "keep", "wider, seed 42")]
+    text = words(page.try_next(analyse(log(lines))))
+    assert re.findall(r"\d idea \d", text) == ["3 idea 2", "2 idea 1"]
+    assert "Near misses" in text and "below" not in text
+
+
+def test_the_report_is_one_file_and_touches_nothing_that_git_tracks(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+    (tmp_path / "elsewhere.tsv").write_text(log(NIGHT), encoding="utf-8")
+    path = write_report(tmp_path, tmp_path / "elsewhere.tsv")
+    status = ["git", "-C", tmp_path, "status", "--short"]
+    left = subprocess.check_output(status, text=True).split("\n")
+    assert left == ["?? .gitignore", "?? elsewhere.tsv", ""]
+    text = path.read_text("utf-8")
+    assert not re.search(r'(?:src|href|srcset)="(?!data:image/png;base64,)', text)
+    images = re.findall('base64,([^"]+)', text)
+    assert len(images) == 4  # progress and drift, light and dark
+    for data in [
+        *map(base64.b64decode, images),
+        (tmp_path / "progress.png").read_bytes(),
+    ]:
+        assert data.startswith(b"\x89PNG")
+
+
+# ---- The picture -----------------------------------------------------------------------
+def test_labels_count_as_the_table_does_and_do_not_overlap():
+    lines, best = list(NIGHT[:3]), 0.998
+    for i in range(40):
+        kept = i % 3 == 0
+        best -= 0.001 * kept
+        value, status = best + 0.002 * (not kept), "keep" if kept else "discard"
+        lines.append((f"{i:07x}", value, status, f"idea number {i} of many, seed 42"))
+    night = analyse(log(lines))
+    figure = analysis.picture(night)
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    labels = {int(text.get_text().split()[0]): text.get_text() for text in texts}
+    gains = {c.number: f"({c.gain:+.4f})" for c in night.tried("keep")}
+    assert set(labels) == set(gains) and len(gains) == 13
+    whole = {n: text for n, text in labels.items() if " " in text or "\n" in text}
+    assert len(whole) > 6 and all(gains[n] in text for n, text in whole.items())
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in texts]
+    frame = figure.axes[0].get_window_extent()
+    for i, box in enumerate(boxes):
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_every_mark_has_a_legend():
+    night = analyse(log([*NIGHT, ("8888888", 1.5, "discard", "far off, seed 42")]))
+    figure = analysis.picture(night)
+    shown = {text.get_text() for text in figure.legends[0].get_texts()}
+    dark = draw_night(night, dark=True).legends[0].get_texts()
+    assert {to_hex(text.get_color()) for text in dark} == {DARK["ink"]}
+    assert shown == {
+        "best so far",
+        f"one noise ({night.noise:.4f}) around it",
+        "kept",
+        "discarded",
+        "discarded, above the picture",
+        "no number",
+        "baseline",
+        "all runs of a commit",
+        "control: an earlier commit again",
+        "start less the expected luck of the best",
+    }
+
+
+# ---- train.py --------------------------------------------------------------------------
+def test_parts_are_functions_classes_and_blocks_of_constants():
+    source = "# ---- Knobs ----\n# Model\nDEPTH = 9\n\n# Batch, in rows\nROWS = 4\nA, B = 1, 2\n\n"
+    source += "def f():\n    return 1\n\n\nclass G:\n    pass\n"
+    assert list(parts(source)) == ["knobs: Model", "knobs: Batch", "f", "G"]
+    other = parts(source.replace("DEPTH = 9", "DEPTH = 8"))
+    assert [k for k, v in parts(source).items() if other[k] != v] == ["knobs: Model"]
+
+
+def test_parts_that_no_experiment_touched(tmp_path, quick):
+    git = [
+        "git",
+        "-C",
+        str(tmp_path),
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@localhost",
+    ]
+    subprocess.run([*git, "init", "-q"], check=True)
+
+    def commit(text: str) -> str:
+        (tmp_path / "train.py").write_text(text)
+        subprocess.run([*git, "add", "train.py"], check=True)
+        subprocess.run(
+            [*git, "-c", "commit.gpgsign=false", "commit", "-qm", "a"], check=True
+        )
+        found = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
+        return found.strip()
+
+    text = "# Model\nDEPTH = 9\n\n\ndef f():\n    return 1\n\n\ndef g():\n    return 2\n"
+    base = commit(text)
+    deep = commit(text.replace("9", "10"))
+    changed = commit(text.replace("9", "10").replace("return 1", "return 3"))
+    broken = commit("def (\n")
+    lines = [
+        (base, 0.990, "keep", "baseline, seed 42"),
+        (deep, 0.98, "keep", "deep, seed 42"),
+    ]
+    lines += [
+        (changed, 0.985, "discard", "f, seed 42"),
+        (broken, 0, "crash", "b, seed 42"),
+    ]
+    night = analyse(log(lines), tmp_path)
+    text = words(page.try_next(night))
+    assert "none of whose experiments was kept: f (1)." in text
+    assert "that no experiment touched: g." in text
