@@ -1,18 +1,15 @@
 """Runs of edited copies of the repository, for tests that need many.
 
-One process imports torch and forks a child for each run, two at a time; what the child does is
-`python train.py`. Rules are those of smoke, made smaller still.
+Each is `python train.py` in a fork. Rules are those of smoke, made smaller still.
 """
 
-import json
 import os
 import re
-import runpy
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+import forks
+from forks import Job
 
 Edit = tuple[str, str, str]  # a file, a text that it holds once, what to put in its place
 Result = tuple[int, str]  # exit status, log
@@ -31,7 +28,6 @@ NO_DRY_RUN: Edit = (
     "None",
 )
 SHARED = Path(os.environ["AUTORESEARCH_CACHE"]) / "runs"  # what the first run prepares
-LONGEST = 300  # seconds that a child may take
 
 
 def apply(folder: Path, edits: Iterable[Edit]) -> None:
@@ -45,16 +41,17 @@ def apply(folder: Path, edits: Iterable[Edit]) -> None:
 def run_all(folders: list[Path]) -> dict[str, Result]:
     """Run train.py of each folder; return the results by the folders' names."""
     env = {"AUTORESEARCH_CACHE": str(SHARED), "AUTORESEARCH_SAVE": "0"}
-    env = os.environ | env | {"OMP_NUM_THREADS": "1"}
-    # It warns of a fork beside a thread, which is pyarrow's and idle.
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", __file__]
-    command += map(str, folders)
-    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    statuses = {Path(path): status for path, status in json.loads(done.stdout).items()}
-    return {
-        path.name: (status, (path / "run.log").read_text("utf-8"))
-        for path, status in statuses.items()
-    }
+    logs = [folder / "run.log" for folder in folders]
+    jobs = [
+        Job(["train.py"], os.environ | env, str(folder), str(log), str(log))
+        for folder, log in zip(folders, logs, strict=True)
+    ]
+    statuses = []
+    for part in (jobs[:1], jobs[1:]):  # the first run prepares for all
+        forks.start(part, at_once=1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+        statuses += forks.finish()
+    results = zip(statuses, (log.read_text("utf-8") for log in logs), strict=True)
+    return {folder.name: result for folder, result in zip(folders, results, strict=True)}
 
 
 def values(log: str) -> dict[str, str]:
@@ -67,47 +64,3 @@ def stopped(result: Result, why: str) -> None:
     status, log = result
     assert status == 1 and re.search(why, log), log
     assert "\n---\n" not in log and log.endswith("the run ended without a result\n"), log
-
-
-# ---- The process that forks ---------------------------------------------------------------------
-def main(folders: list[str]) -> None:
-    """Fork a child for each folder; print their exit statuses by folder, as JSON."""
-    import numpy  # noqa: F401  (what every child would import)
-    import pyarrow.parquet  # noqa: F401
-    import requests  # noqa: F401
-    import rustbpe  # noqa: F401
-    import tiktoken  # noqa: F401
-    import torch._inductor.async_compile
-    import torch.nn.attention.flex_attention
-
-    torch.compile(len)  # imports the rest of what train.py imports
-    running: dict[int, str] = {}
-    statuses: dict[str, int] = {}
-
-    def wait() -> None:
-        pid, status = os.wait()
-        statuses[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-
-    for folder in folders:
-        if len(running) == (2 if statuses else 1):  # the first run prepares for all
-            wait()
-        if (pid := os.fork()) == 0:
-            return child(folder)
-        running[pid] = folder
-    while running:
-        wait()
-    json.dump(statuses, sys.stdout)
-
-
-def child(folder: str) -> None:
-    signal.alarm(LONGEST)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    os.chdir(folder)
-    with open("run.log", "wb") as log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    sys.argv[:], sys.path[0] = ["train.py"], folder
-    runpy.run_path("train.py", run_name="__main__")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

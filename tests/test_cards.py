@@ -1,10 +1,14 @@
 """benchmarks/cards.py: real runs with other knobs, budgets and memory, and a line for each."""
 
+import contextlib
+import importlib.util
+import io
 import os
-import subprocess
 import sys
+import types
 from pathlib import Path
 
+import forks
 import pytest
 
 import constants as C
@@ -15,23 +19,22 @@ SMALL = "DEPTH=1,N_EMBD=32,HEAD_DIM=16,NGRAM_ENTRIES=2**6,TOTAL_BATCH_SIZE=2**15
 
 @pytest.fixture(scope="module")
 def lines(prepared, tmp_path_factory) -> list[str]:
+    spec = importlib.util.spec_from_file_location("cards", SCRIPT)
+    cards, printed = importlib.util.module_from_spec(spec), io.StringIO()
     cache = tmp_path_factory.mktemp("cache")
     (cache / "smoke").symlink_to(prepared)
-    env = {
-        "AUTORESEARCH_SMOKE": "1",
-        "AUTORESEARCH_SAVE": "0",
-        "AUTORESEARCH_CACHE": str(cache),
-    }
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        f"8:0.5:{SMALL}",
-        "8:1:DEPHT=6",
-        "8:1:N_EMBD=7",
-    ]
-    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
+    own = {"AUTORESEARCH_SAVE": "0", "AUTORESEARCH_CACHE": str(cache)}
+
+    def run(command, cwd, **_):
+        assert command[0] == sys.executable
+        return forks.run(*command[1:], env=os.environ | own, folder=cwd)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "path", [*sys.path])  # to which the script adds
+        spec.loader.exec_module(cards)
+        patch.setattr(cards, "subprocess", types.SimpleNamespace(run=run))
+        cards.main([f"8:0.5:{SMALL}", "8:1:DEPHT=6", "8:1:N_EMBD=7"])
+    return printed.getvalue().splitlines()
 
 
 def test_a_run_is_a_line_of_its_summary(lines):

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -203,6 +204,9 @@ def serve(lanes: list[list]) -> None:
     Each in a process forked from this one, which imports and compiles first: that takes longer
     than a job does.
     """
+    # No C++ is compiled: no need to try g++, nor for processes that would run it.
+    torch._inductor.config.cpp.vec_isa_ok = False
+    torch._inductor.config.compile_threads = 1
     # Without a gradient: the threads of autograd would forbid a fork.
     torch.compile(lambda x: x @ x)(torch.ones(1, 1))
     del os.environ["TORCHINDUCTOR_CACHE_DIR"]
@@ -250,15 +254,8 @@ def runs(tmp_path_factory) -> dict[str, list]:
         folders = ("", root / "cache") if guarded else (root / "unguarded cache", "")
         lanes[guarded and name != "edited"].append([str(script), *map(str, folders)])
         outputs[name] = Path(f"{script}.json")
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "TORCHINDUCTOR_VEC_ISA_OK": "0",  # no C++ is compiled: no need to try g++
-        "TORCHINDUCTOR_CACHE_DIR": str(root / "server"),
-    }
-    command = [sys.executable, __file__, json.dumps(lanes)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    env = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(root / "server")}
+    done = forks.run(__file__, json.dumps(lanes), env=os.environ | env, seconds=600)
     try:
         return {name: json.loads(output.read_text()) for name, output in outputs.items()}
     except (OSError, ValueError):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import copy_checkout
 
@@ -52,8 +53,7 @@ def run_dry(tmp_path: Path, **parts: str) -> subprocess.CompletedProcess:
     (folder / "train.py").write_text(SCRIPT.format(**parts), "utf-8")
     env = os.environ | {"AUTORESEARCH_SMOKE": "0", "AUTORESEARCH_DRY_RUN": "1"}
     env["AUTORESEARCH_CACHE"] = str(tmp_path / "cache")
-    command = [sys.executable, str(folder / "train.py")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = forks.run(folder / "train.py", env=env)
     assert not (tmp_path / "cache").exists()  # no data is prepared, nothing is written
     return done
 

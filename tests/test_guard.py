@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -120,14 +121,10 @@ def in_a_process(tmp_path: Path, code: str) -> str:
         "    try: open(*args).close(); print('open', args[0])\n"
         "    except RuntimeError as error: print('refused', args[0])\n"
     )
-    return subprocess.run(
-        [sys.executable, "-c", opened + code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = forks.run("-c", opened + code, env=env, folder=tmp_path)
+    done.check_returncode()
+    return done.stdout
 
 
 def test_which_files_are_refused(tmp_path):
@@ -188,18 +185,21 @@ time.sleep(1)
 NOTHING = "the end\ntrain.py: the run ended without a result\n"
 
 
-def run_to_the_end(code: str) -> tuple[int, str, str]:
+def run_to_the_end(code: str, fresh: bool = False) -> tuple[int, str, str]:
     start = time.monotonic()
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    if fresh:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    else:
+        done = forks.run("-c", code, env=env)
     assert time.monotonic() - start < 100
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("more", ["", POOL])
 def test_a_process_with_a_result_ends_with_its_main_thread(more):
-    assert run_to_the_end(ENDS.format(more))[:2] == (0, "the end\n")
+    assert run_to_the_end(ENDS.format(more), fresh=True)[:2] == (0, "the end\n")
 
 
 def test_a_process_without_a_result_has_status_1_whatever_it_was_to_end_with():

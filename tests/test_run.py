@@ -7,11 +7,10 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -173,13 +172,7 @@ def test_setting_the_time_of_the_machine_changes_nothing(monkeypatch):
 def test_a_full_run_without_a_gpu_names_the_command_that_needs_none(tmp_path):
     env = os.environ | {"AUTORESEARCH_SMOKE": "0", "CUDA_VISIBLE_DEVICES": ""}
     env["AUTORESEARCH_CACHE"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forks.run(ROOT / "train.py", env=env)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "no CUDA GPU" in line and "AUTORESEARCH_SMOKE=1 uv run train.py" in line
@@ -316,9 +309,7 @@ def test_a_crash_in_the_first_compilation_does_not_hang_in_torchs_exit(
         "AUTORESEARCH_CACHE": str(tmp_path),
         "PYTHONPATH": str(Path(C.__file__).parent),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
-    )
+    done = forks.run("-c", code, env=env, seconds=60)
     assert done.returncode == 1 and done.stderr.endswith("ValueError: a mistake\n")
     assert done.stdout.endswith("train.py: the run ended without a result\n")
 
@@ -338,9 +329,7 @@ def test_a_run_that_is_out_of_memory_ends_with_the_line_and_status_1(prepared, t
     (tmp_path / "smoke").symlink_to(prepared)
     env = {"AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_SMOKE": "1"}
     env |= {"PYTHONPATH": str(Path(C.__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60
-    )
+    done = forks.run(script, env=env, seconds=60)
     assert done.returncode == 1 and "val_bpb" not in done.stdout
     assert done.stderr == (
         "train.py: out of GPU memory at step 3 with 4 rows per micro-step (line 7); set "

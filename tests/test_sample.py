@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -123,15 +122,14 @@ sample.write("a text: ", pieces())
 """
 
 
-def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PIPED]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=env, **pipes) as process:
-        assert process.stdout.readline() == b"a text: more and more\n"
-        process.stdout.close()  # as `| head -n 1` does
-        assert process.stderr.read() == b""
-        assert process.wait(timeout=60) == 0
+    os.mkfifo(tmp_path / "pipe")
+    out, err = str(tmp_path / "pipe"), str(tmp_path / "err")
+    forks.start([forks.Job(["-c", PIPED], env, str(tmp_path), out, err, 60)])
+    with open(out, "rb") as pipe:  # which is closed as `| head -n 1` does
+        assert pipe.readline() == b"a text: more and more\n"
+    assert forks.finish() == [0] and Path(err).read_bytes() == b""
 
 
 # ---- What cannot be had -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from conftest import STEP_LINE, copy_checkout
@@ -120,33 +121,35 @@ def test_nothing_is_written_outside_the_cache_but_the_model(job):
 
 def test_the_model_continues_a_text(job, values):
     text, script = "def main(", str(job.folder / "checkout" / "sample.py")
-    done = subprocess.run(
-        [sys.executable, script, text],
-        env=environment(job.folder),
-        capture_output=True,
-        timeout=120,
-    )
+    done = forks.run(script, text, env=environment(job.folder))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.decode() == f"model of commit none, val_bpb {values['val_bpb']}\n"
-    assert done.stdout.startswith(text.encode()) and len(done.stdout) > len(text) + 1
+    assert done.stderr == f"model of commit none, val_bpb {values['val_bpb']}\n"
+    assert done.stdout.startswith(text) and len(done.stdout) > len(text) + 1
+
+
+UNTIL_WARM = """import os, runpy, sys
+class Out:
+    def __init__(self, out): self.out = out
+    def __getattr__(self, name): return getattr(self.out, name)
+    def write(self, text):
+        self.out.write(text)
+        if text.startswith("batch:"):
+            self.out.flush()
+            os._exit(7)
+sys.stdout = Out(sys.stdout)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
 
 
 def test_a_second_run_starts_at_once(job):
     before = {path: path.stat().st_mtime_ns for path in (job.folder / "cache").rglob("*")}
-    started, said = time.monotonic(), []
-    with subprocess.Popen(
-        [sys.executable, str(job.folder / "checkout" / "train.py")],
-        env=environment(job.folder),
-        cwd=job.folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith("batch:"):  # the data is open and the model warm
-                break
-        process.kill()
-    assert said[-1].startswith("batch:") and not any("prepar" in line for line in said)
+    started, checkout = time.monotonic(), job.folder / "checkout"
+    env = environment(job.folder) | {"PYTHONPATH": str(checkout)}
+    done = forks.run("-c", UNTIL_WARM, checkout / "train.py", env=env, folder=job.folder)
+    assert (done.returncode, done.stderr) == (7, "")
+    # The data is open and the model warm.
+    assert done.stdout.splitlines()[-1].startswith("batch:")
+    assert "prepar" not in done.stdout
     assert time.monotonic() - started < 60
     assert before == {
         path: path.stat().st_mtime_ns for path in (job.folder / "cache").rglob("*")
