@@ -153,9 +153,9 @@ def test_rows_equal_the_literal_protocol(monkeypatch, seed, buffer_docs):
 
 
 @pytest.mark.parametrize(
-    "count, longest, capacity", [(1_000_000, 24, 8193), (20_000, 6000, 2049)]
+    "count, longest, capacity", [(200_000, 24, 8193), (20_000, 6000, 2049)]
 )
-def test_rows_of_a_million_short_documents_and_of_long_ones(count, longest, capacity):
+def test_rows_of_very_many_short_documents_and_of_long_ones(count, longest, capacity):
     lengths = np.random.default_rng(0).integers(
         1, longest, count
     )  # 1 is an empty document
@@ -167,7 +167,7 @@ def test_rows_of_a_million_short_documents_and_of_long_ones(count, longest, capa
     rows = [row.copy() for row in pack_rows(batches, capacity)]
     parts = np.split(lengths, range(128, count, 128))
     expected = pack_by_lengths(parts, capacity, 1000)
-    assert len(rows) == len(expected) > 1000
+    assert len(rows) == len(expected) > 250
     for row, parts in zip(rows, expected, strict=True):
         assert np.array_equal(
             row, np.repeat([firsts[k] for k, _ in parts], [n for _, n in parts])
