@@ -62,7 +62,7 @@ def test_a_fork_that_takes_too_long_is_ended():
 
 
 def test_jobs_run_in_their_order_so_many_at_a_time(tmp_path):
-    code = "import sys, time; print(time.monotonic()); time.sleep(0.3); print(time.monotonic())"
+    code = "import sys, time; print(time.monotonic()); time.sleep(0.6); print(time.monotonic())"
     outs = [str(tmp_path / str(k)) for k in range(4)]
     env, here = {**os.environ}, str(tmp_path)
     jobs = [forks.Job(["-c", code], env, here, out, out) for out in outs]
@@ -70,6 +70,6 @@ def test_jobs_run_in_their_order_so_many_at_a_time(tmp_path):
     assert forks.finish() == [0] * 4
     times = [[float(line) for line in open(out)] for out in outs]
     begins, ends = zip(*times, strict=True)
-    assert max(begins[:2]) < min(ends) <= max(ends[:2]) and list(begins) == sorted(begins)
-    for begin in begins:  # none began while two were at work
+    assert max(begins[:2]) < min(ends[:2]) < min(begins[2:])
+    for begin in begins:
         assert sum(b < begin < e for b, e in times) < 2

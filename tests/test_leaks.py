@@ -219,22 +219,47 @@ def test_the_ends_of_the_row_are_always_tried(monkeypatch, place):
 
 
 # ---- Only there ---------------------------------------------------------------------------------
-def test_a_leak_in_the_second_half_of_the_row():
-    refused(leak(torch.arange(T) >= T // 2, after), "sees the future")
+@pytest.fixture(params=range(8))
+def one_document(request, monkeypatch) -> torch.Tensor:
+    """Rows that are one document each, where all cuts are random; of a seed."""
+    monkeypatch.setattr(C, "SEED", request.param)
+    return random_rows(B * BATCHES, T + 1, documents=10**9)
 
 
-def test_a_leak_at_the_start_of_a_document():
+@pytest.fixture
+def two_documents(one_document) -> torch.Tensor:
+    """Rows in which a document starts at one place, which few random cuts would meet."""
+    starts = torch.arange(len(one_document)) * 5 % (T - 8) + 4
+    return one_document.scatter(1, starts[:, None], BOS)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_leak_in_one_half_of_the_row_but_for_its_ends(one_document, half):
+    where = torch.arange(1, T + 1) // (T // 2) == half
+    where[0] = where[T - 2] = False  # which are always tried
+    refused(leak(where, after), "sees the future", one_document)
+
+
+def test_a_look_at_the_first_words_of_another_row(one_document):
+    def model(idx):  # which few cuts replace; but the rows have new neighbours
+        return causal(idx) + LEAK[idx.roll(1, 0)[:, 3:4]]
+
+    refused(model, "mixes rows", one_document)
+
+
+def test_a_leak_at_the_start_of_a_document(two_documents):
     def model(idx):  # BOS knows the word that follows it, but for the row's first
         starts = (idx == BOS) & (torch.arange(T) > 0)
         return causal(idx) + LEAK[after(idx)] * starts[..., None]
 
-    refused(model, "sees the future")
+    refused(model, "sees the future", two_documents)
 
 
-def test_a_leak_of_the_end_of_a_document():
-    refused(
-        lambda idx: causal(idx) + (after(idx) == BOS)[..., None] * LEAK[3], "the future"
-    )
+def test_a_leak_of_the_end_of_a_document(two_documents):
+    def model(idx):
+        return causal(idx) + (after(idx) == BOS)[..., None] * LEAK[3]
+
+    refused(model, "the future", two_documents)
 
 
 def test_a_leak_over_the_border_of_documents():

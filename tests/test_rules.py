@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_checkout
+from conftest import copy_checkout, sentence
 
 import constants as C
 import prepare
@@ -60,6 +60,20 @@ def test_data_is_taken_from_the_manifest_and_not_from_the_rows(prepared_copy):
     body[9] ^= 1
     path.write_bytes(body)
     assert basis_of(prepared_copy).data == before.data
+
+
+def test_validation_rows_copied_over_training_rows_are_found_by_the_check(
+    prepared_copy, capsys
+):
+    """A run does not read all training rows to hash them, so `data:` is the same."""
+    before = basis_of(prepared_copy)
+    path, (val,) = before.paths["train"][0], before.paths["val"]
+    size, body = path.stat().st_size, val.read_bytes()
+    path.write_bytes((body * (size // len(body) + 1))[:size])
+    assert basis_of(prepared_copy).data == before.data
+    assert "1 damaged" in sentence(prepare.main, ["--check"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert path.name in line and "bytes changed" in line
 
 
 def test_another_number_of_shards_is_other_data_and_the_same_again_is_not(prepared_copy):

@@ -157,15 +157,16 @@ def test_setting_the_time_of_the_machine_changes_nothing(monkeypatch):
     clock, started = Clock(0.2), time.perf_counter()
     assert clock.now in (time.perf_counter, time.monotonic)
     clock.start()
-    steps = 0
+    begun, steps = time.perf_counter(), 0
     while clock.fits():
         time.sleep(0.01)
         clock.queued.append((None, Step(steps, 0.0, 1)))
         list(clock.settle(Clock.MAX_AHEAD))
         steps += 1
+    ended = time.perf_counter()
     list(clock.settle(0))
     assert steps > 3
-    assert clock.seconds == pytest.approx(time.perf_counter() - started, abs=0.05)
+    assert ended - begun <= clock.seconds <= time.perf_counter() - started
 
 
 # ---- What cannot run ----------------------------------------------------------------------------

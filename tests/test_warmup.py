@@ -105,6 +105,12 @@ def test_a_parameter_that_is_not_of_the_model_is_counted():
         check_groups(model, [sgd(*model.parameters(), stranger)])
 
 
+def test_the_groups_are_checked_before_a_step_is_made():
+    model = Model()
+    with pytest.raises(ValueError, match=r"^wte\.weight: in two groups"):
+        warm(model, [sgd(*model.parameters()), sgd(model.wte.weight)], step=None)
+
+
 def test_tied_weights_are_one_parameter():
     model = Model()
     model.lm_head.weight = model.wte.weight
@@ -159,8 +165,23 @@ def test_weight_decay_is_no_sign_of_life():
     nn.init.ones_(model.middle.gate.weight)
     model.middle.forward = lambda x: model.middle.proj(0 * model.middle.gate(x))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
-    with pytest.raises(RuntimeError, match="the gradient is zero in 3 steps"):
+    dead = r"^middle\.gate\.weight, middle\.proj\.weight: the gradient is zero in 3 steps"
+    with pytest.raises(RuntimeError, match=dead):
         warm(model, [optimizer])
+
+
+@pytest.mark.parametrize("alive_in", [0, 1, 2])
+def test_a_gradient_in_one_of_the_steps_is_enough(alive_in):
+    model, steps = Model(), []
+    optimizer = sgd(*model.parameters())
+
+    def leave_one(*_):
+        for p in model.middle.parameters():
+            p.grad *= len(steps) == alive_in
+        steps.append(1)
+
+    optimizer.register_step_pre_hook(leave_one)
+    assert warm(model, [optimizer]) == (2, 3) and len(steps) == 3
 
 
 def test_a_learning_rate_of_zero_is_a_choice_that_is_named(capsys):
@@ -207,6 +228,14 @@ def test_dropout_is_honoured_in_training_and_off_in_evaluation():
 
     warm(model, step=step)
     assert modes == [True, True, True] and model.training and model.dropout.training
+
+
+def test_a_model_in_evaluation_mode_is_a_warning(capsys):
+    model = Model(dropout=0.5).eval()
+    warm(model)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("warning: edit: the model is in eval") for line in lines)
+    assert not model.training
 
 
 def test_a_part_that_was_in_evaluation_mode_stays_in_it():
@@ -269,7 +298,9 @@ def test_weights_buffers_state_and_generator_are_as_before_bit_for_bit(steps_bef
 
     def step(*args):
         seen.append(everything(model, optimizers))
-        return train_step(*args)
+        loss = train_step(*args)
+        model.wte.weight.grad = torch.ones_like(model.wte.weight)  # forgotten
+        return loss
 
     def batch(rows):  # leaves torch's own generator alone, as the run's does
         ids = torch.randint(
