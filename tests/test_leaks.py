@@ -104,6 +104,17 @@ def test_rows_of_one_parity_that_read_their_neighbours(rows, parity):
         evaluate_bpb(model, text, SIZES, rows)
 
 
+@pytest.mark.parametrize("row", [2, 3])
+def test_one_row_that_reads_its_neighbour_and_is_in_no_check_replayed(row):
+    where = (torch.arange(B) == row)[:, None, None]
+
+    def model(idx):
+        return causal(idx) + LEAK[idx.roll(1, 0)].mean(1, keepdim=True) * where
+
+    with pytest.raises(RuntimeError, match="evaluation refused: the model mixes rows"):
+        check_model(model, ROWS[:B, :-1])  # two checks, which replay rows 7 and 6
+
+
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, torch.Tensor]:
     """Positions of a full run's rows, (2048,), at which an evaluation notices a leak.
