@@ -110,12 +110,14 @@ def test_other_hooks_of_optimizers_stay(guard):
 # ---- Files --------------------------------------------------------------------------------------
 def in_a_process(tmp_path: Path, code: str) -> str:
     """Return what `code` prints, in a process that refuses to open files; folders as named."""
-    for name in ("cache/data/rows", "cache/compiled", "checkout", "elsewhere"):
+    folders = ("cache/data/rows", "cache/compiled", "checkout", "elsewhere")
+    for name in (*folders, "checkout/.venv/lib"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         for kind in ("npy", "u16", "json"):
             (tmp_path / name / f"a.{kind}").write_bytes(b"x")
     (tmp_path / "elsewhere" / "link.json").symlink_to(tmp_path / "cache/data/rows/a.json")
     opened = (
+        "import os, sys\nsys.prefix = 'checkout/.venv'\n"
         "from pathlib import Path\nfrom harness.guard import refuse_to_open\n"
         "refuse_to_open(Path('cache/data'), Path('checkout'))\n"
         "def t(*args):\n"
@@ -135,6 +137,9 @@ for name in ("cache/data/rows", "cache/compiled", "checkout", "elsewhere"):
 t("elsewhere/link.json"); t(b"checkout/a.npy"); t(Path("checkout/a.npy"))
 t("checkout/a.npy", "r+"); t("checkout/a.npy", "a"); t("checkout/a.npy", "w")
 t("checkout/b.npy", "xb"); t("cache/data/b.json", "w")
+t("checkout/.venv/lib/a.npy"); t("checkout/.venv/lib/a.json")
+open = lambda path: os.fdopen(os.open(path, os.O_RDONLY))
+t("checkout/a.npy"); t(Path("checkout/a.u16")); t(Path("checkout/a.json"))
 """
     lines = in_a_process(tmp_path, code).splitlines()
     assert lines == [
@@ -147,6 +152,8 @@ t("checkout/b.npy", "xb"); t("cache/data/b.json", "w")
         *("refused b'checkout/a.npy'", "refused checkout/a.npy"),
         *("refused checkout/a.npy", "open checkout/a.npy", "open checkout/a.npy"),
         *("open checkout/b.npy", "refused cache/data/b.json"),
+        *("open checkout/.venv/lib/a.npy", "open checkout/.venv/lib/a.json"),
+        *("refused checkout/a.npy", "refused checkout/a.u16", "open checkout/a.json"),
     ]
 
 
@@ -191,10 +198,12 @@ def run_to_the_end(code: str, fresh: bool = False) -> tuple[int, str, str]:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     if fresh:
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=env, timeout=60, capture_output=True, text=True
+        )
     else:
-        done = forks.run("-c", code, env=env)
-    assert time.monotonic() - start < 100
+        done = forks.run("-c", code, env=env, seconds=60)
+    assert time.monotonic() - start < 60
     return done.returncode, done.stdout, done.stderr
 
 
