@@ -2,8 +2,8 @@
 
 A fresh interpreter takes 2 s for torch and 5 s if it compiles; a fork takes hundredths. It is as a
 fresh one in arguments, environment, folder, files and the way it ends, exit hooks included; but
-what torch reads when it is loaded, such as OMP_NUM_THREADS, is the server's. Each process of the
-tests has a server of its own, once it needs one.
+what torch reads when it is loaded, such as OMP_NUM_THREADS, is the server's, and there is no GPU,
+which a fork could not use. Each process of the tests has a server of its own, once it needs one.
 """
 
 import atexit
@@ -41,7 +41,7 @@ class Job(NamedTuple):
 @functools.cache
 def server() -> subprocess.Popen:
     """Return the process that forks, which is up, or soon will be."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env.pop("PYTHONPATH", None)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
