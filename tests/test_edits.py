@@ -503,7 +503,9 @@ COSINE = '''def lr_multiplier(progress: float) -> float:
 '''
 
 
-@edit((definition("lr_multiplier"), COSINE))
+@edit(
+    put("import math\n", before="import torch\n"), (definition("lr_multiplier"), COSINE)
+)
 def test_a_cosine_schedule(run, honest):
     honoured(run, honest)
     expected = [(1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(STEPS)]
