@@ -25,6 +25,9 @@ from morning.page import headline, write_page
 from morning.picture import draw_night, png
 
 STANDS = 2.0  # standard errors, above which a kept gain is believed
+REVERT = re.compile(
+    r"without [0-9a-f]{8}"
+)  # an "idea" of `experiment.py void`: no experiment
 
 
 # ---- The night -------------------------------------------------------------------------
@@ -58,6 +61,11 @@ class Change:
         return "keep" if kept else "discard"
 
     @property
+    def revert(self) -> bool:
+        """Whether it only takes another change back."""
+        return bool(REVERT.fullmatch(self.idea))
+
+    @property
     def believe(self) -> str:
         """What to believe of its gain."""
         if self.gain > STANDS * self.error:
@@ -71,7 +79,8 @@ class Night:
 
     changes: list[Change]
     strays: list[str]  # lines of the log that are no runs
-    withdrawn: int  # commits that `experiment.py void` took out; in nothing else
+    experiments: int  # how many there were; an idea that was mended counts once
+    withdrawn: list[Line]  # one of each commit that `experiment.py void` took out
     # A later run of a commit, how many experiments were before it, and by which fraction
     # the commit's speed had changed (nan in logs without speed).
     controls: list[tuple[Line, int, float]]
@@ -112,8 +121,9 @@ class Night:
         return [c for c in kept if not c.gain <= 0]
 
     def tried(self, *statuses: str) -> list[Change]:
-        """Return the changes of these statuses, without the baseline."""
-        return [c for c in self.changes if c.number and c.status in statuses]
+        """Return the changes of these statuses, without the baseline and reverts."""
+        found = [c for c in self.changes if c.number and not c.revert]
+        return [c for c in found if c.status in statuses]
 
     def times(self, gain: float) -> float:
         """Return a gain in noises."""
@@ -146,7 +156,7 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     lines = read_log(text)
     logged = [line for line in lines if line.status]
     # A void run is a crash. What has a number and is void was withdrawn as a whole.
-    gone = {line.commit for line in logged if line.void and line.status != "crash"}
+    gone = {x.commit: x for x in logged if x.void and x.status != "crash"}
     runs = [line for line in logged if line.commit not in gone]
     numbers = {line.commit: 0 for line in logged[:1]}
     changes: dict[tuple[str, str], Change] = {}
@@ -156,7 +166,8 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     for run in runs:
         # A crash that was mended is a new commit, but the same experiment.
         idea = run.gpu, run.idea or run.description
-        number = numbers.setdefault(run.commit, crashed.pop(idea, newest + 1))
+        new = newest + (not REVERT.fullmatch(run.idea))
+        number = numbers.setdefault(run.commit, crashed.pop(idea, new))
         newest = max(newest, number)
         if run.status == "crash":
             crashed[idea] = number
@@ -193,8 +204,11 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
                 break
         before += [change] if change.status == "keep" else []
     strays = [line.description for line in lines if not line.status]
-    found = list(changes.values()), strays, len(gone), controls, noise, spare
-    return Night(*found, Path(folder), note)
+    ideas = {c.idea for c in changes.values()}
+    lost = {x.idea for x in gone.values() if not REVERT.fullmatch(x.idea)} - ideas
+    experiments = len({c.number for c in changes.values() if c.number} | lost)
+    found = list(changes.values()), strays, experiments, [*gone.values()]
+    return Night(*found, controls, noise, spare, Path(folder), note)
 
 
 # ---- The report ------------------------------------------------------------------------

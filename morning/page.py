@@ -54,8 +54,8 @@ def on_gpu(gpu: str) -> str:
 
 def headline(night: Night) -> str:
     """Return the night in one line."""
-    tried = len({c.number for c in night.changes if c.number})
-    experiments, made_up = many(tried, "experiment"), "made up: " if night.made_up else ""
+    tried, made_up = night.experiments, "made up: " if night.made_up else ""
+    experiments = many(tried, "experiment")
     if not night.best:
         return f"No result yet: {experiments} without a number"
     noise = f"noise {night.noise:.4f}" + ("" if night.spare else " (assumed)")
@@ -142,6 +142,7 @@ def try_next(night: Night) -> Html:
     below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
     near = [c for c in dropped if NEAR[0] <= night.times(c.gain) <= NEAR[1]]
     measured = {c.number for c in night.changes if c.values}
+    gone = {line.idea for line in night.withdrawn}
     groups = {
         "Discarded, though below today's best: run them again": below,
         "Near misses, {} to {} noise: run them again, or two together".format(*NEAR): [
@@ -151,7 +152,9 @@ def try_next(night: Night) -> Html:
             c for c in night.tried("keep") if c.believe == "may be luck"
         ],
         "Never measured, because every run crashed or was void": [
-            c for c in night.tried("crash") if c.number not in measured
+            c
+            for c in night.tried("crash")
+            if c.number not in measured and c.idea not in gone
         ],
     }
     for title, changes in groups.items():
@@ -189,14 +192,15 @@ def best_commit(night: Night) -> Html:
         runs = many(len(best.values), "run") + on_gpu(best.gpu)
         text.append(html.escape(f"{best.commit}, {best.idea}: {best.mean:.6f}, {runs}."))
         command = f"git diff {night.start.commit} {best.commit} -- train.py"
-        text.append(f"<pre>{html.escape(command)}</pre>")
+        if best is not night.start:
+            text.append(f"<pre>{html.escape(command)}</pre>")
     runs = [run for change in night.changes for run in change.runs]
     crashed = [run for run in runs if run.status == "crash"]
     void = sum(bool(run.void) or run.description.endswith(", void") for run in crashed)
     text.append(
-        f"Counts: {many(len(runs), 'run')}; {len(night.tried('keep'))} changes kept, "
-        f"{len(night.tried('discard'))} discarded, {night.withdrawn} withdrawn as broken; "
-        f"{len(crashed) - void} runs crashed, {void} were void."
+        f"Counts: {many(len(runs), 'run')}; changes: {len(night.tried('keep'))} kept, "
+        f"{len(night.tried('discard'))} discarded, {len(night.withdrawn)} withdrawn as broken. "
+        f"Of the runs {len(crashed) - void} crashed, {void} were void."
     )
     if night.strays:
         lines = "\n".join(line[:90] for line in night.strays[:MOST])
@@ -206,8 +210,14 @@ def best_commit(night: Night) -> Html:
 
 
 def everything(night: Night) -> Html:
-    """Every change of the night."""
-    return Html("<h2>Every experiment</h2>" + table(night, night.changes, "status"))
+    """Every change of the night, and below them those that were withdrawn."""
+    text = "<h2>Every experiment</h2>" + table(night, night.changes, "status")
+    lines = [
+        f"<li>{html.escape(f'{x.commit}, {x.idea}: {x.void}')}" for x in night.withdrawn
+    ]
+    if lines:
+        text += f"<p>Withdrawn as broken, and why:<ul>{''.join(lines)}</ul>"
+    return Html(text)
 
 
 STYLE = """

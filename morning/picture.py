@@ -58,7 +58,7 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
     # Bad experiments must not flatten the picture: what lies above `top` is at the edge.
     means = [c.mean for c in shown if c.status == "keep"]
     span = max(max(means) - min(means), 4 * noise, 1e-4)
-    top, bottom = max(means) + 0.2 * span, min(means) - 0.2 * span
+    top, bottom = max(means) + 0.2 * span, min(c.mean for c in shown) - 0.2 * span
     ax.set(ylim=(bottom, top), xlim=(-0.03 * last - 0.5, 1.02 * last + 0.7))
     ax.xaxis.get_major_locator().set_params(integer=True)
 

@@ -80,9 +80,9 @@ def test_a_night_counted_by_hand():
     assert gains == pytest.approx(expected)
     assert night.changes[1].error == pytest.approx(night.noise * math.sqrt(1 / 2 + 1 / 3))
     assert [c.believe for c in night.tried("keep")] == ["stands", "no gain", "stands"]
-    assert headline(night) == "0.9980 \u2192 0.9880, 6 experiments, 3 kept, noise 0.0009"
+    assert headline(night) == "0.9980 \u2192 0.9880, 7 experiments, 3 kept, noise 0.0009"
     assert night.luck == pytest.approx(night.noise * expected_best(4))
-    assert night.withdrawn == 1
+    assert len(night.withdrawn) == 1
 
 
 def test_gains_of_a_chain_add_up_to_the_whole():
@@ -224,7 +224,7 @@ def test_older_logs_read_the_same(quick):
     assert headline(night).startswith("0.4450 \u2192 0.4200, 2 experiments, 1 kept")
     text = words(write_page(night))
     assert "2 runs crashed, 0 were void" not in text
-    assert "1 runs crashed, 1 were void" in text
+    assert "1 crashed, 1 were void" in text
     assert "drift would not show" in text
 
 
@@ -248,7 +248,7 @@ def test_a_log_that_was_torn_edited_and_written_on_windows():
         (None, "No result yet: 0 experiments without a number"),
         ("", "No result yet: 0 experiments without a number"),
         (HEADER.rstrip("\n"), "Nothing has been measured yet."),
-        (log([("aaaaaa0", 0, "crash", "baseline, seed 42")]), "1 runs crashed"),
+        (log([("aaaaaa0", 0, "crash", "baseline, seed 42")]), "1 crashed"),
         (log(NIGHT[:1]), "0.9980, the baseline alone, noise 0.0005 (assumed)"),
         (log(NIGHT[:3]), "0.9980, the baseline alone, noise 0.0010"),
         (log([NIGHT[5], NIGHT[3]]), "0.9940 \u2192 0.9940, 1 experiment, 1 kept"),
@@ -300,13 +300,31 @@ def test_without_a_log_the_notebook_shows_an_example_and_says_so(tmp_path, monke
     assert "made" not in night.note + headline(night)
 
 
+def test_what_void_took_back_is_no_experiment_and_was_measured(quick):
+    lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed {n}") for n in (42, 43)]
+    lines += [("aaaaaa1", 0.0, "crash", "rates, seed 42")]  # and mended:
+    lines += [("aaaaaa2", 0.980, "discard", "rates, seed 42, void: leaks")]
+    lines += [("aaaaaa3", 0.978, "discard", "wider, seed 42, void: leaks")]
+    lines += [("aaaaaa4", 0.991, "keep", "without aaaaaa21, seed 42")]
+    lines += [("aaaaaa5", 0.970, "discard", "deeper, seed 42")]
+    night = analyse(log(lines))
+    assert headline(night).startswith("0.9900 \u2192 0.9900, 3 experiments, 0 kept")
+    text = words(write_page(night))
+    assert "Never measured" not in text and "git diff" not in text
+    assert "aaaaaa3, wider: leaks" in text
+    low, _ = draw_night(night).axes[0].get_ylim()
+    assert low < 0.970  # the discarded point below the best is in the picture
+
+
 def test_the_page_says_what_to_try(quick):
     text = words(write_page(analyse(log(NIGHT))))
     assert "Near misses" in text and "2 softcap 20 (gain +0.0013, +1.4 noises)" in text
     assert "Never measured, because every run crashed or was void. 3 fp8 head" in text
     assert "git diff 0000000 7777777 -- train.py" in text
-    assert "1 withdrawn as broken; 1 runs crashed, 1 were void" in text
-    assert "leak" not in text
+    assert "1 withdrawn as broken. Of the runs 1 crashed, 1 were void" in text
+    assert (
+        text.count("leak") == 2 and "6666666, leak: leaks" in text.split("Withdrawn")[1]
+    )
     assert (
         "2 of 3 kept changes gained more than twice the standard error. 0 may be" in text
     )
