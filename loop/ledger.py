@@ -57,6 +57,11 @@ def number(text: str) -> float:
         return math.nan
 
 
+def amount(text: str) -> float:
+    """Return the number that `text` is, 0 if it is none or not finite."""
+    return number(text) if math.isfinite(number(text)) else 0.0
+
+
 def read_line(text: str) -> Line:
     """Return one line of a log. Hashes stay text, quotes mean nothing."""
     fields = text.split("\t", 4)
@@ -116,6 +121,14 @@ def plain(text: str) -> str:
 
 
 # ---- A run's own log ---------------------------------------------------------------------
+def read_ends(path: Path, most: int = 2**22) -> str:
+    """Return the text of a file, without its middle if it is longer than twice `most`."""
+    with open(path, "rb") as file:
+        content = file.read(most)
+        file.seek(max(most, os.fstat(file.fileno()).st_size - most))
+        return (content + file.read()).decode("utf-8", "replace")
+
+
 @dataclass
 class Result:
     """What a finished run's log says."""
@@ -137,9 +150,11 @@ def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result
     ends = re.findall(r"^exit status (\d+)$", text, re.MULTILINE)
     if not ends:
         return None
-    summary = text.rpartition("\n---\n")[2]
-    values = dict(re.findall(r"^(\w+): (.*)$", summary, re.MULTILINE))
-    one = len(re.findall(r"^val_bpb:", text, re.MULTILINE)) == 1
+    starts = [match.start() for match in re.finditer(r"^val_bpb:", text, re.MULTILINE)]
+    summary = text[starts[0] :] if starts else ""
+    pairs = re.findall(r"^(\w+): (.*)$", summary, re.MULTILINE)
+    values = dict(reversed(pairs))  # what train.py prints behind the summary is not of it
+    one = len(starts) == 1
     ok = ends[-1] == "0" and one and 0 < number(values.get("val_bpb", "")) < math.inf
     warnings = re.findall(r"^(warning: (\w+): .*)$", text, re.MULTILINE)
     voids = [kind for _, kind in warnings if kinds.get(kind)]

@@ -150,7 +150,7 @@ class Night:
                 f"a process that a run left behind holds {path} (fuser shows it); end it"
             )
         logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        lines = logs[-1].read_text("utf-8", "replace").splitlines() if logs else []
+        lines = ledger.read_ends(logs[-1]).splitlines() if logs else []
         steps = [x for x in lines if x.startswith("step ")] or lines or [""]
         return f"{self.open['idea']} is going on: {steps[-1]}; uv run experiment.py wait"
 
@@ -215,8 +215,9 @@ class Night:
             return None
         source = (ROOT / "constants.py").read_text("utf-8")
         kinds = re.search(r"^WARNINGS = (\{.*?^\})", source, re.MULTILINE | re.DOTALL)
-        text = log.read_text("utf-8", "replace")
-        return ledger.read_run(text, ast.literal_eval(kinds[1]), self.basis)
+        return ledger.read_run(
+            ledger.read_ends(log), ast.literal_eval(kinds[1]), self.basis
+        )
 
     def train(self, commit: str, seed: int, log: Path) -> None:
         """Run a commit under the time limit; its log ends with the exit status."""
@@ -269,13 +270,14 @@ class Night:
                 line.description += f", gpu {self.gpu}"
             if result.ok:
                 get = result.values.get
-                speed = f"{float(get('tok_per_sec', 0)) / 1e6:.3f} M tok/s"
-                line.description += f", {get('num_steps', 0)} steps, {speed}"
+                keys = ("tok_per_sec", "num_steps", "peak_vram_mb")
+                tokens, steps, mb = (ledger.amount(get(key, "")) for key in keys)
+                line.description += f", {steps:.0f} steps, {tokens / 1e6:.3f} M tok/s"
                 if not self.basis and not result.void:
                     self.save(basis={key: get(key) for key in SAME if get(key)})
             if result.ok and not result.void:
                 line.status, line.val_bpb = status, float(get("val_bpb"))
-                line.memory_gb = float(get("peak_vram_mb", 0)) / 1024
+                line.memory_gb = mb / 1024
             elif result.ok:
                 line.void = result.void
                 line.description += f", void: {result.void}"

@@ -128,6 +128,18 @@ def test_a_warning_about_the_edit_is_shown_and_voids_nothing(clone):
     assert "keep: " in said and "warning: edit: " in said and len(said.splitlines()) <= 10
 
 
+@pytest.mark.parametrize("key", ["num_steps", "tok_per_sec", "peak_vram_mb"])
+@pytest.mark.parametrize("value", ["nan", "many"])
+def test_a_summary_whose_numbers_are_none_does_not_stop_the_night(clone, key, value):
+    clone.edit(0.43)
+    text = (clone.folder / "train.py").read_text()
+    assert f"{key}: " in text
+    text = text.replace(f"{key}: ", f"{key}: {value} ")
+    (clone.folder / "train.py").write_text(text)
+    assert "keep: " in clone.do("run", "odd numbers") and goes_on(clone)
+    assert "odd numbers" in clone.do("status")
+
+
 def test_any_words_will_do_for_an_idea(clone):
     idea = "a\tb\nc \"d\" 'e' `f` $HOME $(g) %s \\t #h, seed 7"
     clone.experiment(idea, 0.43)

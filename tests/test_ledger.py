@@ -118,6 +118,7 @@ SUMMARY = "warning: uv: x\n---\nval_bpb: 0.44\nattention: fa3\n\nexit status 0\n
         ("val_bpb: 0.1\n" + SUMMARY, False, ""),
         (SUMMARY.replace("val_bpb: 0.44\n", ""), False, "attention"),
         (SUMMARY.replace("0.44", "nan"), False, ""),
+        (SUMMARY.replace("\nexit", "---\nattention: mine\n\nexit"), True, ""),
         ("exit status 137\n", False, "attention"),
     ],
 )
@@ -129,3 +130,18 @@ def test_what_counts_as_a_result(text, ok, void):
 
 def test_a_run_that_has_not_ended_is_none():
     assert read_run(SUMMARY.partition("exit")[0], KINDS, {}) is None
+
+
+def test_a_log_of_gigabytes_is_read_by_its_ends(tmp_path):
+    log = tmp_path / "x.log"
+    with open(log, "wb") as file:
+        file.write(b"warning: edit: x\n")
+        file.seek(2**33)  # a hole
+        file.write(f"\n{SUMMARY}".encode())
+    text = ledger.read_ends(log)
+    assert len(text) <= 2**23
+    result = read_run(text, KINDS, {"attention": "fa3"})
+    assert result.ok and result.notes == ["warning: edit: x"]
+    log.write_text(SUMMARY)
+    assert ledger.read_ends(log, most=9) == SUMMARY[:9] + SUMMARY[-9:]
+    assert ledger.read_ends(log, most=len(SUMMARY) // 2 + 1) == SUMMARY
