@@ -111,9 +111,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
         if not re.fullmatch(pattern, text):
             raise Refused(f"{text!r}: {help}")
     if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-        raise Refused(
-            f"{ROOT} is not the top of a git checkout; start in a clone of its own"
-        )
+        raise Refused(f"{ROOT} is not the top of a git checkout; start in its own clone")
     nights = plan(tag, gpus, budget)
     if NIGHT.exists() and Night.load().tag == tag:
         raise Refused(f"night {tag} has begun here; `{ME} wait` goes on with it")
@@ -132,7 +130,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
                 raise Refused(f"branch {night.branch} is there; take another tag")
         if tree != ROOT and tree.exists():
             raise Refused(f"{tree} is there; git worktree remove {tree}, or rename it")
-    trial = ROOT / "runs" / "trial"
+    trial = ROOT / "runs" / ".trial"  # no tag
     try:
         make_tree(trial, first.best)
         make_commit(trial, "trial", "--allow-empty")
@@ -148,11 +146,11 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
             new = path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
             print(f"{path.name} of an earlier night is now {new.name}")
     ledger.rewrite(ROOT / "results.tsv", lambda lines: lines)
-    for tree, night in nights.items():
+    for tree, night in reversed(nights.items()):  # ours last: then the night has begun
         if tree == ROOT:
             git("switch", "-q", "-C", night.branch)
-        else:
-            git("worktree", "add", "-q", "-b", night.branch, str(tree), night.best)
+        else:  # -f: also where one was deleted by hand
+            git("worktree", "add", "-qfb", night.branch, str(tree), night.best)
         (tree / "runs" / tag).mkdir(parents=True)
         night.save(tree / "runs" / NIGHT.name)
     work(first)
@@ -169,7 +167,9 @@ def plan(tag: str, gpus: str, budget: str) -> dict[Path, Night]:
     own = ("AUTORESEARCH_SEED", "AUTORESEARCH_DRY_RUN")
     keys = [k for k in os.environ if k.startswith("AUTORESEARCH_") and k not in own]
     env = {key: os.environ[key] for key in keys}
-    cards = gpus.split(",")
+    if cache := env.get("AUTORESEARCH_CACHE"):  # a run has another working folder
+        env["AUTORESEARCH_CACHE"] = str(Path(cache).expanduser().absolute())
+    cards = [*dict.fromkeys(gpus.split(","))]
     if not gpus and trains_here(env):
         cards = [os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"]
     head, log = git("rev-parse", "HEAD"), str((ROOT / "results.tsv").resolve())
@@ -201,15 +201,13 @@ def run(idea: str, minutes: float) -> int:
     """Commit train.py as it is, put the best's back in its place, and start the run."""
     if not (idea := plain(idea)):
         raise Refused('say in a few words what is tried: run "wider MLP"')
-    if not (night := Night.locked()):
-        raise Refused(Night.load().busy())
+    night = Night.ours()
     if night.open:
         print(f"first what is open: {night.open['idea']}")
         work(night)
         if status := wait(minutes, ours=True):
             return status
-        if not (night := Night.locked()):
-            raise Refused(Night.load().busy())
+        night = Night.ours()
     night.follow()
     if night.used_up() and not night.over:
         night.save(open=night.control(night.best), over=True, said=[])
@@ -280,15 +278,17 @@ def status() -> int:
 
 def void(commit: str, why: str, minutes: float) -> int:
     """Take a commit, and what was kept on top of it, out of the log; revert it."""
-    if not (night := Night.locked()):
-        raise Refused(Night.load().busy())
+    night = Night.ours()
     if night.open:
         raise Refused(f"{night.open['idea']} is open; `{ME} wait`, then void")
     night.follow()
-    lines = [x.commit for x in night.all_lines() if x.status]
     full = git("rev-parse", "--verify", f"{commit}^{{commit}}")
-    if full[:8] not in lines[1:] or full[:8] == lines[0]:
-        raise Refused(f"{full[:8]} has no line in {night.log}, or is its baseline")
+    ideas = {x.commit: x.idea for x in night.lines()}  # of this GPU
+    if full[:8] not in [*ideas][1:] or f"without {full[:8]}" in ideas.values():
+        why = f"has no line of this GPU in {night.log}, is the baseline, or void already"
+        raise Refused(f"{full[:8]} {why}")
+    if (other := ideas[full[:8]].removeprefix("without ")) in ideas:
+        raise Refused(f"{full[:8]} takes {other} back; void what brought the fault")
     commits, changes = [full], {}
     if succeeds("merge-base", "--is-ancestor", full, night.best):
         commits += git("rev-list", f"{full}..{night.best}").split()
@@ -338,8 +338,9 @@ def main() -> int:
         if fcntl is None:
             raise Refused("Windows has no locks of this kind; use WSL")
         return globals()[args.pop("command")](**args)
-    except (Refused, OSError) as error:
-        print(f"experiment.py: {error}", file=sys.stderr)
+    except (Refused, OSError, KeyboardInterrupt) as error:
+        said = str(error) or f"interrupted; `{ME} wait` goes on with what is open"
+        print(f"experiment.py: {said}", file=sys.stderr)
         return 1
 
 

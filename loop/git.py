@@ -52,7 +52,7 @@ def make_tree(tree: Path, commit: str) -> None:
 def make_commit(tree: Path, message: str, *what: str) -> str:
     """Commit in `tree` and return the hash; Refused says what hinders it and what helps."""
     try:
-        git("commit", "-q", "-m", message, *what, tree=tree)
+        git("commit", "-q", "--cleanup=verbatim", "-m", message, *what, tree=tree)
     except Refused as error:
         help = "if a hook did it, `git config core.hooksPath /dev/null` turns hooks off"
         if re.search("ident|who you are", str(error)):

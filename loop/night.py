@@ -65,7 +65,11 @@ class Night:
         """Return the night of this tree; Refused if none has begun."""
         if not NIGHT.exists():
             raise Refused(f"no night has begun in {ROOT}; uv run experiment.py start TAG")
-        return Night(**json.loads(NIGHT.read_text("utf-8")))
+        try:
+            return Night(**json.loads(NIGHT.read_text("utf-8")))
+        except (TypeError, ValueError) as error:
+            help = "move it away, and start with another tag"
+            raise Refused(f"{NIGHT} is no good ({error}); {help}") from error
 
     @staticmethod
     def locked() -> "Night | None":
@@ -75,6 +79,13 @@ class Night:
             vars(night).update(vars(Night.load()))  # as who had them left it
             return night
         return None
+
+    @staticmethod
+    def ours() -> "Night":
+        """Return the night with its locks; Refused if an experiment is going on here."""
+        if not (night := Night.locked()):
+            raise Refused(Night.load().busy())
+        return night
 
     def save(self, path: Path = NIGHT, **changes) -> None:
         """Change some values and write all of them, whole or not at all."""
@@ -128,9 +139,16 @@ class Night:
         return next((x.idea for x in self.lines(commit)), "baseline")
 
     def count(self) -> int:
-        """Return how many experiments there were; an idea that was fixed counts once."""
+        """Return how many experiments there were; an idea that was fixed counts once.
+
+        What `void` leaves of the best is none.
+        """
         lines = self.lines()
-        return len({x.idea for x in lines if x.commit != lines[0].commit})
+        known = {x.commit for x in lines}
+        tried = [x for x in lines if x.commit != lines[0].commit]
+        tried = [x for x in tried if x.idea.removeprefix("without ") not in known]
+        done = {x.commit: x.idea for x in tried if x.status != "crash"}
+        return len(done) + len({x.idea for x in tried} - {*done.values()})
 
     def summary(self) -> str:
         """Return one line: the best so far."""
@@ -146,9 +164,8 @@ class Night:
         """Return one line on who has the locks."""
         if not self.open:
             path = ROOT / "runs" / "tree.lock"
-            return (
-                f"a process that a run left behind holds {path} (fuser shows it); end it"
-            )
+            held = f"another command holds {path}, or what a run left behind"
+            return f"{held} (fuser shows it); try again; if it stays so, end it"
         logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
         lines = ledger.read_ends(logs[-1]).splitlines() if logs else []
         steps = [x for x in lines if x.startswith("step ")] or lines or [""]
@@ -288,17 +305,21 @@ class Night:
     # ---- What is open --------------------------------------------------------------------
     def follow(self) -> None:
         """Bring the branch to the best commit, and train.py with it; a draft in it stays."""
+        name = f"refs/heads/{self.branch}"
+        if not succeeds("rev-parse", "-q", "--verify", name):  # somebody deleted it
+            git("update-ref", name, self.best)
         job, here = self.open, succeeds("symbolic-ref", "-q", "HEAD")
-        here = here and git("symbolic-ref", "--short", "HEAD") == self.branch
+        here = here and git("symbolic-ref", "HEAD") == name
         if here and job and not job["runs"]:
             if succeeds("diff", "--quiet", job["commit"], "--", "train.py"):
                 git("checkout", "-q", "HEAD", "--", "train.py")
-        if git("rev-parse", self.branch) == self.before != self.best:
+        if git("rev-parse", name) == self.before != self.best:
             if here:
+                git("reset", "-q")  # a draft that is staged would be in the way
                 git("checkout", "-q", "-m", "-B", self.branch, self.best)
                 git("reset", "-q", "--", "train.py")  # after a conflict
             else:
-                git("update-ref", f"refs/heads/{self.branch}", self.best, self.before)
+                git("update-ref", name, self.best, self.before)
 
     def settle(self) -> None:
         """Do what is open, and what that opens."""
@@ -323,7 +344,7 @@ class Night:
                 said = f"{idea} crashes; the branch is at {instead[:8]} again"
                 return self.save(open=None, said=[said], best=instead, before=commit)
             if line.status == "crash":
-                logs = f"tail -n 40 {self.folder}/{commit[:8]}-*.log"
+                logs = f"tail -n 40 {shlex.quote(str(self.folder))}/{commit[:8]}-*.log"
                 why = f"{idea}: a run of {commit[:8]} failed ({line.void or 'crash'})"
                 raise Refused(f"{why}; `{logs}` says why; the machine is not ready")
         now, _, noise, later = self.stand()

@@ -148,6 +148,14 @@ def test_any_words_will_do_for_an_idea(clone):
     assert "experiment.py: say" in clone.do("run", " \n ", status=1)
 
 
+@pytest.mark.parametrize("idea", ["#3 of the list", "-5 layers", "x" * 10_000])
+def test_an_idea_is_the_commits_subject_whatever_git_cleans_up(clone, idea):
+    clone.git("config", "commit.cleanup", "strip")
+    clone.experiment(idea, 0.43)
+    assert clone.git("log", "-1", "--format=%s") == idea
+    assert clone.said()[-1] == f"keep {idea}, seed 42"
+
+
 def test_a_run_sees_its_gpu_and_no_virtual_env(fresh):
     fresh.env["VIRTUAL_ENV"] = "/elsewhere"
     fresh.do("start", "nov24", "--gpus", "3")
@@ -168,6 +176,33 @@ def test_the_next_edit_can_be_drafted_while_the_gpu_works(clone):
     text = train_py(0.43, FAULT="slow") + "# the next edit\n"
     assert (clone.folder / "train.py").read_text() == text
     assert "keep: " in clone.experiment("next", 0.42)
+
+
+def test_a_draft_that_is_staged_does_not_stop_what_is_kept(clone):
+    clone.run_slowly(0.43)
+    (clone.folder / "train.py").write_text(train_py(0.44) + "# the next edit\n")
+    clone.git("add", "train.py")
+    clone.go()
+    assert "keep: " in clone.do("wait")
+    text = train_py(0.43, FAULT="slow") + "# the next edit\n"
+    assert (clone.folder / "train.py").read_text() == text
+    assert "keep: " in clone.experiment("next", 0.42)
+
+
+@pytest.mark.parametrize("ref", ["deleted", "a tag of its name"])
+def test_a_branch_that_is_not_what_it_was_does_not_stop_the_night(clone, ref):
+    clone.experiment("wider MLP", 0.43)
+    best = clone.git("rev-parse", "HEAD")
+    if ref == "deleted":
+        clone.git("switch", "-q", "main")
+        clone.git("branch", "-qD", "autoresearch/nov24")
+        assert "best: " in clone.do("wait")
+        clone.git("switch", "-q", "autoresearch/nov24")
+    else:
+        clone.git("tag", "autoresearch/nov24", "main")
+    assert clone.git("rev-parse", "HEAD") == best
+    assert "keep: " in clone.experiment("deeper", 0.42)
+    assert "keep: " in clone.experiment("deeper yet", 0.41) and clone.value() == 0.41
 
 
 def test_a_draft_that_does_not_fit_what_was_kept_shows_both(clone):
@@ -306,6 +341,33 @@ def test_start_says_when_the_baseline_fails_and_wait_tries_again(fresh):
     assert goes_on(fresh)
 
 
+def test_a_night_called_trial_keeps_an_earlier_ones_logs(fresh):
+    (fresh.folder / "runs" / "trial").mkdir(parents=True)
+    (fresh.folder / "runs" / "trial" / "x.log").touch()
+    assert "trial of an earlier night is now trial-" in fresh.do("start", "trial")
+    assert len([*fresh.folder.glob("runs/trial-*/x.log")]) == 1
+
+
+def test_a_cache_named_by_a_relative_path_is_the_same_for_every_run(fresh):
+    fresh.env["AUTORESEARCH_CACHE"] = "cache"
+    (fresh.folder / "train.py").write_text(WHERE + train_py())
+    fresh.git("commit", "-qam", "says where")
+    fresh.do("start", "nov24", "--gpus", "0,0")
+    logs = [path.read_text() for path in fresh.folder.glob("runs/nov24/*.log")]
+    assert len(logs) == 3 and all(f"cache: {fresh.folder}/cache\n" in x for x in logs)
+
+
+WHERE = 'import os\nprint("cache:", os.path.abspath(os.environ["AUTORESEARCH_CACHE"]))\n'
+
+
+def test_a_night_file_that_cannot_be_read_is_named(clone):
+    night = clone.folder / "runs" / "night.json"
+    for text in ("{", "[]", '{"tag": "nov24"}'):
+        night.write_text(text)
+        said = clone.do("status", status=1)
+        assert f"{night} is no good" in said and len(said.splitlines()) == 1
+
+
 def test_a_night_after_a_night(clone):
     clone.experiment("wider MLP", 0.43)
     first = (clone.folder / "results.tsv").read_text()
@@ -381,9 +443,11 @@ def test_what_a_run_leaves_behind_is_ended(clone):
 
 def test_what_a_run_leaves_behind_in_a_session_of_its_own_is_named(clone):
     said = clone.experiment("escapes", 0.43, FAULT="escapes")
-    assert "keep: " in said and "tree.lock (fuser shows it); end it" in said
+    assert "keep: " in said and "tree.lock, or what a run left behind (fuser" in said
     clone.edit(0.42)
-    assert "tree.lock (fuser shows it); end it" in clone.do("run", "next", status=1)
+    assert "tree.lock, or what a run left behind (fuser" in clone.do(
+        "run", "next", status=1
+    )
     assert "keep: " in clone.do("wait")
     os.kill(int((clone.folder.parent / "left").read_text()), signal.SIGKILL)
     assert goes_on(clone)
@@ -401,6 +465,21 @@ def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     clone.go()
     assert "keep: " in clone.do("wait")
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
+
+
+def test_ctrl_c_ends_the_command_and_not_the_experiment(clone):
+    clone.edit(0.43, FAULT="slow")
+    call = [sys.executable, "experiment.py", "run", "slow"]
+    how = {"cwd": clone.folder, "env": clone.env, "stderr": subprocess.PIPE, "text": True}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(call, stdout=subprocess.DEVNULL, **how) as process:
+        clone.until_it_trains()
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 1 and len(said.splitlines()) == 1
+    assert "interrupted; `uv run experiment.py wait` goes on" in said
+    clone.go()
+    assert "keep: " in clone.do("wait")
 
 
 def processes_in(folder: Path, name: str) -> list[int]:
@@ -617,6 +696,25 @@ def test_a_discarded_commit_can_be_void_too_and_others_cannot(clone):
         assert clone.do("void", other, "why", status=1).startswith("experiment.py: ")
 
 
+def test_what_is_void_cannot_come_back_by_void(clone):
+    clone.experiment("a leak", 0.2)
+    leak = clone.git("rev-parse", "HEAD")
+    clone.do("void", leak, "sees the future")
+    assert clone.value() == 0.44
+    assert "void already" in clone.do("void", leak, "why", status=1)
+    said = clone.do("void", "HEAD", "why", status=1)
+    assert f"takes {leak[:8]} back" in said
+    assert clone.value() == 0.44 and "1 experiments, " in clone.do("status")
+    assert goes_on(clone)
+
+
+def test_two_experiments_in_the_same_words_are_two(clone):
+    clone.experiment("again", 0.5, FAULT="crash")
+    clone.experiment("again", 0.5)
+    clone.experiment("again", 0.5, lines=1)
+    assert "2 experiments, 0 kept" in clone.do("status")
+
+
 def keep_two(clone: Clone, first: str, second: str) -> str:
     """Keep two commits that put a line in front and one at the end; return the first."""
     good = train_py(0.43).replace("LUCK", f"{first}\nLUCK", 1)
@@ -673,6 +771,32 @@ def test_several_gpus_share_a_log_and_each_is_judged_by_its_own(origin, tmp_path
     ]
     environment = (tmp_path / "environment").read_text()
     assert environment.count("'0'") == 4 and environment.count("'1'") == 5
+
+
+def test_a_commit_is_void_in_the_tree_of_its_own_gpu(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    clone.experiment("a leak", 0.2)
+    leak = clone.git("rev-parse", "HEAD")
+    said = clone.do("void", leak, "sees the future", status=1, cwd=other)
+    assert "no line of this GPU" in said and "void" not in "".join(clone.said())
+    assert "without" in clone.do("void", leak, "sees the future")
+
+
+def test_a_night_begins_in_all_its_trees_or_in_none(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    shutil.rmtree(other)  # and git still lists it
+    held = clone.folder / ".git" / "refs" / "heads" / "autoresearch" / "nov25-gpu1.lock"
+    held.touch()
+    assert "git worktree" in clone.do("start", "nov25", "--gpus", "0,1", status=1)
+    assert "night nov24: " in clone.do("status")
+    held.unlink()
+    assert "GPU 1: for an agent" in clone.do("start", "nov25", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    assert len(clone.said()) == 6
 
 
 # ---- Words -------------------------------------------------------------------------------
