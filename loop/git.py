@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 try:
@@ -12,6 +13,7 @@ except ImportError:  # Windows; WSL has it
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 3.0  # seconds for another git, such as an agent's `git diff`, to be done
 
 
 class Refused(Exception):
@@ -25,8 +27,12 @@ def git(*command: str, tree: Path = ROOT) -> str:
     hooks = () if command[0] == "commit" else ("-c", "core.hooksPath=/dev/null")
     call = ["git", "-C", str(tree), *hooks, *command]
     io = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 120}
+    end = time.monotonic() + PATIENCE
     try:
-        done = subprocess.run(call, env=env, **io)
+        while (done := subprocess.run(call, env=env, **io)).returncode:
+            if b"index.lock" not in done.stderr or time.monotonic() > end:
+                break
+            time.sleep(0.05)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Refused(f"git {command[0]} in {tree}: {error}") from error
     if done.returncode:
@@ -82,5 +88,8 @@ def changed_files() -> list[str]:
 def check_index() -> None:
     """Refuse to go on beside another git, or what is left of one."""
     index = Path(ROOT, git("rev-parse", "--git-path", "index.lock"))
+    end = time.monotonic() + PATIENCE
+    while index.exists() and time.monotonic() < end:
+        time.sleep(0.05)
     if index.exists():
         raise Refused(f"git is at work here, or was killed; if it was killed, rm {index}")

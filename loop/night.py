@@ -338,9 +338,9 @@ class Night:
         *_, stretch = self.stand()
         while sum(x.valid for x in self.lines(commit)) < runs:
             line = self.run_once(commit, idea, "keep")
-            if control:
+            if control and (line.void or line.valid):
                 break
-            if line.status == "crash" and instead:
+            if line.status == "crash" and instead and not line.void:
                 said = f"{idea} crashes; the branch is at {instead[:8]} again"
                 return self.save(open=None, said=[said], best=instead, before=commit)
             if line.status == "crash":

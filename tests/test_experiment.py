@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -416,6 +417,19 @@ def test_a_second_agent_in_the_same_tree_is_refused(clone):
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
 
 
+def test_a_git_that_is_at_work_for_a_moment_is_waited_for(clone):
+    lock = clone.folder / ".git" / "index.lock"
+    clone.edit(0.43)
+    for command in (["experiment.py", "run", "x"], ["-c", RESET]):
+        lock.touch()
+        threading.Timer(1.0, lock.unlink).start()
+        clone.call([sys.executable, *command])
+    assert "keep x, seed 42" in clone.said()
+
+
+RESET = "from loop.git import git; git('reset', '-q')"
+
+
 def test_a_second_experiment_on_a_gpu_is_refused_in_another_tree(origin, tmp_path):
     clones = [Clone(origin, tmp_path / name) for name in "ab"]
     clones[1].env["AUTORESEARCH_CACHE"] = clones[0].env["AUTORESEARCH_CACHE"]
@@ -635,6 +649,18 @@ def test_every_ten_experiments_the_best_runs_again_and_a_changed_speed_counts(cl
     assert "11 experiments, 0 kept" in said
 
 
+def test_a_control_that_crashes_says_that_the_machine_is_not_ready(clone):
+    for number in range(9):
+        clone.experiment(f"bad {number}", 0.5, lines=number)
+    speed = clone.folder.parent / "speed"
+    speed.write_text("none")  # every run crashes
+    said = clone.experiment("bad 9", 0.5, status=1)
+    assert "the machine is not ready" in said
+    assert "the machine is not ready" in clone.do("wait", status=1)
+    speed.write_text("1")
+    assert "control, the best: " in clone.do("wait") and goes_on(clone)
+
+
 def test_a_speed_that_changes_all_the_time_gives_no_verdict_and_no_endless_runs(clone):
     clone.experiment("wider MLP", 0.43)
     (clone.folder.parent / "speed").write_text("wanders")
@@ -731,6 +757,18 @@ def test_what_is_left_of_a_void_commit_crashes_so_the_branch_goes_further_back(c
     first = keep_two(clone, "X = 1", "print(X)")
     assert "crashes; the branch is at" in clone.do("void", first, "why")
     assert clone.git("log", "-1", "--format=%s") == "start" and goes_on(clone)
+
+
+def test_what_is_left_of_a_void_commit_is_kept_though_the_gpu_is_throttled(clone):
+    first = keep_two(clone, "X = 1", "Y = 1")
+    basis = clone.folder / "runs" / "night.json"
+    right = basis.read_text()
+    basis.write_text(right.replace("8fe0ad1f", "0000000"))  # now every run is void
+    said = clone.do("void", first, "why", status=1)
+    assert "failed (data)" in said and "the machine is not ready" in said
+    basis.write_text(basis.read_text().replace("0000000", "8fe0ad1f"))
+    assert "without" in clone.do("wait") and clone.value() == 0.44
+    assert "Y = 1" in (clone.folder / "train.py").read_text()
 
 
 def test_a_void_commit_that_git_cannot_revert_is_named_and_left(clone):
