@@ -161,7 +161,7 @@ def cross_entropy(raw: torch.Tensor, y: torch.Tensor, softcap: float) -> torch.T
     N, V = raw.shape
     loss = raw.new_empty(N, dtype=torch.float32)
     cross_entropy_kernel[(N,)](
-        *(raw, y, loss, softcap, V, triton.next_power_of_2(V)), num_warps=8
+        *(raw, y.contiguous(), loss, softcap, V, triton.next_power_of_2(V)), num_warps=8
     )
     return loss
 

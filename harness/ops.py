@@ -1,7 +1,7 @@
 """Fused operations of the model, each with its plain form inside. Not edited; a part of the rules.
 
-An operation picks its form by the device: the kernel where that runs, plain torch everywhere else,
-on a CPU too. To change what one of them computes, write plain torch in train.py in its place.
+Each is the kernel where that runs, plain torch elsewhere.
+To change what one of them computes, write plain torch in train.py in its place.
 """
 
 import functools
@@ -22,7 +22,7 @@ def compiled(function: Callable) -> Callable:
     """
 
     @functools.cache
-    def fused() -> Callable:  # when it is first needed: a CPU does without the compiler
+    def fused() -> Callable:  # when first needed: a CPU does without
         prepare_compiler()
         return torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -43,13 +43,13 @@ def any_length(*tensors: torch.Tensor) -> None:
 
 @functools.cache
 def prepare_compiler() -> None:
-    """Import torch.compile and set it up, which takes seconds: not where it is not needed."""
+    """Import torch.compile, which takes seconds, and set it up."""
+    import torch._dynamo  # first, as optimizers do beside this thread
     import torch._inductor.compile_fx
 
-    # A function is compiled for each batch size that is tried, and for layers that differ; by
-    # default the ninth time is an error.
+    # For each batch size that is tried and layers that differ; by default 8 times at most.
     torch._dynamo.config.recompile_limit = 64
-    # A forward hook on a layer fires also inside what is compiled, as it does on a CPU.
+    # A forward hook on a layer fires inside what is compiled too, as on a CPU.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch.compiler.assume_constant_result(has_tensor_memory_access)
 
@@ -62,18 +62,18 @@ GRAD_ROWS = 2048  # of a gradient, whose largest entry sets its scale
 
 
 def runs_fp8(x: torch.Tensor, *lengths: int) -> bool:
-    """Return whether products of x (..., C) in bf16 are computed in fp8: where kernels.py runs."""
+    """Return whether products of x (..., C) run in fp8: in bf16, where kernels.py runs."""
     fits = all(n % 16 == 0 for n in (x[..., 0].numel(), x.size(-1), *lengths))
     return x.is_cuda and x.dtype == torch.bfloat16 and fits and has_tensor_memory_access()
 
 
 def has_tensor_memory_access() -> bool:
-    """Return whether the GPU copies tiles by descriptors: Hopper, Blackwell of servers."""
+    """Return whether the GPU copies tiles by descriptors: Hopper, server Blackwell."""
     return compute_capability()[0] in (9, 10)
 
 
 def normed_scale(x: torch.Tensor) -> float:
-    """Return what the entries of normed rows x (N, C), at most sqrt(C), are multiplied by."""
+    """Return the factor on the entries of normed rows x (N, C), at most sqrt(C)."""
     return E4M3_MAX / x.size(1) ** 0.5
 
 
@@ -98,7 +98,7 @@ def norm_relu2_mlp(
 
     x (..., C), w_fc (H, C), w_proj (C, H) -> (..., C); norm: RMSNorm without weights. In fp8 on
     Hopper, forward and backward, the square and its gradient inside the products. There, an
-    activation above 21 counts as 21.
+    activation above 21 counts as 21, one below 0.03 as 0.
     """
     if runs_fp8(x, len(w_fc)):
         return FP8MLP.apply(x.flatten(0, -2), w_fc, w_proj).view_as(x)
@@ -108,7 +108,7 @@ def norm_relu2_mlp(
 
 
 class FP8MLP(torch.autograd.Function):
-    """norm_relu2_mlp of x (N, C). An operand is cast once, together with its transpose.
+    """norm_relu2_mlp of x (N, C). Each operand is cast once, both ways.
 
     The scale of the normed x is fixed, so that no token has a part in another's rounding.
     """
@@ -127,7 +127,7 @@ class FP8MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, rstd, x8_t, squares_t, fc8, fc_scale, proj8, proj_scale = ctx.saved_tensors
-        some = grad[:: max(1, len(grad) // GRAD_ROWS)]
+        some = grad[:: len(grad) // GRAD_ROWS | 1]  # odd: of all positions
         scale = (some.abs().amax().float() / GRAD_TOP).clamp_min(1e-30).view(1)
         grad8, grad8_t = kernels.cast_both(grad, 1 / scale, kernels.E5M2)
         proj8_t, fc8_t = proj8.T.contiguous(), fc8.T.contiguous()
@@ -157,7 +157,8 @@ def linear_cross_entropy(
     if x.is_cuda and softcap <= MAX_SOFTCAP:
         return LinearCrossEntropy.apply(x, w, y, softcap)
     raw = F.linear(x, w.to(x.dtype)).float()
-    return F.cross_entropy(softcap * torch.tanh(raw / softcap), y)
+    logits = softcap * torch.tanh(raw / softcap)
+    return F.cross_entropy(logits, y, ignore_index=-(2**31))  # -100 is an error
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -183,13 +184,14 @@ def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Return x (B, T, H, D) turned by its position, then RMS-normalised per head.
 
     cos and sin (T, 1, D) hold each angle twice, for both halves of x; the second sin is negative.
-    Computed in float32. Sources: RoPE arXiv:2104.09864, QK-norm arXiv:2010.04245.
+    The gradient takes them for a rotation. Computed in float32. Sources: RoPE arXiv:2104.09864,
+    QK-norm arXiv:2010.04245.
     """
     return RotaryNorm.apply(x, cos, sin)
 
 
 class RotaryNorm(torch.autograd.Function):
-    """rotary_norm whose gradient is computed from its result, which attention keeps anyway."""
+    """Its gradient is computed from its result, which attention keeps anyway."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -197,8 +199,8 @@ class RotaryNorm(torch.autograd.Function):
         scale = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
         y = scale * (wide * cos + wide.roll(x.size(-1) // 2, -1) * sin)
         if x.dtype != torch.float32:
-            # Not without need: compiled (torch 2.11), a cast that changes nothing, of a result
-            # that is saved as well, makes the whole gradient zero.
+            # Compiled (torch 2.11), a cast that changes nothing, of a result that is saved
+            # as well, makes the whole gradient zero.
             y = y.to(x.dtype)
         ctx.save_for_backward(y, scale, cos, sin)
         return y

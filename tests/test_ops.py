@@ -1,7 +1,10 @@
 """Fused operations against their plain forms in float64: on a CPU, compiled, and on a GPU."""
 
 import math
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 
 from harness import ops
 
+ROOT = Path(ops.__file__).parent.parent
 T, H, D = 16, 4, 8  # positions, heads, head size
 BASE = 10_000
 SIZES = [  # rows, width, hidden
@@ -148,7 +152,79 @@ def test_no_row_of_the_fused_mlp_depends_on_another():
     assert torch.equal(ops.norm_relu2_mlp(x, fc, proj)[1::2], y[1::2])
 
 
+class PlainKernels:
+    """What the kernels of the fp8 MLP do, in torch on a CPU."""
+
+    E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+    @staticmethod
+    def both(x: torch.Tensor, dtype: torch.dtype):
+        top = torch.finfo(dtype).max
+        return x.clamp(-top, top).to(dtype), x.T.clamp(-top, top).to(dtype).contiguous()
+
+    def cast_both(self, x, scale, dtype):
+        return self.both(x.float() * scale[:, None], dtype)
+
+    def relu_square(self, a, b, scale):
+        return self.both((a.float() @ b.float().T * scale).relu().square(), self.E4M3)
+
+    def relu_square_gradient(self, a, b, squares, scale):
+        slope = 2 * squares.float().sqrt().T
+        return self.both(a.float() @ b.float().T * scale * slope, self.E5M2)
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    def matmul(a, b, scale, dtype=torch.float32):
+        return (a.float() @ b.float().T * scale).to(dtype)
+
+    monkeypatch.setattr(ops, "kernels", PlainKernels())
+    monkeypatch.setattr(ops, "matmul_fp8", matmul)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [512, 4096])
+@pytest.mark.parametrize("trained", ["all", "odd"])  # rows with a gradient
+def test_a_loss_of_every_second_token_reaches_the_fp8_mlp(
+    plain_kernels, rows, trained, weights
+):
+    x, fc, proj, gradient = operands(rows, 64, 128, torch.bfloat16, "cpu")
+    fc, proj = fc.to(weights), proj.to(weights)
+    if trained == "odd":
+        gradient[::2] = 0
+    found = errors(ops.FP8MLP.apply, exact_mlp, [x, fc, proj], gradient)
+    assert max(found) < 0.1, found
+
+
 # ---- Cross-entropy ------------------------------------------------------------------------------
+class ReadsMemory:
+    """A kernel's launch, which reads targets one after another whatever the strides say."""
+
+    def __getitem__(self, grid):
+        def launch(raw, y, loss, softcap, *_, **__):
+            y = y.as_strided((len(raw),), (1,))
+            logits = softcap * torch.tanh(raw / softcap)
+            loss.copy_(F.cross_entropy(logits, y, reduction="none"))
+
+        return launch
+
+
+def test_a_loss_of_every_second_token_has_its_own_targets(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops.kernels, "cross_entropy_kernel", ReadsMemory())
+    raw, y = torch.randn(8, 64), torch.randint(64, (2, 8))[:, ::2].flatten()
+    assert not y.is_contiguous()
+    loss = ops.kernels.cross_entropy(raw.clone(), y, 7.0)
+    expected = F.cross_entropy(7 * torch.tanh(raw / 7), y, reduction="none")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_target_that_is_no_id_is_an_error_on_a_cpu_since_a_gpu_would_not_see_it():
+    x, w, y = torch.randn(4, 8), torch.randn(64, 8), torch.tensor([3, -100, 5, 7])
+    with pytest.raises(IndexError, match="-100"):
+        ops.linear_cross_entropy(x, w, y, 15.0)
+
+
 @pytest.mark.parametrize(
     "device, dtype, tolerance",
     [
@@ -245,6 +321,25 @@ def test_a_vector_of_zeros_stays_one():
 
 
 # ---- compiled -----------------------------------------------------------------------------------
+FIRST_IMPORT = """
+import sys, torch
+from harness import ops
+class Finder:
+    def find_spec(name, *_):
+        if name in ("torch._dynamo", "torch._inductor"):
+            sys.exit(name)
+sys.meta_path.insert(0, Finder)
+ops.prepare_compiler()
+"""
+
+
+def test_the_import_thread_and_an_optimizer_take_the_same_module_first():
+    """Else each may wait for the other; Python then shows one of them half a module."""
+    call = [sys.executable, "-c", FIRST_IMPORT]
+    how = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    assert subprocess.run(call, **how).stderr == "torch._dynamo\n"
+
+
 def test_a_compiled_function_is_the_plain_one_on_a_cpu():
     @ops.compiled
     def twice(factor, x):
