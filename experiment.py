@@ -40,7 +40,7 @@ from loop.git import (
     make_tree,
     succeeds,
 )
-from loop.ledger import plain
+from loop.ledger import idea_in, plain
 from loop.night import BASELINE_RUNS, NIGHT, Night
 
 ME = "uv run experiment.py"
@@ -199,7 +199,7 @@ def probe(*command: str, **env: str) -> None:
 
 def run(idea: str, minutes: float) -> int:
     """Commit train.py as it is, put the best's back in its place, and start the run."""
-    if not (idea := plain(idea)):
+    if not (idea := idea_in(idea)):
         raise Refused('say in a few words what is tried: run "wider MLP"')
     night = Night.ours()
     if night.open:

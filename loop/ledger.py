@@ -120,6 +120,15 @@ def plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def idea_in(text: str) -> str:
+    """Return an idea as the log can hold it: of a void run's description, what stands first.
+
+    As a whole it would read as void for ever.
+    """
+    tail = TAIL.fullmatch(plain(text))
+    return tail["idea"] if tail and tail["void"] is not None else plain(text)
+
+
 # ---- A run's own log ---------------------------------------------------------------------
 def read_ends(path: Path, most: int = 2**22) -> str:
     """Return the text of a file, without its middle if it is longer than twice `most`."""

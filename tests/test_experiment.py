@@ -117,6 +117,12 @@ def test_a_void_run_is_run_again(clone, once):
     assert clone.said()[4:] == ["keep depth 10, seed 42"]
 
 
+def test_an_idea_copied_from_a_void_line_is_not_void_for_ever(clone):
+    clone.experiment("depth 10", 0.43, ATTENTION="flex")
+    clone.experiment(clone.rows()[-1][3], 0.43)
+    assert clone.said()[-1] == "keep depth 10, seed 42"
+
+
 def test_a_run_that_is_always_void_ends_after_three(clone):
     said = clone.experiment("flex", 0.40, ATTENTION="flex")
     assert "void: " in said and "3 times (attention)" in said
