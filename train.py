@@ -131,6 +131,8 @@ class GPTConfig:
         if not 1 <= self.short_window <= self.sequence_len:
             what = f"SHORT_WINDOW ({self.short_window})"
             raise ValueError(f"{what} is not 1 to {self.sequence_len}")
+        if not 0 < self.softcap <= 1000:  # logits are in float32
+            raise ValueError(f"SOFTCAP ({self.softcap}) is not 0 to 1000")
 
     @property
     def n_head(self) -> int:
@@ -353,17 +355,14 @@ class GPT(nn.Module):
         """Return softcap * tanh(raw / softcap), float32. Source: arXiv:2408.00118."""
         softcap = self.config.softcap
         raw = self.lm_head(norm(x)).float()  # (B, T, V)
-        return softcap * (
-            2 * torch.sigmoid(raw * (2 / softcap)) - 1
-        )  # tanh, by a sigmoid
+        tanh = 2 * torch.sigmoid(raw * (2 / softcap)) - 1
+        return softcap * tanh
 
     head = compiled(logits)
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         training = torch.is_grad_enabled()
-        with (
-            torch.enable_grad()
-        ):  # also in evaluation, so that training's graphs serve it
+        with torch.enable_grad():  # also in evaluation: training's graphs serve it
             x = self.trunk(idx)
         if not training:
             x = x.detach()  # the activations go before the logits are there
@@ -489,9 +488,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if shapes := [tuple(p.shape) for p in group["params"] if p.ndim != 2]:
                 names = group.get("names", "a group")
-                raise ValueError(
-                    f"Muon moves matrices; {names} has the shape {shapes[0]}"
-                )
+                raise ValueError(f"Muon moves matrices; {names} has shape {shapes[0]}")
 
     @torch.no_grad()
     def step(self) -> None:

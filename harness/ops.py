@@ -1,7 +1,7 @@
 """Fused operations of the model, each with its plain form inside. Not edited; a part of the rules.
 
 Each is the kernel where that runs, plain torch elsewhere.
-To change what one of them computes, write plain torch in train.py in its place.
+To change what one computes, write plain torch in its place in train.py.
 """
 
 import functools
@@ -47,7 +47,7 @@ def prepare_compiler() -> None:
     import torch._dynamo  # first, as optimizers do beside this thread
     import torch._inductor.compile_fx
 
-    # For each batch size that is tried and layers that differ; by default 8 times at most.
+    # For each batch size tried and layers that differ; by default 8 at most.
     torch._dynamo.config.recompile_limit = 64
     # A forward hook on a layer fires inside what is compiled too, as on a CPU.
     torch._dynamo.config.skip_nnmodule_hook_guards = False

@@ -118,6 +118,16 @@ def test_loss_and_gradients_of_a_step_are_those_of_torchs_cross_entropy(build):
     assert apart < 1e-3 and gradients_apart < 1e-2  # an added term of 1e-4 passes as well
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("softcap", [1.0, 15.0, 1000.0])
+def test_any_softcap_that_is_taken_gives_logits_the_loss_that_is_trained(softcap):
+    part("SOFTCAP")
+    model, (x, y) = lively(), some_batch()
+    model.config = dataclasses.replace(model.config, softcap=softcap)
+    model.lm_head.weight.mul_(100)
+    assert float(model.loss(x, y)) == pytest.approx(float(exact_loss(model, x, y)), 1e-5)
+
+
 def test_the_loss_of_a_step_is_a_number_without_a_graph():
     model = fresh()
     optimizers = train.build_optimizers(model)
@@ -214,7 +224,14 @@ def test_importing_train_prints_nothing_writes_nothing_and_leaves_the_gpu_alone(
 
 @pytest.mark.parametrize(
     "knob, value",
-    [("DEPTH", 0), ("HEAD_DIM", 48), ("WINDOW_PATTERN", "SM"), ("SHORT_WINDOW", 10**6)],
+    [
+        ("DEPTH", 0),
+        ("HEAD_DIM", 48),
+        ("WINDOW_PATTERN", "SM"),
+        ("SHORT_WINDOW", 10**6),
+        ("SOFTCAP", 0.0),
+        ("SOFTCAP", 1e6),
+    ],
 )
 def test_a_knob_that_cannot_work_is_named(monkeypatch, knob, value):
     part(knob)
