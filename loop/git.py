@@ -13,6 +13,8 @@ except ImportError:  # Windows; WSL has it
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
+# Set by a git that runs us, in a hook or an alias, for its own repository.
+WHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 PATIENCE = 3.0  # seconds for another git, such as an agent's `git diff`, to be done
 
 
@@ -22,8 +24,7 @@ class Refused(Exception):
 
 def git(*command: str, tree: Path = ROOT) -> str:
     """Return what git prints; Refused if it fails. Commits alone run hooks."""
-    own = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
-    env = {k: v for k, v in os.environ.items() if k not in own} | {"LC_ALL": "C"}
+    env = {k: v for k, v in os.environ.items() if k not in WHERE} | {"LC_ALL": "C"}
     hooks = () if command[0] == "commit" else ("-c", "core.hooksPath=/dev/null")
     call = ["git", "-C", str(tree), *hooks, *command]
     io = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 120}

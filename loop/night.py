@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 from loop import ledger
-from loop.git import ROOT, Refused, git, lock, make_tree, succeeds
+from loop.git import ROOT, WHERE, Refused, git, lock, make_tree, succeeds
 from loop.ledger import Line
 from loop.verdict import DRIFT, noise_of, number_stretches, verdict
 
@@ -243,7 +243,7 @@ class Night:
             self.env.get("AUTORESEARCH_RUN") or f"{shlex.quote(sys.executable)} train.py"
         )
         run = f'({run}\n)\nprintf "\\nexit status %s\\n" $?'  # also if we are killed
-        apart = ("AUTORESEARCH_", "GIT_", "VIRTUAL_ENV")
+        apart = ("AUTORESEARCH_", "VIRTUAL_ENV", *WHERE)
         env = {k: v for k, v in os.environ.items() if not k.startswith(apart)}
         env |= self.env | {"AUTORESEARCH_SEED": str(seed)}
         fds = [file.fileno() for file in self.held]  # it keeps the locks if we are killed

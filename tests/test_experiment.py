@@ -364,6 +364,15 @@ def test_a_cache_named_by_a_relative_path_is_the_same_for_every_run(fresh):
     assert len(logs) == 3 and all(f"cache: {fresh.folder}/cache\n" in x for x in logs)
 
 
+def test_a_run_may_push_by_the_owners_ssh_command_and_has_no_git_dir(fresh):
+    fresh.env |= {"GIT_SSH_COMMAND": "ssh -p 7", "GIT_DIR": str(fresh.folder / ".git")}
+    run = fresh.env["AUTORESEARCH_RUN"]
+    fresh.env["AUTORESEARCH_RUN"] = f'{run} && echo "ssh: $GIT_SSH_COMMAND, $GIT_DIR."'
+    fresh.do("start", "nov24")
+    logs = [path.read_text() for path in fresh.folder.glob("runs/nov24/*.log")]
+    assert len(logs) == 3 and all("ssh: ssh -p 7, .\n" in x for x in logs)
+
+
 WHERE = 'import os\nprint("cache:", os.path.abspath(os.environ["AUTORESEARCH_CACHE"]))\n'
 
 
