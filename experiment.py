@@ -45,6 +45,7 @@ from loop.night import BASELINE_RUNS, NIGHT, Night
 
 ME = "uv run experiment.py"
 POLL = 1.0  # seconds between two looks at what is going on
+IDLE = 5  # looks that find nothing open, and the locks held nevertheless
 PROBE = """from harness import gpu, health
 found = health.measure_health(gpu.choose_device())
 if found.company == "shared": raise SystemExit(f"another process holds the GPU: {found}")"""
@@ -82,7 +83,7 @@ def wait(minutes: float, ours: bool = False) -> int:
             print(f"going on with {night.open['commit'][:8]}, {night.open['idea']}")
             work(night)
             ours = True
-        elif idle > 5:  # done, and somebody has the locks nevertheless
+        elif idle > IDLE:
             break
         elif time.monotonic() > end:
             print(there.busy())

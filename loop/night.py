@@ -338,7 +338,7 @@ class Night:
         *_, stretch = self.stand()
         while sum(x.valid for x in self.lines(commit)) < runs:
             line = self.run_once(commit, idea, "keep")
-            if control and (line.void or line.valid):
+            if control and (line.void or line.valid or self.over):
                 break
             if line.status == "crash" and instead and not line.void:
                 said = f"{idea} crashes; the branch is at {instead[:8]} again"

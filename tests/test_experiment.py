@@ -676,6 +676,13 @@ def test_a_control_that_crashes_says_that_the_machine_is_not_ready(clone):
     assert "control, the best: " in clone.do("wait") and goes_on(clone)
 
 
+def test_a_night_that_is_over_ends_though_its_last_control_crashes(fresh):
+    fresh.do("start", "nov24", "--budget", "0")
+    (fresh.folder.parent / "speed").write_text("none")
+    fresh.edit(0.43)
+    assert "the night is over" in fresh.do("run", "one more", status=4)
+
+
 def test_a_speed_that_changes_all_the_time_gives_no_verdict_and_no_endless_runs(clone):
     clone.experiment("wider MLP", 0.43)
     (clone.folder.parent / "speed").write_text("wanders")
