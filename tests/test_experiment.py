@@ -135,8 +135,9 @@ def test_a_warning_about_the_edit_is_shown_and_voids_nothing(clone):
     assert "keep: " in said and "warning: edit: " in said and len(said.splitlines()) <= 10
 
 
-@pytest.mark.parametrize("key", ["num_steps", "tok_per_sec", "peak_vram_mb"])
-@pytest.mark.parametrize("value", ["nan", "many"])
+@pytest.mark.parametrize(
+    "key, value", [("num_steps", "nan"), ("tok_per_sec", "many"), ("peak_vram_mb", "nan")]
+)
 def test_a_summary_whose_numbers_are_none_does_not_stop_the_night(clone, key, value):
     clone.edit(0.43)
     text = (clone.folder / "train.py").read_text()
