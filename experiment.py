@@ -10,15 +10,15 @@
 
 The branch is always at the best commit. An attempt is committed, pinned under refs/attempts
 and run in a worktree of its own, runs/TAG/tree, so train.py here is free for the next edit.
-A process of its own does the work, and what is done is a line in results.tsv: whatever is
-killed, `wait` and `run` go on from there. AUTORESEARCH_RUN replaces the command that trains;
-then neither GPU nor data are looked for here.
+A process of its own does the work; whatever is killed, `wait` and `run` go on from there.
+AUTORESEARCH_RUN replaces the command that trains, for a GPU that is not here.
 
 Exit status: 0 done (kept, discarded or a crash); 1 refused or stopped, with a sentence that
 says what to do; 2 a wrong command line; 3 not finished: `wait`; 4 the night is over.
 """
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -40,10 +40,11 @@ from loop.git import (
     make_tree,
     succeeds,
 )
-from loop.ledger import idea_in, plain
+from loop.ledger import idea_in
 from loop.night import BASELINE_RUNS, NIGHT, Night
 
 ME = "uv run experiment.py"
+MARKS = b"\n<<<<<<< "  # of a draft that did not fit
 POLL = 1.0  # seconds between two looks at what is going on
 IDLE = 5  # looks that find nothing open, and the locks held nevertheless
 PROBE = """from harness import gpu, health
@@ -75,10 +76,10 @@ def wait(minutes: float, ours: bool = False) -> int:
 
     ours: the process at work is of this command; it is not started a second time.
     """
-    end, idle = time.monotonic() + 60 * minutes, 0
+    end, idle, seen = time.monotonic() + 60 * minutes, 0, ours
     while not (night := Night.locked()) or (night.open and not ours):
         there = night or Night.load()
-        idle = 0 if there.open else idle + 1
+        idle, seen = 0 if there.open else idle + 1, seen or bool(there.open)
         if night:
             print(f"going on with {night.open['commit'][:8]}, {night.open['idea']}")
             work(night)
@@ -90,6 +91,8 @@ def wait(minutes: float, ours: bool = False) -> int:
             return 3
         time.sleep(POLL)
     there = night or Night.load()
+    if not seen:
+        print("nothing is open; what was done last:")
     print("\n".join(there.said))
     if there.open:
         what = there.stopped or "what was at work was killed"
@@ -97,8 +100,10 @@ def wait(minutes: float, ours: bool = False) -> int:
     if night:
         night.follow()
         night.leave()
+        if MARKS in b"\n" + (ROOT / "train.py").read_bytes():
+            print("your draft does not fit the new best: look for <<<<<<< in train.py")
     print(there.summary() if night else there.busy())
-    return 0
+    return 4 if there.over else 0
 
 
 # ---- Commands ----------------------------------------------------------------------------
@@ -155,6 +160,8 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
         (tree / "runs" / tag).mkdir(parents=True)
         night.save(tree / "runs" / NIGHT.name)
     work(first)
+    base = git("log", "-1", "--format=%h %s", first.best)
+    print(f"night {tag} begins at {base}; the baseline: {BASELINE_RUNS} runs of it")
     for tree, night in nights.items():
         if tree != ROOT:
             print(f"GPU {night.gpu}: for an agent of its own, in {tree}")
@@ -225,7 +232,11 @@ def run(idea: str, minutes: float) -> int:
     git("update-ref", f"refs/attempts/{commit[:8]}", commit)
     night.save(open={"commit": commit, "idea": idea, "runs": 0}, said=[])
     night.follow()
-    print(f"running {commit[:8]}; train.py is the best's again, for the next edit")
+    lines = git("show", "--format=", "--numstat", commit).split("\t")
+    print(
+        f"running {commit[:8]}, +{lines[0]} -{lines[1]} lines of train.py, which is the best's"
+    )
+    print("again: edit it for the next experiment")
     work(night)
     return wait(minutes, ours=True)
 
@@ -235,12 +246,12 @@ def check_tree(night: Night) -> None:
     if git("rev-parse", "--symbolic-full-name", "HEAD") != f"refs/heads/{night.branch}":
         raise Refused(f"HEAD is not the branch of the night; git switch {night.branch}")
     if git("rev-parse", "HEAD") != night.best:
-        help = f"git reset --soft {night.best[:8]} leaves train.py as it is; then run"
+        help = f"git reset {night.best[:8]} leaves train.py as it is; then run"
         raise Refused(f"the branch is not at the best commit, {night.best[:8]}; {help}")
     check_index()
     if not (ROOT / "train.py").is_file():
         raise Refused("train.py is missing; git checkout train.py")
-    if b"\n<<<<<<< " in b"\n" + (ROOT / "train.py").read_bytes():
+    if MARKS in b"\n" + (ROOT / "train.py").read_bytes():
         raise Refused("train.py has marks (<<<<<<<) where a draft did not fit; fix it")
     changed = changed_files()
     if others := " ".join(name for name in changed if name != "train.py"):
@@ -253,10 +264,12 @@ def check_tree(night: Night) -> None:
 def status() -> int:
     """Say where the night stands, for a context that is lost."""
     night = Night.load()
-    gpu, budget = night.gpu or "not here", night.budget or "none"
-    print(f"night {night.tag}: branch {night.branch}, gpu {gpu}, budget {budget}")
+    gpu, end = night.gpu or "not here", night.budget or "none"
+    print(f"night {night.tag}: branch {night.branch}, gpu {gpu}, budget {end}")
     _, reference, noise, _ = night.stand()
-    print(f"{night.summary()}\nbest mean ever kept {reference:.6f}, noise {noise:.6f}")
+    print(night.summary())
+    if reference < math.inf:
+        print(f"best mean ever kept {reference:.6f}, noise {noise:.6f}")
     doing = "at work"
     try:
         doing = "interrupted" if night.take() else doing
@@ -266,6 +279,11 @@ def status() -> int:
     if job := night.open:
         print(f"open: {job['commit'][:8]} {job['idea']}, {doing}; `{ME} wait` goes on")
         print(night.stopped, end="\n" if night.stopped else "")
+    else:
+        off = (
+            "" if git("rev-parse", "HEAD") == night.best else ", but HEAD is not the best"
+        )
+        print(f"nothing is open{off}; the next experiment can begin with `run`")
     lines, tried = night.all_lines(), {x.idea for x in night.lines()}
     for line in lines:
         if not line.status:
@@ -278,32 +296,12 @@ def status() -> int:
 
 
 def void(commit: str, why: str, minutes: float) -> int:
-    """Take a commit, and what was kept on top of it, out of the log; revert it."""
+    """Take back a commit that turned out broken; what was kept on top is measured anew."""
     night = Night.ours()
     if night.open:
         raise Refused(f"{night.open['idea']} is open; `{ME} wait`, then void")
     night.follow()
-    full = git("rev-parse", "--verify", f"{commit}^{{commit}}")
-    ideas = {x.commit: x.idea for x in night.lines()}  # of this GPU
-    if full[:8] not in [*ideas][1:] or f"without {full[:8]}" in ideas.values():
-        why = f"has no line of this GPU in {night.log}, is the baseline, or void already"
-        raise Refused(f"{full[:8]} {why}")
-    if (other := ideas[full[:8]].removeprefix("without ")) in ideas:
-        raise Refused(f"{full[:8]} takes {other} back; void what brought the fault")
-    commits, changes = [full], {}
-    if succeeds("merge-base", "--is-ancestor", full, night.best):
-        commits += git("rev-list", f"{full}..{night.best}").split()
-        tree = night.folder / "tree"
-        make_tree(tree, night.best)
-        git("revert", "--no-edit", full, tree=tree)
-        best = git("rev-parse", "HEAD", tree=tree)
-        git("update-ref", f"refs/attempts/{best[:8]}", best)
-        job = {"commit": best, "idea": f"without {full[:8]}", "runs": 2}
-        job["instead"] = git("rev-parse", f"{full}^")
-        changes = {"best": best, "before": night.best, "open": job}
-    shorts, end = [x[:8] for x in commits], f", void: {plain(why)}"
-    ledger.rewrite(Path(night.log), lambda x: ledger.mark(x, shorts, "discard", end))
-    night.save(said=[f"void: {' '.join(shorts)}"], **changes)
+    night.take_back(commit, why)
     work(night)
     return wait(minutes, ours=True)
 
@@ -325,13 +323,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     words = {start: "tag --gpus --budget", run: "idea", void: "commit why"}
     for function in (start, run, wait, status, void, report):
-        text = function.__doc__.splitlines()[0]
-        add = commands.add_parser(function.__name__, help=text).add_argument
+        doc = function.__doc__.splitlines()[0]
+        add = commands.add_parser(function.__name__, help=doc).add_argument
         for name in words.get(function, "").split():
             add(name, **({"default": ""} if name.startswith("--") else {}))
         if function not in (status, report):
-            text = "to wait at most (%(default)s); the work goes on"
-            add("--minutes", type=float, default=8, help=text)
+            add("--minutes", type=float, default=8, help="to wait at most (%(default)s)")
     args = vars(parser.parse_args())
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -339,6 +336,9 @@ def main() -> int:
         if fcntl is None:
             raise Refused("Windows has no locks of this kind; use WSL")
         return globals()[args.pop("command")](**args)
+    except BrokenPipeError:  # status | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (Refused, OSError, KeyboardInterrupt) as error:
         said = str(error) or f"interrupted; `{ME} wait` goes on with what is open"
         print(f"experiment.py: {said}", file=sys.stderr)

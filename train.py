@@ -84,7 +84,7 @@ WARMDOWN_RATIO = 0.75  # learning rates fall to FINAL_LR_FRAC
 FINAL_LR_FRAC = 0.05
 MOMENTUM_WARMUP_RATIO = 0.15
 
-# The same code, tiny. A smoke run checks the knobs above as well: see harness/dry_run.py.
+# The same code, tiny. A smoke run checks the knobs above as well.
 if SMOKE:
     DEPTH = 4
     N_EMBD = 128

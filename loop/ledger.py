@@ -147,6 +147,7 @@ class Result:
     void: str  # the kind of warning, or the line of the summary, that voids it
     notes: list[str]  # warnings that do not
     last: str  # its last words
+    status: int = 0  # of its exit
 
 
 def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result | None:
@@ -170,4 +171,6 @@ def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result
     voids += [key for key, value in basis.items() if values.get(key) != value]
     notes = [line for line, kind in warnings if kinds.get(kind) is False]
     last = [line for line in text.splitlines() if line.strip()][-4:-1]
-    return Result(values, ok, voids[0] if voids else "", notes, "\n".join(last))
+    return Result(
+        values, ok, voids[0] if voids else "", notes, "\n".join(last), int(ends[-1])
+    )

@@ -168,8 +168,8 @@ class Night:
             return f"{held} (fuser shows it); try again; if it stays so, end it"
         logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
         lines = ledger.read_ends(logs[-1]).splitlines() if logs else []
-        steps = [x for x in lines if x.startswith("step ")] or lines or [""]
-        return f"{self.open['idea']} is going on: {steps[-1]}; uv run experiment.py wait"
+        steps = [x for x in lines if x.startswith("step ")] or ["starting"]
+        return f"{self.open['idea']} is going on ({steps[-1]}); uv run experiment.py wait"
 
     def used_up(self) -> bool:
         """Return whether the budget of the night is."""
@@ -333,7 +333,7 @@ class Night:
     ) -> None:
         """Run the best until it has `runs`: as baseline, as a control, or after a void.
 
-        instead: the best if this one crashes.
+        instead: the best if this one crashes, or is worse.
         """
         *_, stretch = self.stand()
         while sum(x.valid for x in self.lines(commit)) < runs:
@@ -356,7 +356,14 @@ class Night:
             said[0] += (
                 "; the GPU's speed changed by over 2 %, so runs before do not count"
             )
-        self.save(open=None, said=[*self.said, *said])
+        changes = {}
+        old = [x.val_bpb for x in self.lines(instead) if x.valid] if instead else []
+        new = [x.val_bpb for x in self.lines(commit) if x.valid]
+        if old and fmean(new) > fmean(old) + noise:
+            said.append(f"{instead[:8]} before it is better; the branch is at that again")
+            changes = {"best": instead, "before": commit}
+            self.mark([commit[:8]], "discard")
+        self.save(open=None, said=[*self.said, *said], **changes)
 
     def attempt(self, commit: str, idea: str, runs: int) -> None:
         """Run and repeat an attempt until there is a verdict on it."""
@@ -370,10 +377,7 @@ class Night:
                 break
         changes: dict = {"open": None}
         if what == "keep":
-            short = [commit[:8]]
-            ledger.rewrite(
-                Path(self.log), lambda lines: ledger.mark(lines, short, "keep")
-            )
+            self.mark([commit[:8]], "keep")
             changes |= {"best": commit, "before": self.best}
         due, over = self.count() // CONTROL_EVERY, self.used_up()
         if due > self.controls or over:
@@ -397,7 +401,10 @@ class Night:
         back = f"git restore --source {commit[:8]} train.py"
         if any(x.status == "crash" and not x.void for x in mine):
             words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
+            if result.status in (137, 143):
+                words.append("it was killed from outside, or the host had no memory left")
             words.append(f"a slip? {back}; fix it; `run` again with the same idea")
+            words.append("that writes over a draft in train.py: `git stash` first")
             return "crash", words
         if len(voids) == VOID_RUNS:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"
@@ -409,6 +416,59 @@ class Night:
             )
             words = [*words, why]
         return what, [*words, *result.notes[:2]]
+
+    def take_back(self, commit: str, why: str) -> None:
+        """Leave a commit out of the log, and out of the branch if it is in there.
+
+        The branch goes back to the best before it. What was kept on top is tried without it:
+        by a revert, which is then open, to be measured. Refused says why not.
+        """
+        if not succeeds("rev-parse", "-q", "--verify", f"{commit}^{{commit}}"):
+            raise Refused(f"{commit} is no commit here; {self.log} has their names")
+        full = git("rev-parse", "--verify", f"{commit}^{{commit}}")
+        short, ideas = full[:8], {x.commit: x.idea for x in self.lines()}
+        if short not in [*ideas][1:]:
+            why = f"has no line of this GPU in {self.log}, or is the baseline"
+            raise Refused(f"{short} {why}")
+        in_best = succeeds("merge-base", "--is-ancestor", full, self.best)
+        gone = any(x.void and x.status != "crash" for x in self.lines(short))
+        if f"without {short}" in ideas.values() or (gone and not in_best):
+            raise Refused(f"{short} is void already")
+        if (other := ideas[short].removeprefix("without ")) in ideas:
+            raise Refused(f"{short} takes {other} back; void what brought the fault")
+        above, changes, said = [], {}, f"void: {short} {ideas[short]}"
+        if in_best:
+            above = git("rev-list", f"{full}..{self.best}").split()
+            before = git("rev-parse", f"{full}^")
+            changes = {"best": before, "before": self.best}
+        if above:
+            tree = self.folder / "tree"
+            make_tree(tree, self.best)
+            stood = ", ".join(f"{x[:8]} {ideas.get(x[:8], '')}" for x in above)
+            try:
+                git("revert", "--no-edit", full, tree=tree)
+            except Refused:
+                said += (
+                    f"; what stood on it does not fit without it, try it again: {stood}"
+                )
+            else:
+                best = git("rev-parse", "HEAD", tree=tree)
+                git("update-ref", f"refs/attempts/{best[:8]}", best)
+                job = {"commit": best, "idea": f"without {short}", "runs": 2}
+                changes |= {"best": best, "open": job | {"instead": before}}
+                said += f"; what stood on it is measured anew as {best[:8]}: {stood}"
+        if in_best and "open" not in changes:
+            said += f"; the branch is at {before[:8]} again, the best before it"
+        for commits, end in (([full], ledger.plain(why)), (above, f"stood on {short}")):
+            names, end = [x[:8] for x in commits], f", void: {end}"
+            self.mark(names, "discard", end)
+        self.save(said=[said], **changes)
+
+    def mark(self, commits: list[str], status: str, end: str = "") -> None:
+        """Give the runs of `commits` another status in the log, and an end."""
+        ledger.rewrite(
+            Path(self.log), lambda lines: ledger.mark(lines, commits, status, end)
+        )
 
     def control(self, best: str) -> dict:
         """Return what is open when the best has to run once more."""

@@ -242,7 +242,7 @@ def test_the_owners_files_survive_a_night(clone):
         ("added", "git stash push new.py"),
         ("detached", "git switch autoresearch/nov24"),
         ("elsewhere", "git switch autoresearch/nov24"),
-        ("committed", "git reset --soft"),
+        ("committed", "git reset"),
         ("index", "rm "),
     ],
 )
@@ -271,7 +271,7 @@ def test_run_refuses_what_is_not_one_edit_of_train_py(clone, change, why):
         assert clone.value() == 0.43
     # What the sentence says is what helps.
     cures = ["git checkout -q train.py"] if change == "gone" else []
-    for start in ("git stash push", "git switch", "git reset --soft", "rm"):
+    for start in ("git stash push", "git switch", "git reset", "rm"):
         if f"{start} " in said:
             words = said.partition(f"{start} ")[2].replace(",", " ").split()
             cures.append(f"{start} {words[0]}")
@@ -423,9 +423,9 @@ def test_a_damaged_log_is_not_damaged_further(clone, damage):
 # ---- Who else is there -------------------------------------------------------------------
 def test_a_second_agent_in_the_same_tree_is_refused(clone):
     clone.run_slowly(0.43)
-    assert "slow is going on: step 00000" in clone.do("wait", "--minutes=0", status=3)
+    assert "slow is going on (step 00000" in clone.do("wait", "--minutes=0", status=3)
     clone.edit(0.42)
-    assert "slow is going on: step" in clone.do("run", "other", status=1)
+    assert "slow is going on (step" in clone.do("run", "other", status=1)
     assert "at work" in clone.do("status")
     assert "going on" in clone.do("start", "nov25", status=1)
     clone.go()
@@ -491,7 +491,7 @@ def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     os.kill(worker[0], signal.SIGKILL)
     clone.edit(0.42)
     said = clone.do("run", "other", status=1)
-    assert "slow is going on: step" in said  # its training is
+    assert "slow is going on (step" in said  # its training is
     clone.go()
     assert "keep: " in clone.do("wait")
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
@@ -697,7 +697,8 @@ def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
     fresh.do("start", "nov24", "--budget", budget)
     if budget == "2":
         assert "over" not in fresh.experiment("wider MLP", 0.43)
-        said = fresh.experiment("deeper", 0.44)
+        fresh.edit(0.44)
+        said = fresh.do("run", "deeper", status=4)  # it was run, and is the last
         assert (
             "control, the best: 0.430000 0.430500" in said and "the night is over" in said
         )
@@ -709,6 +710,7 @@ def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
     assert "the night is over and nothing was run" in said and fresh.value() == 0.40
     assert len(fresh.rows()) - len(rows) == (0 if budget == "2" else 1)
     assert fresh.do("run", "one more", status=4) and "keep" in fresh.rows()[-1]
+    assert "nothing is open" in fresh.do("wait", status=4)
     assert "the night is over" in fresh.do("status")
 
 
@@ -724,9 +726,9 @@ def test_a_commit_that_turns_out_broken_is_taken_back(clone):
     assert "without" in said and "best: " in said
     assert clone.said()[3:] == [
         "discard a leak, seed 42, void: sees the future",
-        "discard shorter, seed 42, void: sees the future",
+        f"discard shorter, seed 42, void: stood on {leak[:8]}",
         "discard a leak, seed 43, void: sees the future",
-        "discard shorter, seed 43, void: sees the future",
+        f"discard shorter, seed 43, void: stood on {leak[:8]}",
         f"keep without {leak[:8]}, seed 42",
         f"keep without {leak[:8]}, seed 43",
     ]
@@ -746,14 +748,41 @@ def test_a_discarded_commit_can_be_void_too_and_others_cannot(clone):
 
 
 def test_what_is_void_cannot_come_back_by_void(clone):
-    clone.experiment("a leak", 0.2)
-    leak = clone.git("rev-parse", "HEAD")
-    clone.do("void", leak, "sees the future")
-    assert clone.value() == 0.44
+    leak = keep_two(clone, "X = 1", "Y = 1")
+    said = clone.do("void", leak, "sees the future")
+    assert "what stood on it is measured anew as" in said and clone.value() == 0.44
     assert "void already" in clone.do("void", leak, "why", status=1)
     said = clone.do("void", "HEAD", "why", status=1)
     assert f"takes {leak[:8]} back" in said
-    assert clone.value() == 0.44 and "1 experiments, " in clone.do("status")
+    assert clone.value() == 0.44 and "2 experiments, " in clone.do("status")
+    assert goes_on(clone)
+
+
+def test_void_of_the_best_goes_back_to_the_one_before_and_runs_nothing(clone):
+    clone.experiment("good", 0.43)
+    good = clone.git("rev-parse", "HEAD")
+    clone.experiment("a leak", 0.2)
+    rows = clone.rows()
+    assert f"the branch is at {good[:8]} again" in clone.do("void", "HEAD", "why")
+    assert len(clone.rows()) == len(rows) and clone.git("rev-parse", "HEAD") == good
+    assert clone.value() == 0.43 and goes_on(clone)
+
+
+def test_what_is_left_of_a_void_commit_and_worse_than_before_is_not_the_best(clone):
+    clone.experiment("good", 0.43)
+    good = clone.git("rev-parse", "HEAD")
+    clone.experiment("a leak", 0.2)
+    leak = clone.git("rev-parse", "HEAD")
+    text = (clone.folder / "train.py").read_text()
+    for _ in range(5):
+        text = text.replace("# a line\n", "", 1)
+    worse = text.replace("LUCK", "if VAL_BPB > 0.4:\n    VAL_BPB = 0.5\nLUCK", 1)
+    (clone.folder / "train.py").write_text(worse)
+    assert "keep: " in clone.do("run", "shorter, and worse alone")
+    said = clone.do("void", leak, "sees the future")
+    assert f"{good[:8]} before it is better" in said
+    assert clone.git("rev-parse", "HEAD") == good and clone.value() == 0.43
+    assert [x.split()[0] for x in clone.said()[-2:]] == ["discard"] * 2
     assert goes_on(clone)
 
 
@@ -794,12 +823,14 @@ def test_what_is_left_of_a_void_commit_is_kept_though_the_gpu_is_throttled(clone
     assert "Y = 1" in (clone.folder / "train.py").read_text()
 
 
-def test_a_void_commit_that_git_cannot_revert_is_named_and_left(clone):
+def test_what_does_not_fit_without_a_void_commit_is_named_to_be_tried_again(clone):
     first = keep_two(clone, "X = 1", "print(X)")
     clone.edit(0.42)
     clone.do("run", "third")
-    said = clone.do("void", first, "why", status=1)
-    assert "git revert" in said and "void" not in "".join(clone.said()) and goes_on(clone)
+    third, second = clone.git("log", "-2", "--format=%h", "--abbrev=8").split()
+    said = clone.do("void", first, "why")
+    assert f"try it again: {third} third, {second} second" in said
+    assert clone.value() == 0.44 and goes_on(clone)
 
 
 # ---- Several GPUs ------------------------------------------------------------------------
@@ -842,7 +873,7 @@ def test_a_commit_is_void_in_the_tree_of_its_own_gpu(origin, tmp_path):
     leak = clone.git("rev-parse", "HEAD")
     said = clone.do("void", leak, "sees the future", status=1, cwd=other)
     assert "no line of this GPU" in said and "void" not in "".join(clone.said())
-    assert "without" in clone.do("void", leak, "sees the future")
+    assert "again" in clone.do("void", leak, "sees the future") and clone.value() == 0.44
 
 
 def test_a_night_begins_in_all_its_trees_or_in_none(origin, tmp_path):
