@@ -370,7 +370,7 @@ class GPT(nn.Module):
 
     @compiled
     def cross_entropy(self, x, y):
-        # Fused; in plain torch: F.cross_entropy(self.logits(x).flatten(0, 1), y.flatten())
+        # Fused. After an edit of logits: F.cross_entropy(self.logits(x).flatten(0, 1), y.flatten())
         weight, softcap = self.lm_head.weight, self.config.softcap
         return linear_cross_entropy(norm(x), weight, y, softcap)
 

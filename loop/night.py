@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from loop.verdict import DRIFT, noise_of, number_stretches, verdict
 
 NIGHT = ROOT / "runs" / "night.json"
 LIMIT = 900  # seconds of one run, start-up and evaluation included
+LATE = 30  # more, after which a run ends by itself: who was to end it was killed
 SEED = 42  # of a commit's first run; the next run has the next
 BASELINE_RUNS = 3
 VOID_RUNS = 3  # of a run that is void each time
@@ -243,6 +245,9 @@ class Night:
             self.env.get("AUTORESEARCH_RUN") or f"{shlex.quote(sys.executable)} train.py"
         )
         run = f'({run}\n)\nprintf "\\nexit status %s\\n" $?'  # also if we are killed
+        command = ["sh", "-c", run]
+        if timeout := shutil.which("timeout"):  # not on macOS
+            command = [timeout, "-s", "KILL", str(LIMIT + LATE), *command]
         apart = ("AUTORESEARCH_", "VIRTUAL_ENV", *WHERE)
         env = {k: v for k, v in os.environ.items() if not k.startswith(apart)}
         env |= self.env | {"AUTORESEARCH_SEED": str(seed)}
@@ -255,7 +260,7 @@ class Night:
                 "pass_fds": fds,
             }
             where = {"cwd": self.folder / "tree", "env": env, "start_new_session": True}
-            child = subprocess.Popen(["sh", "-c", run], **io, **where)
+            child = subprocess.Popen(command, **io, **where)
             try:
                 status = child.wait(LIMIT)
             except subprocess.TimeoutExpired:

@@ -497,6 +497,17 @@ def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
 
 
+@pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the process in /proc")
+def test_a_hung_run_that_nobody_is_there_to_end_ends_by_itself(clone):
+    clone.run_slowly(0.43)
+    (worker,) = processes_in(clone.folder, "experiment.py")
+    os.kill(worker, signal.SIGKILL)
+    said = clone.do("wait")  # the run is ended, run again, and ended as too slow
+    assert "crash: " in said and clone.said()[-1] == "crash slow, seed 42"
+    assert goes_on(clone)
+
+
 def test_ctrl_c_ends_the_command_and_not_the_experiment(clone):
     clone.edit(0.43, FAULT="slow")
     call = [sys.executable, "experiment.py", "run", "slow"]
