@@ -250,6 +250,7 @@ class Night:
             command = [timeout, "-s", "KILL", str(LIMIT + LATE), *command]
         apart = ("AUTORESEARCH_", "VIRTUAL_ENV", *WHERE)
         env = {k: v for k, v in os.environ.items() if not k.startswith(apart)}
+        env |= {"AUTORESEARCH_SAVE": "0"}  # 3 s, for a file that the next run removes
         env |= self.env | {"AUTORESEARCH_SEED": str(seed)}
         fds = [file.fileno() for file in self.held]  # it keeps the locks if we are killed
         with open(log, "wb") as out:
