@@ -215,7 +215,7 @@ def run(idea: str, minutes: float) -> int:
         work(night)
         if status := wait(minutes, ours=True):
             return status
-        night = Night.ours()
+        night, minutes = Night.ours(), 0  # the rest is for another `wait`
     night.follow()
     if night.used_up() and not night.over:
         night.save(open=night.control(night.best), over=True, said=[])

@@ -560,7 +560,7 @@ night = sys.modules["loop.night"]
 Popen = subprocess.Popen
 def popen(*args, **how):
     child = Popen(*args, **how)
-    return behind(lambda: child)() if args[0][0] == "sh" else child
+    return behind(lambda: child)() if "sh" in args[0] else child
 night.subprocess = type(sys)("subprocess")
 vars(night.subprocess).update(vars(subprocess), Popen=popen)
 sys.argv[0] = "experiment.py"
