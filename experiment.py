@@ -296,7 +296,7 @@ def status() -> int:
 
 
 def void(commit: str, why: str, minutes: float) -> int:
-    """Take back a commit that turned out broken; what was kept on top is measured anew."""
+    """Take back a commit that turned out broken; what was kept on top is measured again."""
     night = Night.ours()
     if night.open:
         raise Refused(f"{night.open['idea']} is open; `{ME} wait`, then void")

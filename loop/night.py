@@ -462,7 +462,7 @@ class Night:
                 git("update-ref", f"refs/attempts/{best[:8]}", best)
                 job = {"commit": best, "idea": f"without {short}", "runs": 2}
                 changes |= {"best": best, "open": job | {"instead": before}}
-                said += f"; what stood on it is measured anew as {best[:8]}: {stood}"
+                said += f"; what stood on it is measured again as {best[:8]}: {stood}"
         if in_best and "open" not in changes:
             said += f"; the branch is at {before[:8]} again, the best before it"
         for commits, end in (([full], ledger.plain(why)), (above, f"stood on {short}")):

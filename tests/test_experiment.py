@@ -761,7 +761,7 @@ def test_a_discarded_commit_can_be_void_too_and_others_cannot(clone):
 def test_what_is_void_cannot_come_back_by_void(clone):
     leak = keep_two(clone, "X = 1", "Y = 1")
     said = clone.do("void", leak, "sees the future")
-    assert "what stood on it is measured anew as" in said and clone.value() == 0.44
+    assert "what stood on it is measured again as" in said and clone.value() == 0.44
     assert "void already" in clone.do("void", leak, "why", status=1)
     said = clone.do("void", "HEAD", "why", status=1)
     assert f"takes {leak[:8]} back" in said
