@@ -14,6 +14,7 @@ preparation waiting.
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -22,19 +23,62 @@ import constants as C
 from harness.attention import load_flash_attention
 from harness.data import check, prepare
 from harness.download import DOWNLOADS
-from harness.files import PREPARE, data_dir, remove_temporaries
+from harness.files import (
+    PREPARE,
+    WINDOWS,
+    data_dir,
+    remove_temporaries,
+    smoke_command,
+)
+
+# What to do about an error of the operating system, by its number.
+NO_SPACE = "free some space or move AUTORESEARCH_CACHE"
+NO_FILES = "close programs or raise the limit of open files (ulimit -n 4096)"
+NO_MEMORY = "free some memory, or write the file with smaller row groups"
+NOT_OURS = "make it readable, or take it out of its folder"
+FORBIDDEN = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
+BAD_DISK = "check the disk or the network mount that it is on"
+ADVICE = {
+    errno.ENOSPC: NO_SPACE,
+    errno.EDQUOT: NO_SPACE,
+    errno.EFBIG: NO_SPACE,
+    errno.EMFILE: NO_FILES,
+    errno.ENFILE: NO_FILES,
+    errno.ENOMEM: NO_MEMORY,
+    errno.EIO: BAD_DISK,
+    errno.ESTALE: BAD_DISK,
+    errno.EROFS: FORBIDDEN,
+    errno.EACCES: FORBIDDEN,
+    errno.EPERM: FORBIDDEN,
+}
 
 
-def explain(error: Exception) -> str:
-    """Return what an error says and, for one of the operating system, what to do."""
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = "free some space or move AUTORESEARCH_CACHE"
-    elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        advice = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
-    else:
-        return str(error)
-    return f"{error}; {advice}, and run {PREPARE} again: it goes on where it stopped"
+def command_of(args: argparse.Namespace, windows: bool = WINDOWS) -> str:
+    """Return the command that prepares as `args` did; windows: in PowerShell's form."""
+    words = []
+    if args.num_shards is not None:
+        words += ["--num-shards", str(args.num_shards)]
+    if args.download_workers != DOWNLOADS:
+        words += ["--download-workers", str(args.download_workers)]
+    if args.source:
+        quoted = "'" + args.source.replace("'", "''") + "'"
+        words += ["--source", quoted if windows else shlex.quote(args.source)]
+    prepare = "uv run prepare.py"
+    return " ".join([smoke_command(prepare, windows) if C.SMOKE else prepare, *words])
+
+
+def explain(error: Exception, args: argparse.Namespace) -> str:
+    """Return what an error says and what to do, with the command that goes on."""
+    command = command_of(args)
+    advice = ADVICE.get(getattr(error, "errno", None))
+    if advice is None:
+        return str(error).replace(PREPARE, command)
+    name = getattr(error, "filename", None)
+    path, folder = Path(name or data_dir()).absolute(), data_dir()
+    if advice == FORBIDDEN and folder not in (path, *path.parents):
+        # A folder that holds ours is still to be written to; else it is the user's text.
+        advice = FORBIDDEN if path in folder.parents else NOT_OURS
+    return f"{error}; {advice}, and run {command} again: it goes on where it stopped"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -70,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             problems = check(folder)
             if problems:
                 print("\n".join(problems), flush=True)
-                advice = f"run {PREPARE} to repair them"
+                advice = f"run {command_of(args)} to repair them"
                 sys.exit(f"prepare.py: {len(problems)} damaged; {advice}")
             print(f"all is well in {folder}", flush=True)
             return
@@ -81,11 +125,11 @@ def main(argv: list[str] | None = None) -> None:
         except RuntimeError as error:
             print(f"attention: FlashAttention-3 was not fetched here; {error}")
     except (OSError, ValueError) as error:
-        sys.exit(f"prepare.py: {explain(error)}")
+        sys.exit(f"prepare.py: {explain(error, args)}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         remove_temporaries(folder, os.getpid())
-        advice = f"run {PREPARE} again, it goes on"
+        advice = f"run {command_of(args)} again, it goes on"
         print(f"\nprepare.py: interrupted; {advice}", file=sys.stderr, flush=True)
         # Threads in a library's code or on a stalled server are not waited for.
         os._exit(130)

@@ -14,10 +14,21 @@ try:
 except ImportError:  # Windows: no lock there
     fcntl = None
 
-# The command that prepares under the rules in force, for the advice in errors.
+WINDOWS = os.name == "nt"
+
+
+def smoke_command(command: str, windows: bool = WINDOWS) -> str:
+    """Return a command under the smoke rules; windows: in PowerShell's form."""
+    return (
+        f"{'$env:AUTORESEARCH_SMOKE=1;' if windows else 'AUTORESEARCH_SMOKE=1'} {command}"
+    )
+
+
+# The command that prepares under the rules in force, for the advice in errors; prepare.py
+# puts its own arguments to it.
 PREPARE = "uv run prepare.py"
 if C.SMOKE:
-    PREPARE = f"AUTORESEARCH_SMOKE=1 {PREPARE}"
+    PREPARE = smoke_command(PREPARE)
 
 
 @contextmanager

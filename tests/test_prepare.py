@@ -1,14 +1,17 @@
 """Bad input: one clear sentence, last of all, and an exit status that is not 0."""
 
+import contextlib
 import errno
 import os
 import re
+import shlex
 
 import pytest
 from conftest import sentence
 
 import constants as C
 import prepare
+from harness.files import PREPARE
 
 
 def test_preparation_that_fails_in_torch_or_threads_does_not_say_prepared(
@@ -75,16 +78,79 @@ def test_the_help_and_the_docstring_of_prepare_agree(capsys):
         (errno.EDQUOT, "free some space or move AUTORESEARCH_CACHE, and run"),
         (errno.EROFS, "make it writable or set AUTORESEARCH_CACHE to a folder that is"),
         (errno.EACCES, "make it writable or set AUTORESEARCH_CACHE to a folder that is"),
+        (errno.EMFILE, "raise the limit of open files (ulimit -n 4096), and run"),
+        (errno.ENOMEM, "free some memory, or write the file with smaller row groups"),
+        (errno.EIO, "check the disk or the network mount that it is on, and run"),
         (errno.ENOENT, None),
     ],
 )
+@pytest.mark.parametrize("place", ["the cache", "above the cache", "an own shard"])
 def test_an_error_of_the_system_comes_with_advice(
-    cache, monkeypatch, tmp_path, number, advice
+    cache, monkeypatch, tmp_path, number, advice, place
 ):
+    places = {"the cache": cache / "rows", "above the cache": cache.parent}
+    path = places.get(place, tmp_path / "own" / "a.parquet")
+
     def fail(*_):
-        raise OSError(number, os.strerror(number), str(tmp_path / "a file"))
+        raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(prepare, "prepare", fail)
     said = sentence(prepare.main, [])
-    assert said.startswith("prepare.py: [Errno ") and str(tmp_path / "a file") in said
-    assert (advice in said) if advice else said.endswith("a file'")
+    assert said.startswith("prepare.py: [Errno ") and str(path) in said
+    if place == "an own shard" and number in (errno.EROFS, errno.EACCES):
+        advice = "make it readable, or take it out of its folder, and run"
+    assert (advice in said) if advice else said.endswith(f"{path.name}'")
+
+
+# ---- Advice is a command that works -------------------------------------------------------------
+ARGUMENTS = [
+    ([], ""),
+    (["--num-shards", "3"], " --num-shards 3"),
+    (["--num-shards=-1", "--download-workers", "2"], None),
+    (["--source", "/my texts/it's"], None),
+    (["--source", "hub"], " --source hub"),
+]
+
+
+@pytest.mark.parametrize("argv, line", ARGUMENTS)
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        OSError(errno.ENOSPC, "No space left on device", "x"),
+        ConnectionError(f"shard_00000.parquet: HOST answered 500; run {PREPARE} again"),
+        ValueError(f"x holds no document; replace it, and run {PREPARE}"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_command_in_an_advice_repeats_the_run_that_failed(
+    cache, monkeypatch, capsys, argv, line, error
+):
+    def fail(*asked):
+        calls.append(asked)
+        raise error
+
+    calls, ends = [], []
+    monkeypatch.setattr(prepare, "prepare", fail)
+    monkeypatch.setattr(prepare.os, "_exit", ends.append)
+    monkeypatch.setattr(prepare.signal, "signal", lambda *_: None)
+    try:
+        prepare.main(argv)
+        said = capsys.readouterr().err.strip()
+    except SystemExit as end:
+        said = end.code
+    command = re.search(r"run (?:A\S+ )?uv run prepare\.py(.*?)( again|, it|$)", said)[1]
+    assert line is None or command == line
+    with contextlib.suppress(SystemExit):
+        prepare.main(shlex.split(command))
+    assert len(calls) == 2 and calls[0] == calls[1]
+
+
+def test_advice_on_windows_is_for_powershell(monkeypatch):
+    args = prepare.parse_arguments(["--num-shards", "3", "--source", "/my/it's"])
+    said = "uv run prepare.py --num-shards 3 --source '/my/it''s'"
+    monkeypatch.setattr(C, "SMOKE", False)
+    assert prepare.command_of(args, windows=True) == said
+    monkeypatch.setattr(C, "SMOKE", True)
+    assert prepare.command_of(args, windows=True) == f"$env:AUTORESEARCH_SMOKE=1; {said}"
+    assert prepare.command_of(args, windows=False).startswith("AUTORESEARCH_SMOKE=1 uv")
