@@ -9,7 +9,7 @@ from harness.documents import list_source, write_smoke_shards
 from harness.download import DOWNLOADS, ensure_shards
 from harness.files import PREPARE, atomic_write, content_key, lock, remove_temporaries
 from harness.jobs import describe_all
-from harness.packing import ensure_rows, row_name
+from harness.packing import ensure_rows, row_names
 from harness.tokenizer import Tokenizer, ensure_tokenizer
 
 VAL_NAME = C.SHARD_NAME.format(C.VAL_SHARD)
@@ -29,6 +29,40 @@ def load_manifest(folder: Path) -> dict:
         return {}
 
 
+def drop_copies(shards: dict[str, dict]) -> dict[str, dict]:
+    """Return the user's shards without training shards that are copies of another one.
+
+    The last is for validation. ValueError if a training shard is a copy of it.
+    """
+    *train, val = shards
+    first = {}
+    for name in train:
+        sha256 = shards[name]["sha256"]
+        if sha256 == shards[val]["sha256"]:
+            problem = f"{name} is a copy of {val}, the validation shard"
+            raise ValueError(f"{problem}; take one of them out of the folder")
+        if sha256 in first:
+            print(f"shards: left out, a copy of {first[sha256]}: {name}", flush=True)
+        first.setdefault(sha256, name)
+    return {name: shards[name] for name in (*first.values(), val)}
+
+
+def list_changes(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
+    """Return a few words on each of the user's shards that changed since `before`."""
+    if not before:
+        return []
+    changes = [f"{name} is gone" for name in before if name not in now]
+    changes += [f"{name} is new" for name in now if name not in before]
+    changes += [
+        f"{name} has changed"
+        for name in before
+        if before[name] != now.get(name, before[name])
+    ]
+    if [*before][-1] != [*now][-1]:
+        changes.append(f"the validation shard is {[*now][-1]}, not {[*before][-1]}")
+    return changes
+
+
 def ensure_source(
     folder: Path, source: str, num_shards: int | None, manifest: dict, downloads: int
 ) -> tuple[Path, str, dict[str, dict]]:
@@ -40,8 +74,14 @@ def ensure_source(
         advice = "--source hub goes back to the hub's"
         print(f"shards: those of {source}; {advice}", flush=True)
         place = Path(source)
-        names = list_source(place, None if num_shards == -1 else num_shards)
-        return place, source, describe_all(place, names)
+        *train, val = list_source(place, None if num_shards == -1 else num_shards)
+        if num_shards is None:  # no more than before
+            train = train[: manifest.get("num_shards")]
+        names = [*train, val]
+        shards = drop_copies(describe_all(place, names))
+        for line in list_changes(manifest.get("shards", {}), shards):
+            print(f"shards: since the last preparation {line}", flush=True)
+        return place, source, shards
     if num_shards is None:  # as many as before
         num_shards = len(manifest.get("shards", ())) - 1
         if num_shards <= 0:
@@ -85,14 +125,18 @@ def prepare(
         texts = {place / name: shards[name] for name in train}
         tokenizer = ensure_tokenizer(folder / "tokenizer", texts)
         known = manifest.get("rows", {})
-        rows = ensure_rows(folder, place, shards, tokenizer, known, workers)
+        own = source != "hub"
+        rows = ensure_rows(folder, place, shards, tokenizer, known, workers, own)
         about = {
             "rules": C.DATA_RULES,
             "revision": revision,
             "tokenizer": tokenizer.sha256,
         }
-        if source != "hub":
+        if own:
             about["source"] = source
+            limit = manifest.get("num_shards") if num_shards is None else num_shards
+            if limit not in (None, -1):  # a plain run stays with it
+                about["num_shards"] = limit
         about |= {"shards": shards, "rows": rows}
         about |= {"key": content_key(about)}  # so that a change to any byte is noticed
         if load_manifest(folder) != json.loads(json.dumps(about)):
@@ -113,17 +157,22 @@ def check(folder: Path) -> list[str]:
         path = folder / "manifest.json"
         raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
     place = Path(manifest.get("source", folder / "shards"))
+    own = "source" in manifest
     problems = []
     for part, where in (("shards", place), ("rows", folder / "rows")):
         found = describe_all(where, list(manifest[part]))
         for name, entry in manifest[part].items():
-            if not (where / name).is_file():
-                problems.append(f"{where / name} is missing")
+            path = where / name
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif own and part == "shards" and found[name] != entry:
+                what = "since it was prepared; a new run takes it as it is"
+                problems.append(f"{path} has changed {what}")
             elif found[name]["size"] != entry["size"]:
                 sizes = f"{found[name]['size']} bytes, not {entry['size']}"
-                problems.append(f"{where / name} is damaged: it has {sizes}")
+                problems.append(f"{path} is damaged: it has {sizes}")
             elif found[name]["sha256"] != entry["sha256"]:
-                problems.append(f"{where / name} is damaged: its bytes changed")
+                problems.append(f"{path} is damaged: its bytes changed")
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer")
         if tokenizer.sha256 != manifest["tokenizer"]:
@@ -131,11 +180,8 @@ def check(folder: Path) -> list[str]:
             problems.append(f"the tokenizer in {path} is not that of the rows")
     except ValueError as error:
         problems.append(str(error))
-    names = {
-        row_name(name, about, manifest["tokenizer"])
-        for name, about in manifest["shards"].items()
-    }
-    if names != set(manifest["rows"]):
+    names = row_names(manifest["shards"], manifest["tokenizer"], own)
+    if names.keys() != manifest["rows"].keys():
         path = folder / "rows"
         problems.append(f"the rows in {path} are not of these shards and rules")
     return problems

@@ -1,22 +1,26 @@
 """Documents to packed rows of T + 1 ids, in files named by what they rest on."""
 
+import hashlib
 import itertools
 import math
 import os
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 import constants as C
-from harness.documents import read_documents
-from harness.files import PREPARE, atomic_write, content_key
+from harness.documents import REPLACE, count_rows, read_documents
+from harness.files import atomic_write, content_key
 from harness.jobs import Progress, describe_all, run_jobs
 from harness.tokenizer import Tokenizer
+
+LOW_KEPT = 0.5  # of training tokens: text of usual lengths keeps 0.65 and more
+LOW_DISTINCT = 0.9  # of validation rows
 
 
 def pack_rows(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterator[np.ndarray]:
@@ -58,46 +62,111 @@ def pack_rows(batches: Iterable[list[np.ndarray]], capacity: int) -> Iterator[np
             filled = 0
 
 
+@dataclass
+class Counts:
+    """What `build_rows` met in a shard: documents, those left out, and ids with BOS."""
+
+    documents: int = 0
+    empty: int = 0
+    tokens: int = 0
+
+
 def build_rows(
     shard: Path,
     out: Path,
     tokenizer: Tokenizer,
     n_rows: int | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Tokenize and pack one shard, on its own, to the row file `out`.
+    own: bool = False,
+) -> Counts:
+    """Tokenize and pack one shard, on its own, to the row file `out`; return the counts.
 
     n_rows: stop after so many, starting the shard over when it runs out; None: once over.
     progress: told of every batch of documents; may stop the work by raising.
-    ValueError for a shard without documents, or with one that tiktoken gives up on.
+    own: the shard is the user's. Empty documents are left out then, and one that is too
+    short for `n_rows` is an error; the hub's are taken as the reference takes them.
+    ValueError for a shard without documents.
     """
     if not any(read_documents(shard)):
-        raise ValueError(f"{shard} holds no document; delete it and run {PREPARE}")
-    passes = itertools.repeat(shard) if n_rows else [shard]
+        raise ValueError(f"{shard} holds no document; {REPLACE}")
+    passes = itertools.repeat(shard) if n_rows and not own else [shard]
+    counts = Counts()
 
     def batches() -> Iterator[list[np.ndarray]]:
         for texts in itertools.chain.from_iterable(map(read_documents, passes)):
             if progress is not None:
                 progress.add(len(texts))
-            try:
-                yield [tokenizer.encode(text) for text in texts]
-            except ValueError as error:  # a million blanks without a break, for one
-                problem = f"{shard}: tiktoken gives up on a document ({error})"
-                advice = f"delete the shard and run {PREPARE}"
-                raise ValueError(f"{problem}; {advice}") from error
+            counts.documents += len(texts)
+            if own:
+                full = [text for text in texts if text]
+                counts.empty += len(texts) - len(full)
+                texts = full
+            batch = [tokenizer.encode(text) for text in texts]
+            counts.tokens += sum(map(len, batch))
+            yield batch
 
     with atomic_write(out) as file:
+        made = 0
         for row in itertools.islice(pack_rows(batches(), C.MAX_SEQ_LEN + 1), n_rows):
             file.write(row.astype("<u2").tobytes())
+            made += 1
+        if n_rows and made < n_rows:
+            fill = f"its {counts.tokens:,} tokens fill {made:,} rows of {C.MAX_SEQ_LEN}"
+            need = f"validation needs {n_rows:,} rows, {C.EVAL_TOKENS:,} tokens"
+            advice = "give it more text"
+            if counts.tokens > C.EVAL_TOKENS:  # what is longer than a row is cropped
+                advice = "cut its long documents into pieces, or give it more text"
+            raise ValueError(f"{shard} is too short: {fill}, and {need}; {advice}")
+    return counts
 
 
-def row_name(name: str, about: dict, tokenizer_sha256: str) -> str:
+def row_name(name: str, about: dict, tokenizer_sha256: str, own: str = "") -> str:
     """Return the name of a shard's row file; it changes with all that the rows rest on.
 
     name, about: the shard's file name and what `describe` returns for it.
+    own: for the user's shards, whose split depends on the other shards, the split.
     """
-    key = content_key(C.DATA_RULES, C.SPLIT_PATTERN, about["sha256"], tokenizer_sha256)
-    return f"{Path(name).stem}.{key}.u16"
+    parts = [C.DATA_RULES, C.SPLIT_PATTERN, about["sha256"], tokenizer_sha256]
+    if own:
+        parts += ["own", own]
+    return f"{Path(name).stem}.{content_key(*parts)}.u16"
+
+
+def row_names(
+    shards: dict[str, dict], tokenizer_sha256: str, own: bool
+) -> dict[str, str]:
+    """Return row file -> shard, in order; the last shard is for validation."""
+    *train, val = shards
+    splits = dict.fromkeys(train, "train") | {val: "val"}
+    return {
+        row_name(name, about, tokenizer_sha256, splits[name] if own else ""): name
+        for name, about in shards.items()
+    }
+
+
+def report_kept(kept: float) -> None:
+    """Print the fraction of the training tokens that packing kept, and what a low one means."""
+    print(f"rows: packing kept {100 * kept:.0f} % of the training tokens", flush=True)
+    if kept < LOW_KEPT:
+        length = f"longer than a row of {C.MAX_SEQ_LEN} tokens"
+        advice = "cut them into pieces before"
+        print(f"rows: WARNING: documents {length} are cropped; {advice}", flush=True)
+
+
+def report_distinct(path: Path) -> None:
+    """Print how many of the validation rows in file `path` differ, and what few mean."""
+    size = 2 * (C.MAX_SEQ_LEN + 1)
+    seen = set()
+    with open(path, "rb") as file:
+        while row := file.read(size):
+            seen.add(hashlib.sha256(row).digest())
+    n_rows = path.stat().st_size // size
+    text = f"{len(seen):,} of {n_rows:,} validation rows are distinct"
+    print(f"rows: {text}", flush=True)
+    if len(seen) < LOW_DISTINCT * n_rows:
+        what = "val_bpb rests on little text"
+        advice = "give the validation shard more text that does not repeat"
+        print(f"rows: WARNING: {what}; {advice}", flush=True)
 
 
 def ensure_rows(
@@ -107,16 +176,16 @@ def ensure_rows(
     tokenizer: Tokenizer,
     known: dict[str, dict],
     workers: int | None,
+    own: bool = False,
 ) -> dict[str, dict]:
     """Have a row file of every shard in `place`; return split, size and SHA-256 by name.
 
     shards: name -> size and SHA-256; the last one is for validation. known: what this
     returned before; a file of the right name is right unless `known` tells otherwise.
-    ValueError for a shard that cannot be packed, or too little text for one training row.
+    own: they are the user's. ValueError for a shard that cannot be packed, or too little
+    text for one training row or for validation.
     """
-    names = {  # row file -> shard
-        row_name(name, about, tokenizer.sha256): name for name, about in shards.items()
-    }
+    names = row_names(shards, tokenizer.sha256, own)
     *train, val = names
     there = [name for name in names if (folder / "rows" / name).is_file()]
     rows = describe_all(folder / "rows", there)
@@ -127,15 +196,16 @@ def ensure_rows(
             del rows[name]
     progress = Progress("packing", " documents", 0)
     jobs = {}
-    for name in [name for name in names if name not in rows]:
+    # Validation first: where it is too short, all other work is in vain.
+    for name in [name for name in (val, *train) if name not in rows]:
         shard = place / names[name]
         n_rows = C.EVAL_TOKENS // C.MAX_SEQ_LEN if name == val else None
         out = folder / "rows" / name
-        progress.total += pq.read_metadata(shard).num_rows
-        jobs[name] = partial(build_rows, shard, out, tokenizer, n_rows, progress)
+        progress.total += count_rows(shard)
+        jobs[name] = partial(build_rows, shard, out, tokenizer, n_rows, progress, own)
     if known and not known.keys() & names.keys():
         print("rows: of other shards, tokenizer or rules; they are repacked", flush=True)
-    run_jobs(jobs, workers or os.cpu_count(), progress)
+    counts = run_jobs(jobs, workers or os.cpu_count(), progress)
     rows |= describe_all(folder / "rows", list(jobs))
     tokens = sum(rows[name]["size"] // 2 for name in train)
     if tokens == 0:
@@ -143,5 +213,14 @@ def ensure_rows(
     seconds = time.monotonic() - progress.started_at
     text = f"{tokens / 1e6:.1f} M training tokens in {len(train)} files"
     print(f"rows: {text}, {len(jobs)} packed in {seconds:.1f} s", flush=True)
+    for name, count in counts.items():
+        if count.empty:
+            what = f"{count.empty:,} of {count.documents:,} documents left out"
+            print(f"rows: {names[name]}: {what}, empty, null or not UTF-8", flush=True)
+    packed = [name for name in train if name in counts]
+    met = sum(counts[name].tokens for name in packed)
+    if met:
+        report_kept(sum(rows[name]["size"] // 2 for name in packed) / met)
+    report_distinct(folder / "rows" / val)
     splits = dict.fromkeys(train, "train") | {val: "val"}
     return {name: {"split": split, **rows[name]} for name, split in splits.items()}

@@ -18,6 +18,8 @@ from harness.documents import read_documents
 from harness.files import PREPARE, atomic_write, content_key
 from harness.jobs import Progress, run_jobs
 
+PIECE_CHARS = 100_000  # of a document that tiktoken cannot take in one
+
 
 def fast_pattern(pattern: str) -> str:
     """Return a split pattern that cuts as C.SPLIT_PATTERN does, and is searched quicker.
@@ -55,8 +57,15 @@ class Tokenizer:
         self.token_bytes = np.array(lengths + [0] * len(special), np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return BOS and the ids of `text`, uint16; ValueError if tiktoken gives up."""
-        found = self.encoding.encode_to_numpy(text, disallowed_special=())
+        """Return BOS and the ids of `text`, uint16."""
+        try:
+            found = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # its search gives up on a million blanks in a row
+            starts = range(0, len(text), PIECE_CHARS)
+            pieces = [text[start : start + PIECE_CHARS] for start in starts]
+            found = np.concatenate(
+                [self.encoding.encode_to_numpy(p, disallowed_special=()) for p in pieces]
+            )
         ids = np.empty(len(found) + 1, np.uint16)
         ids[0] = self.bos_id
         ids[1:] = found

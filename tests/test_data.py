@@ -8,6 +8,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -299,7 +300,7 @@ def test_interrupted_packing_leaves_no_half_file_and_no_manifest(
 ):
     folder, real = tmp_path / "folder", build_rows
 
-    def stop_early(shard, out, tokenizer, n_rows=None, progress=None):
+    def stop_early(shard, out, tokenizer, n_rows=None, progress=None, own=False):
         if shard.name != C.SHARD_NAME.format(number):
             return real(shard, out, tokenizer, n_rows)
 
@@ -425,12 +426,18 @@ def test_another_validation_text_changes_the_validation_rows_alone(
 
 
 # ---- --source -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def long_text() -> list[str]:
+    """As many documents as validation needs under the smoke rules, none of them empty."""
+    return make_documents(seed=2, count=3000)
+
+
 @pytest.fixture
-def own(tmp_path, corpus) -> Path:
+def own(tmp_path, corpus, long_text) -> Path:
     """A folder of three shards under names of the user's, and a file that is none."""
     write_shard(tmp_path / "own" / "b part.parquet", make_documents(seed=1, count=200))
     write_shard(tmp_path / "own" / "a.parquet", corpus[:500])
-    write_shard(tmp_path / "own" / "z.parquet", make_documents(seed=2, count=200))
+    write_shard(tmp_path / "own" / "z.parquet", long_text)
     (tmp_path / "own" / "README.txt").write_text("mine")
     return tmp_path / "own"
 
@@ -460,13 +467,21 @@ def test_own_shards_are_prepared_the_last_by_name_for_validation(own, cache):
 
 
 def test_shards_of_the_hub_in_a_folder_give_the_rows_that_the_hub_gives(
-    shard_folder, cache, hub, tmp_path
+    corpus, long_text, cache, tmp_path, monkeypatch
 ):
-    prepare.main(["--num-shards", "3"])
-    rows = listing(cache / "rows")
-    shutil.rmtree(cache)
-    prepare.main(["--source", str(shard_folder)])
-    assert listing(cache / "rows") == rows and len(rows) == 4
+    served = tmp_path / "served"
+    texts = [text for text in corpus if text]  # the hub's may be empty, and then stay
+    write_shard(served / C.SHARD_NAME.format(0), texts[:400])
+    write_shard(served / C.SHARD_NAME.format(1), texts[400:])
+    write_shard(served / VAL_NAME, long_text)
+    made = []
+    for argv in (["--num-shards", "2"], ["--source", str(served)]):
+        with Hub(served) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", hub.url)
+            prepare.main(argv)
+        rows = listing(cache / "rows")
+        made.append({name.partition(".")[0]: body for name, body in rows.items()})
+    assert made[0] == made[1] and len(made[0]) == 3
 
 
 def test_number_of_own_shards_can_be_limited(own, cache):
@@ -507,7 +522,6 @@ def test_a_change_of_an_own_shard_is_noticed(own, cache, capsys):
             "holds no good column `text` .it has the columns content",
         ),
         (pa.table({"text": pa.array([1])}), "it is of type int64, not string"),
-        (pa.table({"text": pa.array([], pa.string())}), "has no documents"),
         (None, "holds no good column `text`"),
     ],
 )
@@ -530,18 +544,169 @@ def test_too_few_own_shards_are_an_error_that_says_how_many(tmp_path, cache, nam
     assert (
         f"{tmp_path / 'few'} holds {len(names)} files *.parquet; give two or more" in said
     )
-    assert "holds 0 files" in sentence(
-        prepare.main, ["--source", str(tmp_path / "nowhere")]
-    )
 
 
-def test_document_that_cannot_be_tokenized_names_its_shard(own, cache):
-    write_shard(own / "b part.parquet", ["good", " " * 2_000_000])
-    said = sentence(prepare.main, ["--source", str(own)])
+def test_a_missing_folder_is_named_as_missing_and_a_file_as_a_file(own, cache):
+    said = sentence(prepare.main, ["--source", str(own / "nowhere")])
+    assert said.endswith(f"there is no folder {own / 'nowhere'}")
+    said = sentence(prepare.main, ["--source", str(own / "a.parquet")])
+    assert f"{own / 'a.parquet'} is a file; give the folder that it is in" in said
+
+
+def test_a_document_of_a_million_blanks_stops_no_shard(own, cache):
+    texts = ["good", " " * 1_000_001, f"before{' ' * 1_000_001}behind", "good"]
+    write_shard(own / "b part.parquet", texts)
+    prepare.main(["--source", str(own)])
+    rows = "".join(row_texts(cache, "train"))
+    assert "good" in rows and "before " in rows
+
+
+def test_null_and_empty_documents_are_counted_and_left_out(own, cache, capsys, corpus):
+    full = [text for text in corpus if text]
+    write_shard(own / "a.parquet", full)
+    prepare.main(["--source", str(own)])
+    (before,) = (cache / "rows").glob("a.*")
+    before = before.read_bytes()
+    assert "left out" not in capsys.readouterr().out
+    texts = [*full[:100], None, "", *full[100:], None]
+    pq.write_table(pa.table({"text": texts}), own / "a.parquet", row_group_size=100)
+    prepare.main([])
+    said, count = capsys.readouterr().out, f"3 of {len(texts)} documents left out"
+    assert f"rows: a.parquet: {count}, empty, null or not UTF-8" in said
+    (after,) = (cache / "rows").glob("a.*")
+    ids = np.frombuffer(after.read_bytes(), "<u2").reshape(-1, C.MAX_SEQ_LEN + 1)
+    assert not np.any((ids[:, 1:] == C.BOS_ID) & (ids[:, :-1] == C.BOS_ID))
+    assert len(before) == after.stat().st_size
+
+
+def test_shards_that_are_all_empty_are_left_out_as_spark_writes_them(own, cache, capsys):
+    for name, texts in {"a0": [], "zz": [], "zzz": ["", ""]}.items():
+        write_shard(own / f"{name}.parquet", texts)
+    prepare.main(["--source", str(own)])
+    assert list(manifest_of(cache)["shards"]) == [
+        "a.parquet",
+        "b part.parquet",
+        "z.parquet",
+    ]
+    said = capsys.readouterr().out
+    assert "left out, no document: a0.parquet, zz.parquet, zzz.parquet" in said
+
+
+def test_hidden_files_are_left_out_and_named(own, cache, capsys):
+    for name in (
+        "._a.parquet",
+        "zz/._x.parquet",
+        "_delta_log/1.parquet",
+        ".git/q.parquet",
+    ):
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).write_bytes(b"\0\5\x16\7")
+    prepare.main(["--source", str(own)])
+    assert len(manifest_of(cache)["shards"]) == 3
     assert (
-        str(own / "b part.parquet") in said and "tiktoken gives up on a document" in said
+        "left out, hidden (. or _ begins a name): ._a.parquet" in capsys.readouterr().out
     )
-    assert not list((cache / "rows").glob("b*")) and not list((cache / "rows").glob(".*"))
+
+
+def test_nested_folders_and_data_sets_named_like_files_are_read(own, cache, capsys):
+    for name in ("sub/deep/c.parquet", "part.parquet/lang=en/0.parquet", "upper.PARQUET"):
+        write_shard(own / name, make_documents(seed=len(name), count=50))
+    (own / "circle").symlink_to(own)
+    (own / "linked").mkdir()
+    (own / "linked" / "q.parquet").symlink_to(own / "b part.parquet")
+    prepare.main(["--source", str(own)])
+    assert list(manifest_of(cache)["shards"]) == [
+        "a.parquet",
+        "b part.parquet",
+        "part.parquet/lang=en/0.parquet",
+        "sub/deep/c.parquet",
+        "upper.PARQUET",
+        "z.parquet",
+    ]
+    said = capsys.readouterr().out
+    assert "shards: z.parquet is for validation, the last of 7 by name" in said
+    assert "left out, a copy of b part.parquet: linked/q.parquet" in said
+    prepare.main(["--check"])
+
+
+@pytest.mark.parametrize(
+    "name, odd",
+    [("test-00000.parquet", True), ("val/0.parquet", True), ("devices.parquet", False)],
+)
+def test_the_file_that_validates_is_printed_and_one_that_sounds_like_it(
+    own, cache, capsys, name, odd
+):
+    write_shard(own / name, ["x"])
+    prepare.main(["--source", str(own)])
+    said = capsys.readouterr().out
+    assert "shards: z.parquet is for validation, the last of 4 by name" in said
+    assert (f"shards: for training in spite of the name: {name}" in said) == odd
+
+
+@pytest.mark.parametrize("kind", ["short", "long documents"])
+def test_validation_text_that_is_too_short_is_an_error_with_its_tokens(own, cache, kind):
+    texts = make_documents(seed=3, count=100)
+    advice = "give it more text"
+    if kind == "long documents":
+        texts = [" ".join(make_documents(seed=k, count=500)) for k in range(12)]
+        advice = "cut its long documents into pieces, or give it more text"
+    write_shard(own / "z.parquet", texts)
+    said = sentence(prepare.main, ["--source", str(own)])
+    assert re.search(
+        r"z.parquet is too short: its [\d,]+ tokens fill \d+ rows of 256", said
+    )
+    assert "and validation needs 256 rows, 65,536 tokens" in said and advice in said
+    tokens = int(re.search(r"its ([\d,]+)", said)[1].replace(",", ""))
+    tokenizer = Tokenizer.load(cache / "tokenizer")
+    assert tokens == sum(len(tokenizer.encode(text)) for text in texts)
+    assert not (cache / "manifest.json").exists() and not list(
+        (cache / "rows").glob("z.*")
+    )
+
+
+def test_training_shard_that_becomes_validation_is_packed_for_it(own, cache):
+    prepare.main(["--source", str(own)])
+    (before,) = (cache / "rows").glob("z.*")
+    before = before.read_bytes()
+    shutil.copy(own / "z.parquet", own / "k.parquet")
+    write_shard(own / "zz.parquet", make_documents(seed=9, count=3000))
+    (own / "k.parquet").unlink()
+    prepare.main([])
+    (after,) = (cache / "rows").glob("z.*")
+    assert len(after.read_bytes()) > len(before)  # all of its text, not 256 rows of it
+
+
+def test_training_shard_that_is_the_validation_shard_is_an_error(own, cache):
+    shutil.copy(own / "z.parquet", own / "k.parquet")
+    said = sentence(prepare.main, ["--source", str(own)])
+    assert "k.parquet is a copy of z.parquet, the validation shard" in said
+    assert "delete" not in said and not (cache / "manifest.json").exists()
+
+
+def test_text_that_packing_loses_is_said_with_a_warning(own, cache, capsys, long_text):
+    prepare.main(["--source", str(own)])
+    said = capsys.readouterr().out
+    kept = int(re.search(r"packing kept (\d+) % of the training tokens", said)[1])
+    assert kept > 50 and "256 of 256 validation rows are distinct" in said
+    assert "WARNING" not in said
+    long = [" ".join(make_documents(seed=k, count=500)) for k in range(12)]
+    for name in ("a.parquet", "b part.parquet"):
+        write_shard(own / name, long + [name])
+    write_shard(own / "z.parquet", ["".join(long_text)[:2000]] * 300)
+    prepare.main([])
+    said = capsys.readouterr().out
+    kept = int(re.search(r"packing kept (\d+) % of the training tokens", said)[1])
+    assert kept < 10 and "WARNING: documents longer than a row of 256 tokens" in said
+    distinct = int(re.search(r"(\d+) of 256 validation rows are distinct", said)[1])
+    assert distinct < 20 and "WARNING: val_bpb rests on little text" in said
+
+
+def test_error_on_own_shards_never_says_delete(own, cache, monkeypatch):
+    (own / "b part.parquet").write_text("text")
+    said = sentence(prepare.main, ["--source", str(own)])
+    assert "replace it or take it out of its folder" in said and "delete" not in said
+    command = f"uv run prepare.py --source {own}"
+    assert said.endswith(f"and run {command}")
 
 
 # ---- --check ------------------------------------------------------------------------------------
@@ -574,6 +739,8 @@ def test_check_names_what_is_damaged_and_prepare_repairs_it(
     damage(path)
     assert "1 damaged; run" in sentence(prepare.main, ["--check"])
     line = capsys.readouterr().out.splitlines()[-1]
+    if "own" in pattern and damage is not Path.unlink:
+        what = "has changed since it was prepared"
     if "tokenizer" in pattern:
         assert str(path.parent) in line and "missing or damaged" in line
     else:
@@ -583,6 +750,45 @@ def test_check_names_what_is_damaged_and_prepare_repairs_it(
     prepare.main([])
     assert listing(whole) == good
     prepare.main(["--check"])
+
+
+@pytest.mark.parametrize("damage", ["removed", "altered"])
+@pytest.mark.parametrize("name", ["a.parquet", "z.parquet"])
+def test_check_and_the_next_run_both_say_that_an_own_shard_changed(
+    whole, own, capsys, damage, name
+):
+    write_shard(own / "m.parquet", make_documents(seed=11, count=3000))
+    prepare.main([])
+    assert "since the last preparation m.parquet is new" in capsys.readouterr().out
+    if damage == "removed":
+        (own / name).unlink()
+    else:
+        write_shard(own / name, make_documents(seed=12, count=3000))
+    assert "1 damaged; run" in sentence(prepare.main, ["--check"])
+    what = {"removed": "is missing", "altered": "has changed since"}[damage]
+    assert f"{own / name} {what}" in capsys.readouterr().out
+    prepare.main([])
+    said = capsys.readouterr().out
+    what = {"removed": "is gone", "altered": "has changed"}[damage]
+    assert f"shards: since the last preparation {name} {what}" in said
+    becomes = "the validation shard is m.parquet, not z.parquet"
+    assert (becomes in said) == (damage == "removed" and name == "z.parquet")
+    prepare.main(["--check"])
+    prepare.main([])
+    assert "since the last" not in capsys.readouterr().out
+
+
+def test_a_limited_number_of_own_shards_stays_in_later_runs(own, cache):
+    prepare.main(["--source", str(own), "--num-shards", "1"])
+    prepare.main([])
+    assert list(manifest_of(cache)["shards"]) == ["a.parquet", "z.parquet"]
+    (own / "a.parquet").unlink()
+    prepare.main([])
+    assert list(manifest_of(cache)["shards"]) == ["b part.parquet", "z.parquet"]
+    prepare.main(["--num-shards", "-1"])
+    (own / "q.parquet").write_bytes((own / "b part.parquet").read_bytes())
+    prepare.main([])
+    assert list(manifest_of(cache)["shards"]) == ["b part.parquet", "z.parquet"]
 
 
 def test_check_names_everything_that_is_damaged(whole, capsys):

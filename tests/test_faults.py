@@ -16,7 +16,6 @@ import pytest
 
 import constants as C
 import prepare
-from harness.files import PREPARE
 
 NAMES = [C.SHARD_NAME.format(number) for number in (0, 1, C.VAL_SHARD)]
 
@@ -165,7 +164,7 @@ def test_ctrl_c_ends_the_command_itself(bench):
         said = process.stderr.read()
     assert time.monotonic() - start < 2 and process.returncode == 130
     assert said.splitlines()[-1].startswith(
-        "prepare.py: interrupted; run uv run prepare.py again"
+        "prepare.py: interrupted; run uv run prepare.py --num-shards 2 again"
     )
     assert "Traceback" not in said
 
@@ -222,7 +221,8 @@ def test_file_that_cannot_grow_is_named_with_what_to_do(bench, phase, limit):
     last = said.splitlines()[-1]
     assert last.startswith("prepare.py: ") and "File too large" in last
     assert str(bench.folder / {"download": "shards", "rows": "rows"}[phase]) in last
-    assert f"free some space or move AUTORESEARCH_CACHE, and run {PREPARE} again" in last
+    command = "uv run prepare.py --num-shards 2"
+    assert f"free some space or move AUTORESEARCH_CACHE, and run {command} again" in last
     bench.check_whole()
     assert not [name for name in listing(bench.folder) if name.endswith(".tmp")]
     assert bench.run()[0] == 0
