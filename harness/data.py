@@ -164,7 +164,10 @@ def check(folder: Path) -> list[str]:
         for name, entry in manifest[part].items():
             path = where / name
             if not path.is_file():
-                problems.append(f"{path} is missing")
+                more = (
+                    "; a new run goes on without it" if own and part == "shards" else ""
+                )
+                problems.append(f"{path} is missing{more}")
             elif own and part == "shards" and found[name] != entry:
                 what = "since it was prepared; a new run takes it as it is"
                 problems.append(f"{path} has changed {what}")

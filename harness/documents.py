@@ -202,6 +202,11 @@ def find_shards(source: Path) -> list[str]:
     found.sort(key=lambda path: path.parts)
     hidden, names = [], []
     for path in found:
+        if not (source / path).exists():
+            problem = f"{source / path} is a link that leads nowhere"
+            raise ValueError(f"{problem}; {REPLACE}")
+        if not (source / path).is_file():  # a pipe would never end
+            continue
         is_hidden = any(part[0] in "._" for part in path.parts)
         (hidden if is_hidden else names).append(path.as_posix())
     if hidden:

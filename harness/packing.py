@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import constants as C
-from harness.documents import REPLACE, count_rows, read_documents
+from harness.documents import REPLACE, count_rows, name_few, read_documents
 from harness.files import atomic_write, content_key
 from harness.jobs import Progress, describe_all, run_jobs
 from harness.tokenizer import Tokenizer
@@ -144,17 +144,17 @@ def row_names(
     }
 
 
-def report_kept(kept: float) -> None:
-    """Print the fraction of the training tokens that packing kept, and what a low one means."""
+def report_kept(kept: float, own: bool) -> None:
+    """Print the fraction of training tokens that packing kept; of own text, warn of a low one."""
     print(f"rows: packing kept {100 * kept:.0f} % of the training tokens", flush=True)
-    if kept < LOW_KEPT:
+    if own and kept < LOW_KEPT:
         length = f"longer than a row of {C.MAX_SEQ_LEN} tokens"
         advice = "cut them into pieces before"
         print(f"rows: WARNING: documents {length} are cropped; {advice}", flush=True)
 
 
-def report_distinct(path: Path) -> None:
-    """Print how many of the validation rows in file `path` differ, and what few mean."""
+def report_distinct(path: Path, own: bool) -> None:
+    """Print how many validation rows in file `path` differ; of own text, warn of few."""
     size = 2 * (C.MAX_SEQ_LEN + 1)
     seen = set()
     with open(path, "rb") as file:
@@ -163,7 +163,7 @@ def report_distinct(path: Path) -> None:
     n_rows = path.stat().st_size // size
     text = f"{len(seen):,} of {n_rows:,} validation rows are distinct"
     print(f"rows: {text}", flush=True)
-    if len(seen) < LOW_DISTINCT * n_rows:
+    if own and len(seen) < LOW_DISTINCT * n_rows:
         what = "val_bpb rests on little text"
         advice = "give the validation shard more text that does not repeat"
         print(f"rows: WARNING: {what}; {advice}", flush=True)
@@ -213,14 +213,17 @@ def ensure_rows(
     seconds = time.monotonic() - progress.started_at
     text = f"{tokens / 1e6:.1f} M training tokens in {len(train)} files"
     print(f"rows: {text}, {len(jobs)} packed in {seconds:.1f} s", flush=True)
-    for name, count in counts.items():
-        if count.empty:
-            what = f"{count.empty:,} of {count.documents:,} documents left out"
-            print(f"rows: {names[name]}: {what}, empty, null or not UTF-8", flush=True)
+    empty = sum(count.empty for count in counts.values())
+    if empty:
+        documents = sum(count.documents for count in counts.values())
+        where = [f"{c.empty:,} of {names[name]}" for name, c in counts.items() if c.empty]
+        text = f"{empty:,} of {documents:,} documents, {name_few(where)}"
+        print(f"rows: left out, empty, null or not UTF-8: {text}", flush=True)
     packed = [name for name in train if name in counts]
     met = sum(counts[name].tokens for name in packed)
     if met:
-        report_kept(sum(rows[name]["size"] // 2 for name in packed) / met)
-    report_distinct(folder / "rows" / val)
+        kept = sum(rows[name]["size"] // 2 for name in packed) / met
+        report_kept(kept, own)
+    report_distinct(folder / "rows" / val, own)
     splits = dict.fromkeys(train, "train") | {val: "val"}
     return {name: {"split": split, **rows[name]} for name, split in splits.items()}

@@ -571,8 +571,9 @@ def test_null_and_empty_documents_are_counted_and_left_out(own, cache, capsys, c
     texts = [*full[:100], None, "", *full[100:], None]
     pq.write_table(pa.table({"text": texts}), own / "a.parquet", row_group_size=100)
     prepare.main([])
-    said, count = capsys.readouterr().out, f"3 of {len(texts)} documents left out"
-    assert f"rows: a.parquet: {count}, empty, null or not UTF-8" in said
+    count = f"3 of {len(texts)} documents, 3 of a.parquet"
+    said = f"rows: left out, empty, null or not UTF-8: {count}\n"
+    assert said in capsys.readouterr().out
     (after,) = (cache / "rows").glob("a.*")
     ids = np.frombuffer(after.read_bytes(), "<u2").reshape(-1, C.MAX_SEQ_LEN + 1)
     assert not np.any((ids[:, 1:] == C.BOS_ID) & (ids[:, :-1] == C.BOS_ID))
@@ -627,6 +628,13 @@ def test_nested_folders_and_data_sets_named_like_files_are_read(own, cache, caps
     assert "shards: z.parquet is for validation, the last of 7 by name" in said
     assert "left out, a copy of b part.parquet: linked/q.parquet" in said
     prepare.main(["--check"])
+
+
+def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_not_waited_for(own, cache):
+    os.mkfifo(own / "pipe.parquet")
+    (own / "link.parquet").symlink_to(own / "nowhere")
+    said = sentence(prepare.main, ["--source", str(own)])
+    assert f"{own / 'link.parquet'} is a link that leads nowhere; replace it" in said
 
 
 @pytest.mark.parametrize(
