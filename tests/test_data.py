@@ -635,6 +635,9 @@ def test_a_link_that_leads_nowhere_is_named_and_a_pipe_is_not_waited_for(own, ca
     (own / "link.parquet").symlink_to(own / "nowhere")
     said = sentence(prepare.main, ["--source", str(own)])
     assert f"{own / 'link.parquet'} is a link that leads nowhere; replace it" in said
+    (own / "link.parquet").unlink()
+    prepare.main(["--source", str(own)])
+    assert len(manifest_of(cache)["shards"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -672,16 +675,17 @@ def test_validation_text_that_is_too_short_is_an_error_with_its_tokens(own, cach
     )
 
 
-def test_training_shard_that_becomes_validation_is_packed_for_it(own, cache):
+def test_validation_shard_that_becomes_one_for_training_is_packed_whole(
+    own, cache, monkeypatch
+):
+    monkeypatch.setattr(C, "TOKENIZER_SHARDS", 1)  # the tokenizer stays the same
     prepare.main(["--source", str(own)])
     (before,) = (cache / "rows").glob("z.*")
-    before = before.read_bytes()
-    shutil.copy(own / "z.parquet", own / "k.parquet")
+    assert before.stat().st_size == 256 * ROW_BYTES
     write_shard(own / "zz.parquet", make_documents(seed=9, count=3000))
-    (own / "k.parquet").unlink()
     prepare.main([])
     (after,) = (cache / "rows").glob("z.*")
-    assert len(after.read_bytes()) > len(before)  # all of its text, not 256 rows of it
+    assert after.stat().st_size > 256 * ROW_BYTES
 
 
 def test_training_shard_that_is_the_validation_shard_is_an_error(own, cache):
