@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         remove_temporaries(folder, os.getpid())
         advice = f"run {command_of(args)} again, it goes on"
+        if args.check:
+            advice = "nothing was changed"
         print(f"\nprepare.py: interrupted; {advice}", file=sys.stderr, flush=True)
         # Threads in a library's code or on a stalled server are not waited for.
         os._exit(130)

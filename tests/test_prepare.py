@@ -154,3 +154,17 @@ def test_advice_on_windows_is_for_powershell(monkeypatch):
     monkeypatch.setattr(C, "SMOKE", True)
     assert prepare.command_of(args, windows=True) == f"$env:AUTORESEARCH_SMOKE=1; {said}"
     assert prepare.command_of(args, windows=False).startswith("AUTORESEARCH_SMOKE=1 uv")
+
+
+def test_a_check_that_is_interrupted_does_not_advise_to_prepare(
+    cache, monkeypatch, capsys
+):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "check", fail)
+    monkeypatch.setattr(prepare.os, "_exit", lambda status: None)
+    monkeypatch.setattr(prepare.signal, "signal", lambda *_: None)
+    prepare.main(["--check"])
+    said = capsys.readouterr().err
+    assert said.endswith("interrupted; nothing was changed\n")
