@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_the_lock_file_names_the_public_index_alone():
 def test_torch_is_pinned_to_the_version_that_was_measured():
     torch = [p for p in toml("uv.lock")["package"] if p["name"] == "torch"]
     assert {p["version"] for p in torch} == {"2.11.0"}
+
+
+def test_a_clone_with_lines_as_windows_ends_them_has_the_same_rules(tmp_path):
+    names = ["constants.py", "prepare.py", "harness/run.py", "README.md", ".ci/run"]
+    if subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "--error-unmatch", *names]
+    ).returncode:
+        pytest.skip("needs a git checkout")
+    command = ["git", "-c", "core.autocrlf=true", "checkout-index", "-f"]
+    subprocess.run([*command, f"--prefix={tmp_path}/", *names], cwd=ROOT, check=True)
+    for name in names:
+        assert b"\r" not in (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
