@@ -13,6 +13,8 @@ a change shows in the `rules:` that a run prints. Four environment variables are
 import os
 import time
 
+from harness.machine import set_environment
+
 STARTED_AT = time.perf_counter()  # of the process: train.py imports this before torch
 
 
@@ -33,11 +35,7 @@ SEED = _environment_int("AUTORESEARCH_SEED", 42, 0, 2**31 - 1)
 SAVE = _environment_int("AUTORESEARCH_SAVE", 1, 0, 1) == 1
 DRY_RUN = _environment_int("AUTORESEARCH_DRY_RUN", 0, 0, 1) == 1
 
-# Read when torch is loaded. In one growing segment no batch is lost to gaps.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-if SMOKE:  # threads that wait do not spin
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+set_environment(SMOKE)  # which torch reads when it is loaded
 
 # Data: ClimbMix (arXiv:2504.13161), shuffled, as parquet shards with one column `text`.
 DATASET = "karpathy/climbmix-400b-shuffle"  # on the Hugging Face hub

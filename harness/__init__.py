@@ -25,6 +25,7 @@ Beside them:
     ops            fused operations of the model, each with its plain form
     kernels        the Triton kernels behind them
     compile_cache  where compiled code is kept between runs
+    machine        what the machine needs before torch is loaded
     gpu            which GPU there is, and what fits its memory
     health         how fast the GPU is before and after training, and whether it is alone
     peaks          peak speeds of GPUs, for MFU

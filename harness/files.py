@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -55,9 +56,17 @@ def describe(path: Path) -> dict:
 
 
 def data_dir() -> Path:
-    """Return the folder that holds everything prepared under the rules in force."""
-    root = os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch"
-    return Path(root).expanduser().absolute() / ("smoke" if C.SMOKE else "climbmix")
+    """Return the folder that holds everything prepared under the rules in force.
+
+    Ends the process with a sentence if it is in a home directory that nobody knows.
+    """
+    root = os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
+    try:
+        root = Path(root).expanduser()
+    except RuntimeError:  # a container's user without a name, and no HOME
+        problem = "this user has no home directory, where data would lie"
+        sys.exit(f"{problem}; set HOME to a folder that can be written, and start again")
+    return root.absolute() / ("smoke" if C.SMOKE else "climbmix")
 
 
 @contextmanager

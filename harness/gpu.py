@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import constants as C
+from harness.machine import available_memory, is_wsl
 
 
 def compute_capability() -> tuple[int, int]:
@@ -42,11 +43,22 @@ def choose_device(training: bool = True) -> torch.device:
     raise ValueError(f"{problem}; {advice}")
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Return whether what the driver says of `device`'s memory is of this system's GPU work.
+
+    It is not where CPU and GPU have one memory, in which files and programs are counted, nor
+    under WSL2, where Windows and its driver hold up to 16 GB that belong to no process here.
+    """
+    return not (is_wsl() or torch.cuda.get_device_properties(device).is_integrated)
+
+
 def free_memory(device: torch.device) -> float:
     """Return the bytes that tensors can still take on `device`; infinity on a CPU."""
     if device.type != "cuda":
         return math.inf
     free, total = torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_properties(device).is_integrated:
+        free = max(free, available_memory())  # the driver counts cached files as used
     fraction = torch.cuda.get_per_process_memory_fraction()
     held = torch.cuda.memory_reserved(device)  # by torch, in use or not
     return min(free + held, fraction * total) - torch.cuda.memory_allocated(device)

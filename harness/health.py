@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from harness import gpu
+
 # Fractions by which speed before and after may differ without a warning. A GPU that comes
 # from compiling is cool and clocks higher: over 300 s healthy H100s lost 8.5 and 10.1 %
 # on matmuls and 0.1 % on copies (docs/LOG.md), which do not depend on the cores' clock.
@@ -67,7 +69,9 @@ def measure_health(device: torch.device) -> Health:
         tflops = gb_per_sec = math.nan
     free, total = torch.cuda.mem_get_info(device)
     foreign = total - free - torch.cuda.memory_reserved(device)
-    return Health(tflops, gb_per_sec, judge_company(list_gpu_processes(device), foreign))
+    pids = list_gpu_processes(device)
+    company = judge_company(pids, foreign if gpu.has_own_memory(device) else None)
+    return Health(tflops, gb_per_sec, company)
 
 
 def list_gpu_processes(device: torch.device) -> list[int]:
@@ -82,15 +86,18 @@ def list_gpu_processes(device: torch.device) -> list[int]:
     return [int(line) for line in done.stdout.split() if line.isdigit()]
 
 
-def judge_company(pids: list[int], foreign: int) -> str:
+def judge_company(pids: list[int], foreign: int | None) -> str:
     """Return "alone", "shared" or "unknown": whether other processes hold the GPU.
 
-    pids: the processes on it. foreign: bytes of its memory that torch does not hold here.
+    pids: the processes on it. foreign: bytes of its memory that torch does not hold here,
+    None where these do not tell (gpu.has_own_memory).
     In a container the ids may be of another name space: if this process is not among
     them, only memory can tell, beyond what contexts and a desktop take.
     """
     if os.getpid() in pids:
         return "shared" if len({*pids}) > 1 else "alone"
+    if foreign is None:
+        return "unknown"
     if foreign > CONTEXT_BYTES:
         return "shared"
     return "alone" if pids else "unknown"

@@ -1,6 +1,7 @@
 """The device, and batches that fit its memory; what is said if there is none or none fits."""
 
 import math
+import types
 import weakref
 
 import pytest
@@ -158,6 +159,8 @@ def test_free_memory_is_what_the_driver_has_and_torch_holds_unused_within_its_sh
     monkeypatch,
 ):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
+    card = types.SimpleNamespace(is_integrated=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
     for share, free in ((1.0, 70), (0.4, 30)):

@@ -86,5 +86,11 @@ def test_a_machine_without_git(tmp_path, monkeypatch):
     assert git_commit(ROOT) == "none" and repeat.git(ROOT, "status") is None
 
 
+def test_a_line_of_the_loader_on_stderr_is_not_taken_for_the_commit(monkeypatch):
+    commit = git_commit(ROOT)
+    monkeypatch.setenv("LD_PRELOAD", "/nowhere/lib.so")  # "ERROR: ld.so: object ..."
+    assert git_commit(ROOT) == commit and "\n" not in commit
+
+
 def test_the_warning_voids_nothing():
     assert warning("repeat", "x") == "warning: repeat: x" and not C.WARNINGS["repeat"]

@@ -1,0 +1,41 @@
+"""What kind of machine this is, and what it needs in the environment before torch is loaded.
+
+Not edited. Imports nothing heavy: constants.py, which comes first, calls it.
+"""
+
+import getpass
+import os
+import platform
+
+
+def is_wsl() -> bool:
+    """Return whether this is Linux inside Windows (WSL2), or a container in it."""
+    return os.path.exists("/dev/dxg") or "microsoft" in platform.release().lower()
+
+
+def set_environment(smoke: bool) -> None:
+    """Set what torch reads when it is loaded, unless the user has set it."""
+    if not is_wsl():  # where the first allocation of such a segment may fail
+        # In one growing segment no batch is lost to gaps.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if smoke:  # threads that wait do not spin
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        # A container whose user has no name: torch asks for one, for the name of a folder.
+        os.environ["USER"] = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
+
+
+def available_memory() -> int:
+    """Return the bytes of host memory that a process can have, 0 if the system does not say.
+
+    What caches files is among them: the system gives it back.
+    """
+    try:
+        with open("/proc/meminfo") as file:
+            sizes = dict(line.split(":") for line in file)
+        return int(sizes["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 0
