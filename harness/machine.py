@@ -39,3 +39,22 @@ def available_memory() -> int:
         return int(sizes["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return 0
+
+
+def advise_late_start(seconds: float) -> str:
+    """Return what helps against a start-up that took too long, `seconds` after its process began.
+
+    On two idle cores a smoke run's main thread waits for 0.1 of 12 s, beside two busy loops
+    for 36 of 64.
+    """
+    try:
+        with open("/proc/self/schedstat") as file:
+            waited = (
+                int(file.read().split()[1]) / 1e9
+            )  # of the main thread, while it could run
+    except (OSError, ValueError, IndexError):
+        waited = 0.0
+    if waited < seconds / 4:
+        return "compile less, or the machine is busy"
+    busy = f"the machine is busy: other processes had the cores for {waited:.0f} s"
+    return f"{busy}; end them or wait, and run again as it is"

@@ -23,6 +23,7 @@ from harness.files import data_dir
 from harness.guard import Guard, LateGraphs
 from harness.health import Watch
 from harness.loader import Batch, Rows, load_batches
+from harness.machine import advise_late_start
 from harness.ops import prepare_compiler
 from harness.output import step_line, warning
 from harness.peaks import peak_flops
@@ -152,7 +153,8 @@ class Run:
         if waited > C.STARTUP_LIMIT:
             early = f"{self.opened_at - self.since:.0f} s of it before open_run"
             took = f"start-up took {waited:.0f} of {C.STARTUP_LIMIT} s, {early}"
-            raise RuntimeError(f"{took}: compile less, or the machine is busy")
+            age = time.perf_counter() - C.STARTED_AT
+            raise RuntimeError(f"{took}: {advise_late_start(age)}")
         self._refuse_extra_rows()
         self.guard.clock_starts()
         self.startup_seconds = time.perf_counter() - C.STARTED_AT

@@ -120,6 +120,33 @@ def test_available_memory_is_what_the_system_says_or_nothing(monkeypatch, text, 
     assert machine.available_memory() == expected
 
 
+# ---- Busy cores ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "said, busy",
+    [
+        ("7800000000 100000000 9", False),
+        ("16100000000 35500000000 9", True),
+        ("0 0 1", False),
+        ("", False),
+        (None, False),  # a system without it
+    ],
+)
+def test_a_late_start_on_a_busy_machine_is_not_told_to_compile_less(
+    monkeypatch, said, busy
+):
+    def schedstat(path):
+        if said is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(said)
+
+    monkeypatch.setattr(builtins, "open", schedstat)
+    advice = machine.advise_late_start(63.6)
+    assert ("compile less" in advice) != busy
+    assert busy == advice.startswith(
+        "the machine is busy: other processes had the cores for 36 s"
+    )
+
+
 # ---- Users without name or home -----------------------------------------------------------------
 @pytest.mark.parametrize("error", [KeyError, OSError, ImportError])
 def test_a_user_without_a_passwd_entry_gets_a_name_for_torchs_folders(monkeypatch, error):
