@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import shutil
+import ssl
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -18,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import requests
+import urllib3
 
 import constants as C
 from harness.files import PREPARE, describe, naming
@@ -36,6 +38,17 @@ REFUSALS = {
     404: "does not have it",
     410: "does not have it any more",
 }
+
+
+# What libraries raise when the network fails. Not all of it is wrapped by requests.
+NETWORK_ERRORS = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+    ValueError,
+)
 
 
 class Refused(ConnectionError):
@@ -103,12 +116,12 @@ def check_status(answer: requests.Response) -> None:
 
     The text names the host and no more: addresses and headers hold secrets.
     """
-    host = urlsplit(answer.url).netloc.rpartition("@")[2]
+    host = host_of(answer.url)
     status = answer.status_code
     if status < 400:
         return
     text = f"{host} answered {status}"
-    at_hub = host == urlsplit(hub_endpoint()).netloc.rpartition("@")[2]
+    at_hub = host == host_of(hub_endpoint())
     if at_hub and status in REFUSALS:  # elsewhere it is a signed address that ran out
         raise Refused(f"{text}: it {REFUSALS[status]}")
     if at_hub and status < 500 and status not in (408, 425, 429):
@@ -120,14 +133,36 @@ def check_status(answer: requests.Response) -> None:
     raise busy
 
 
+def host_of(url: str) -> str:
+    """Return host and port of an address, and nothing of it that may be a secret."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def clean(text: str) -> str:
+    """Return one line of `text` without addresses, which may be signed."""
+    return re.sub(r"\w+://\S+|url: \S+", "...", " ".join(text.split()))
+
+
 def tell(error: Exception) -> str:
     """Return what the innermost of an error's causes says, without addresses."""
+    request = getattr(error, "request", None)
     while error.args and isinstance(error.args[0], Exception):
-        error = getattr(error.args[0], "reason", None) or error.args[0]
+        reason = getattr(error.args[0], "reason", None)
+        # An ssl.SSLError has one too, which is a text.
+        error = reason if isinstance(reason, Exception) else error.args[0]
     said = str(error)
     if error.args and isinstance(error.args[0], str):
         said = error.args[0]
-    return re.sub(r"\w+://\S+|url: \S+", "...", said)
+    if isinstance(error, ssl.SSLError) or "SSL" in said:
+        host = host_of(request.url) if request is not None else "the server"
+        said = re.sub(r"^\[.*?\] | ?\(_ssl\.c:\d+\)", "", said)
+        advice = ""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            advice = (
+                "; if your network signs itself, set SSL_CERT_FILE to its certificate"
+            )
+        said = f"no secure connection to {host}: {said}{advice}"
+    return clean(said)
 
 
 def persist(action: Callable, name: str, progress: Progress, size: Callable = lambda: 0):
@@ -146,7 +181,7 @@ def persist(action: Callable, name: str, progress: Progress, size: Callable = la
             raise ConnectionError(f"{name}: the hub redirects in a circle") from error
         except Refused as error:
             raise ConnectionError(f"{name}: {error}") from error
-        except (requests.RequestException, ConnectionError, ValueError) as error:
+        except NETWORK_ERRORS as error:
             problem = f"{name}: {tell(error)}"
             there = size()
             tries = 1 if there > most else tries + 1

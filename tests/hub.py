@@ -6,15 +6,18 @@
 Like the hub, it answers for a data set's file with the commit, the size and the SHA-256 of the
 file in headers and a redirect to a second server, the CDN, which has the bytes, knows ranges and
 must not see the token. Tests use it as a context manager, read `requests`, order faults with
-`fail` and slow the CDN down with `rate`.
+`fail` and slow the CDN down with `rate`. It speaks TLS with a certificate of `make_certificate`.
 """
 
 import argparse
+import datetime
 import functools
 import hashlib
+import ipaddress
 import math
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -59,10 +62,50 @@ class Request(NamedTuple):
     headers: dict[str, str]  # names in lower case
 
 
-class Hub:
-    """Two servers on 127.0.0.1, `url` and `cdn_url`, for the shards anywhere below `folder`."""
+def make_certificate(path: Path) -> Path:
+    """Write a certificate for 127.0.0.1, signed by itself, and its key; return `path`."""
+    # Here, for the import takes 0.1 s. The package comes with `kernels`.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
 
-    def __init__(self, folder: Path | str, port: int = 0):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hub.py")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    builder = x509.CertificateBuilder(name, name, key.public_key())
+    builder = builder.serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(now - day).not_valid_after(now + day)
+    for extension, critical in (
+        (x509.SubjectAlternativeName([address]), False),
+        (x509.BasicConstraints(ca=True, path_length=None), True),
+    ):
+        builder = builder.add_extension(extension, critical)
+    pem = serialization.Encoding.PEM
+    certificate = builder.sign(key, hashes.SHA256()).public_bytes(pem)
+    path.write_bytes(
+        certificate
+        + key.private_bytes(
+            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return path
+
+
+class Hub:
+    """Two servers on 127.0.0.1, `url` and `cdn_url`, for the shards anywhere below `folder`.
+
+    certificate: file of the certificate and key of those servers that speak TLS, which are named
+    in `secure`.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        port: int = 0,
+        certificate: Path | None = None,
+        secure: tuple[str, ...] = ("hub", "cdn"),
+    ):
         self.files = {
             path.name: path for path in sorted(Path(folder).rglob("shard_*.parquet"))
         }
@@ -78,16 +121,33 @@ class Hub:
         ] = []  # [kind, file name or None, server, how many times yet]
         self.retry_after: str | None = None  # header of 429 and 500
         self.rate = math.inf  # bytes per second that the CDN sends to each client
+        self.cut_handshakes = 0  # how many TLS connections end before they are made
         self.closing = threading.Event()  # ends what stalls
         self.lock = threading.Lock()
+        self.secure = secure if certificate else ()
+        if certificate:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.tls.load_cert_chain(certificate)
         self.servers = [self._listen("hub", port), self._listen("cdn", 0)]
         self.url, self.cdn_url = (
-            f"http://127.0.0.1:{s.server_port}" for s in self.servers
+            f"http{'s' * (kind in self.secure)}://127.0.0.1:{server.server_port}"
+            for kind, server in zip(("hub", "cdn"), self.servers, strict=True)
         )
 
     def _listen(self, server: str, port: int) -> "Server":
         handler = type("Handler", (_Handler,), {"hub": self, "server_kind": server})
         return Server(("127.0.0.1", port), handler)
+
+    def begin_tls(self, connection: socket.socket) -> socket.socket:
+        """Return the connection with TLS on it; the first read shakes hands."""
+        with self.lock:
+            cut = self.cut_handshakes > 0
+            self.cut_handshakes -= cut
+        if cut:
+            connection.recv(1)
+            raise ConnectionError("as ordered")
+        connection.settimeout(10)
+        return self.tls.wrap_socket(connection, server_side=True)
 
     def __enter__(self) -> "Hub":
         for server in self.servers:
@@ -146,10 +206,15 @@ class Server(ThreadingHTTPServer):
         )  # HTTPServer's also asks the name service about the host
         self.server_name, self.server_port = self.server_address[:2]
 
+    def finish_request(self, request, client_address) -> None:
+        handler = self.RequestHandlerClass
+        if handler.server_kind in handler.hub.secure:
+            request = handler.hub.begin_tls(request)
+        super().finish_request(request, client_address)
+
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(
-            sys.exc_info()[1], ConnectionError
-        ):  # the client may go when it likes
+        # The client may go when it likes, and need not like the certificate.
+        if not isinstance(sys.exc_info()[1], (ConnectionError, ssl.SSLError)):
             super().handle_error(request, client_address)
 
 

@@ -161,6 +161,69 @@ def test_clock_that_jumps_changes_no_wait(hub, tmp_path, waits, monkeypatch):
     assert waits[:3] == [0, 9, 9]
 
 
+# ---- TLS ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory) -> Path:
+    return hub_module.make_certificate(tmp_path_factory.mktemp("tls") / "cert.pem")
+
+
+@pytest.fixture
+def tls_hub(hub, certificate, shard_folder, monkeypatch) -> Iterator[hub_module.Hub]:
+    """A hub that speaks TLS, with a certificate that is trusted."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    with hub_module.Hub(shard_folder, certificate=certificate) as secure:
+        monkeypatch.setenv("HF_ENDPOINT", secure.url)
+        yield secure
+
+
+def test_shards_come_over_tls(tls_hub, tmp_path):
+    assert tls_hub.url.startswith("https://") and tls_hub.cdn_url.startswith("https://")
+    assert download.ensure_shards(tmp_path, NAMES, {})[0] == tls_hub.commit
+    assert listing(tmp_path) == sorted(NAMES)
+
+
+def test_tls_handshake_that_is_cut_is_tried_again(tls_hub, tmp_path, capsys):
+    tls_hub.cut_handshakes = 2
+    assert get(NAMES[0], tmp_path) == facts(tls_hub.files[NAMES[0]])
+    assert capsys.readouterr().out.count("again in") == 2
+
+
+@pytest.mark.parametrize("server", ["hub", "cdn"])
+def test_certificate_of_a_company_is_one_sentence_without_a_signed_address(
+    hub, certificate, shard_folder, cache, monkeypatch, capfd, server
+):
+    with hub_module.Hub(shard_folder, certificate=certificate, secure=(server,)) as other:
+        monkeypatch.setenv("HF_ENDPOINT", other.url)
+        with pytest.raises(SystemExit) as end:
+            prepare.main(["--num-shards", "1"])
+        host = download.host_of(other.url if server == "hub" else other.cdn_url)
+    said = end.value.code
+    assert f"no secure connection to {host}: certificate verify failed" in said
+    assert "set SSL_CERT_FILE" in said and "\n" not in said
+    out = said + "".join(capfd.readouterr())
+    assert "signature" not in out and "Traceback" not in out and "://" not in out
+    assert out.count("again in") >= 2  # it was tried again
+
+
+def test_plain_http_on_a_tls_port_is_a_connection_error(hub, cache, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("http", "https"))
+    with pytest.raises(SystemExit, match="no secure connection to 127.0.0.1") as end:
+        prepare.main(["--num-shards", "1"])
+    assert "\n" not in end.value.code
+
+
+def test_tls_connection_that_breaks_in_the_middle_goes_on_there(
+    tls_hub, large_hub, certificate, tmp_path, monkeypatch
+):
+    folder = next(iter(large_hub.files.values())).parent
+    with hub_module.Hub(folder, certificate=certificate) as secure:
+        monkeypatch.setenv("HF_ENDPOINT", secure.url)
+        secure.fail("reset")
+        assert get(NAMES[0], tmp_path) == facts(secure.files[NAMES[0]])
+        ranges = [r.headers.get("range") for r in secure.requests if r.server == "cdn"]
+    assert len(ranges) == 2 and ranges[1] is not None
+
+
 # ---- Where it broke, it goes on -----------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["truncated", "unsized", "reset", "stall"])
 def test_download_goes_on_where_it_broke_however_often(
