@@ -2,6 +2,7 @@
 
 Writes below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it):
     shards/shard_00000.parquet           as the hub serves it, checked against its SHA-256
+    shards/.answers.jsonl                what the hub said of shards, until all is prepared
     tokenizer/ranks.tiktoken             one line per token: its bytes in base64, its rank
     tokenizer/tokenizer.json             split pattern, special tokens, hash of the ranks
     rows/shard_00000.<key>.u16           packed rows of T + 1 ids, uint16, little endian

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import constants as C
 from harness.documents import list_source, write_smoke_shards
-from harness.download import DOWNLOADS, ensure_shards
+from harness.download import ANSWERS, DOWNLOADS, ensure_shards
 from harness.files import PREPARE, atomic_write, content_key, lock, remove_temporaries
 from harness.jobs import describe_all
 from harness.packing import ensure_rows, row_names
@@ -142,6 +142,7 @@ def prepare(
         if load_manifest(folder) != json.loads(json.dumps(about)):
             with atomic_write(folder / "manifest.json") as file:
                 file.write(json.dumps(about, indent=1).encode())
+            (folder / "shards" / ANSWERS).unlink(missing_ok=True)  # the manifest has it
         for path in (folder / "rows").iterdir():  # of other shards, tokenizers or rules
             if path.name not in rows:
                 path.unlink()

@@ -3,16 +3,19 @@
 The hub answers for a file with its commit, size and SHA-256 and a redirect to a second
 host that has the bytes. Nothing exists under its name before it is complete and its
 SHA-256 is right; what has come stays in shards/.<name>.<hash>.part and goes on by HTTP
-Range, in a later run too. Names of files are made here, never taken from a server. Not
-edited.
+Range, in a later run too, and what the hub said of a shard is not asked again. Names of
+files are made here, never taken from a server. Not edited.
 """
 
 import itertools
+import json
 import os
 import re
 import shutil
 import ssl
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,7 @@ import requests
 import urllib3
 
 import constants as C
-from harness.files import PREPARE, describe, naming
+from harness.files import PREPARE, content_key, describe, naming
 from harness.jobs import Progress, describe_all, metric, run_jobs
 
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
@@ -31,7 +34,9 @@ DOWNLOADS = 8  # side by side
 RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)
 MAX_RETRY_AFTER = 600  # seconds that a server may ask to wait
 MAX_REDIRECTS = 5
+ANSWERS = ".answers.jsonl"  # what the hub said of shards, one a line, beside them
 CHUNK = 1 << 14  # bytes that are lost at most when a connection breaks
+GONE = "does not have the commit"
 REFUSALS = {
     401: "wants a login: set HF_TOKEN to a token that may read the data set",
     403: "forbids it: set HF_TOKEN to a token that may read the data set",
@@ -71,7 +76,26 @@ def hub_endpoint() -> str:
     return endpoint
 
 
-def open_session(workers: int) -> requests.Session:
+class Session(requests.Session):
+    """A session that knows until when the hub wants to be left alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.resume_at = 0.0  # by time.monotonic()
+        self.hooks["response"].append(self.heed_limit)
+
+    def heed_limit(self, answer: requests.Response, **_) -> None:
+        """Note that no request is left, for all threads: else each has to be told."""
+        seconds = reset_seconds(answer)
+        if host_of(answer.url) == host_of(hub_endpoint()) and seconds <= MAX_RETRY_AFTER:
+            self.resume_at = max(self.resume_at, time.monotonic() + seconds)
+
+    def wait_seconds(self) -> float:
+        """Return how long no request should be made yet."""
+        return max(self.resume_at - time.monotonic(), 0.0)
+
+
+def open_session(workers: int) -> Session:
     """Return a session that sends HF_TOKEN to the hub and to no host behind a redirect.
 
     workers: threads that use it. ValueError if HF_ENDPOINT or HF_TOKEN cannot be right.
@@ -87,7 +111,7 @@ def open_session(workers: int) -> requests.Session:
             request.headers["Authorization"] = f"Bearer {token}"
         return request
 
-    session = requests.Session()
+    session = Session()
     # By `auth`, requests takes it off for a new host, and ~/.netrc does not replace it.
     session.auth = authorize
     session.max_redirects = MAX_REDIRECTS
@@ -96,6 +120,16 @@ def open_session(workers: int) -> requests.Session:
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=workers))
     return session
+
+
+def reset_seconds(answer: requests.Response) -> float:
+    """Return the seconds until the hub counts requests anew, 0 if some are left.
+
+    It says so by RateLimit, as in `"resolvers";r=0;t=55`: no request left for 55 s.
+    """
+    said = answer.headers.get("RateLimit", "")
+    found = re.search(r";\s*r\s*=\s*(\d{1,9})\s*;\s*t\s*=\s*(\d{1,9})\s*(?:$|[;,])", said)
+    return float(found[2]) if found and int(found[1]) == 0 else 0.0
 
 
 def retry_after(answer: requests.Response) -> float:
@@ -108,7 +142,7 @@ def retry_after(answer: requests.Response) -> float:
         now = parsedate_to_datetime(answer.headers.get("Date", ""))
         return (until - now).total_seconds()
     except (ValueError, TypeError):
-        return 0.0
+        return reset_seconds(answer)
 
 
 def check_status(answer: requests.Response) -> None:
@@ -121,6 +155,8 @@ def check_status(answer: requests.Response) -> None:
     if status < 400:
         return
     text = f"{host} answered {status}"
+    if status == 404 and answer.headers.get("X-Error-Code") == "RevisionNotFound":
+        raise Refused(f"{host} {GONE} of {C.DATASET} (any more)")
     at_hub = host == host_of(hub_endpoint())
     if at_hub and status in REFUSALS:  # elsewhere it is a signed address that ran out
         raise Refused(f"{text}: it {REFUSALS[status]}")
@@ -165,7 +201,13 @@ def tell(error: Exception) -> str:
     return clean(said)
 
 
-def persist(action: Callable, name: str, progress: Progress, size: Callable = lambda: 0):
+def persist(
+    session: Session,
+    action: Callable,
+    name: str,
+    progress: Progress,
+    size: Callable = lambda: 0,
+):
     """Return action(), tried again while the network fails; ConnectionError at last.
 
     size: returns the bytes that are there; while they become more, tries are not counted.
@@ -174,7 +216,7 @@ def persist(action: Callable, name: str, progress: Progress, size: Callable = la
     wait_seconds = RETRY_SECONDS[0]
     most = size()
     while True:
-        progress.pause(wait_seconds)
+        progress.pause(max(wait_seconds, session.wait_seconds()))
         try:
             return action()
         except requests.TooManyRedirects as error:
@@ -193,27 +235,26 @@ def persist(action: Callable, name: str, progress: Progress, size: Callable = la
             progress.note(f"{problem}; again in {wait_seconds:.0f} s")
 
 
-def stat_shard(
-    session: requests.Session, revision: str, name: str
-) -> tuple[str, str, dict]:
-    """Ask the hub about a shard; return its address, commit and size + SHA-256.
+def address(revision: str, name: str) -> str:
+    """Return where the hub answers for a shard."""
+    return f"{hub_endpoint()}/datasets/{C.DATASET}/resolve/{revision}/{name}"
+
+
+def stat_shard(session: Session, revision: str, name: str) -> tuple[str, dict]:
+    """Ask the hub about a shard; return its commit and size + SHA-256.
 
     The last are as `describe` returns them. Raises ConnectionError or ValueError.
     """
     endpoint = hub_endpoint()
-    url = f"{endpoint}/datasets/{C.DATASET}/resolve/{revision}/{name}"
-    place = url
+    place = address(revision, name)
     for _ in range(MAX_REDIRECTS + 1):
         answer = session.head(place, allow_redirects=False, timeout=HTTP_TIMEOUT)
-        code = answer.headers.get("X-Error-Code")
-        if answer.status_code == 404 and code == "RevisionNotFound":
-            raise Refused(f"the hub has no revision {revision} of {C.DATASET} (any more)")
         check_status(answer)
         keys = ("X-Repo-Commit", "X-Linked-Size", "X-Linked-Etag")
         commit, size, sha256 = (answer.headers.get(key, "").strip('"') for key in keys)
         found = f"{commit} {size} {sha256}"
         if re.fullmatch("[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", found):
-            return url, commit, {"size": int(size), "sha256": sha256}
+            return commit, {"size": int(size), "sha256": sha256}
         place = urljoin(place, answer.headers.get("Location", "?"))
         if not answer.is_redirect or urlsplit(place)[:2] != urlsplit(endpoint)[:2]:
             host = urlsplit(endpoint).hostname
@@ -221,9 +262,7 @@ def stat_shard(
     raise requests.TooManyRedirects  # within the hub, as for a data set with a new name
 
 
-def fetch(
-    session: requests.Session, url: str, part: Path, size: int, progress: Progress
-) -> None:
+def fetch(session: Session, url: str, part: Path, size: int, progress: Progress) -> None:
     """Add to `part` what it lacks of `size` bytes.
 
     An OSError, of which ConnectionError is one, leaves in it what has come.
@@ -268,7 +307,7 @@ def part_of(path: Path, remote: dict) -> Path:
 
 
 def download_shard(
-    session: requests.Session, url: str, path: Path, remote: dict, progress: Progress
+    session: Session, url: str, path: Path, remote: dict, progress: Progress
 ) -> None:
     """Have a shard at `path` as the hub has it, of size and SHA-256 `remote`.
 
@@ -290,7 +329,7 @@ def download_shard(
             part.unlink()
             raise ConnectionError("what came is not what the hub describes (SHA-256)")
 
-    persist(get, path.name, progress, size)
+    persist(session, get, path.name, progress, size)
     os.replace(part, path)
 
 
@@ -321,18 +360,28 @@ def ensure_shards(
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         session = open_session(workers)
-        ask = partial(stat_shard, session, revision, missing[0])
-        asking = Progress("asking the hub", " shards", 1)
+        # Before the first wait for a network that may be slow or dead.
+        text = f"shards: asking {host_of(hub_endpoint())} for {len(missing)}"
+        print(f"{text} of {C.DATASET}", flush=True)
         try:
-            _, commit, _ = persist(ask, f"{missing[0]} of {C.DATASET}", asking)
+            new = [name for name in missing if name not in known]
+            answers = {name: known[name] for name in missing if name in known}
+            if new:  # the others need no question
+                ask = partial(stat_shard, session, revision, new[0])
+                asking = Progress("asking the hub", " shards", 1)
+                told = persist(session, ask, f"{new[0]} of {C.DATASET}", asking)
+                revision, answers[new[0]] = told
+            shards |= fetch_shards(session, folder, missing, revision, answers, workers)
         except ConnectionError as error:
-            if revision == C.REVISION or not isinstance(error.__cause__, Refused):
+            if "revision" not in manifest or GONE not in str(error):
                 raise
             path = folder.parent / "manifest.json"
             advice = f"delete {path} to go on with the present ones"
-            raise ConnectionError(f"{error}; {advice}: what is the same stays") from error
-        revision = commit
-        shards |= fetch_shards(session, folder, missing, revision, workers)
+            text = f"{error}; the data here is of {revision}; {advice}"
+            raise ConnectionError(f"{text}: what is the same stays") from error
+    else:
+        with suppress(OSError):  # as of a cache that is read-only
+            (folder / ANSWERS).unlink(missing_ok=True)
     for part in folder.glob(".*.part"):  # of shards that are not asked for any more
         part.unlink()
     size = metric(sum(about["size"] for about in shards.values()), "B")
@@ -340,39 +389,78 @@ def ensure_shards(
     return revision, {name: shards[name] for name in names}
 
 
+def load_answers(folder: Path, revision: str) -> dict[str, dict]:
+    """Return what the hub said before of shards at commit `revision`, by name.
+
+    A line that is torn or altered does not count.
+    """
+    answers = {}
+    path = folder / ANSWERS
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            entry = json.loads(line)
+            about = {"size": entry["size"], "sha256": entry["sha256"]}
+            if entry["key"] == content_key(revision, entry["name"], about):
+                answers[entry["name"]] = about
+    return answers
+
+
+def save_answer(folder: Path, revision: str, name: str, about: dict) -> None:
+    """Keep what the hub said of a shard, so that a later run need not ask again."""
+    entry = {"name": name, **about, "key": content_key(revision, name, about)}
+    path = folder / ANSWERS
+    # One write for a line, begun on a line of its own whatever an earlier run left.
+    with naming(path), open(path, "ab", buffering=0) as file:
+        file.write(f"\n{json.dumps(entry)}".encode())
+
+
 def fetch_shards(
-    session: requests.Session, folder: Path, names: list[str], revision: str, workers: int
+    session: Session,
+    folder: Path,
+    names: list[str],
+    revision: str,
+    answers: dict[str, dict],
+    workers: int,
 ) -> dict[str, dict]:
     """Have shards in `folder` as of commit `revision`; return size + SHA-256 by name.
 
-    ConnectionError says which could not be had; OSError that there is no space for them.
+    answers: that of one of them at least. The others are asked about when their turn
+    comes: the hub counts questions, and there are 6543. ConnectionError says which could
+    not be had; OSError that there is no space for them.
     """
-    asking = Progress("asking the hub", " shards", len(names))
-
-    def ask(name: str) -> tuple[str, dict, bool]:
-        stat = partial(stat_shard, session, revision, name)
-        url, _, remote = persist(stat, name, asking)
-        present = describe(folder / name) == remote
-        asking.add(1)
-        return url, remote, present
-
-    answers = run_jobs({name: partial(ask, name) for name in names}, workers, asking)
-    missing = {
-        name: (url, remote)
-        for name, (url, remote, present) in answers.items()
-        if not present
+    answers = load_answers(folder, revision) | answers
+    sizes = [about["size"] for about in answers.values()]
+    typical = sum(sizes) // len(sizes)  # of a shard that was not asked about yet
+    counted = {
+        # What has its name is complete, as a rule.
+        name: 0
+        if (folder / name).exists()
+        else answers.get(name, {"size": typical})["size"]
+        for name in names
     }
-    parts = [part_of(folder / name, remote) for name, (_, remote) in missing.items()]
-    there = sum(part.stat().st_size for part in parts if part.exists())
-    total = sum(remote["size"] for _, remote in missing.values())
+    there = sum(
+        p.stat().st_size for name in names for p in folder.glob(f".{name}.*.part")
+    )
+    total = sum(counted.values())
     check_free_space(folder, 2 * total - there)  # rows are about as large as the shards
-    if missing:
-        text = f"shards: fetching {len(missing)} of {C.DATASET} at {revision}"
-        print(f"{text}, {metric(total - there, 'B')} to come", flush=True)
+    if total:
+        count = sum(map(bool, counted.values()))
+        text = f"shards: fetching {count} of {C.DATASET} at {revision}"
+        to_come = metric(max(total - there, 0), "B")
+        print(f"{text}, about {to_come} to come", flush=True)
     progress = Progress("fetching", "B", total, there)
-    jobs = {
-        name: partial(download_shard, session, url, folder / name, remote, progress)
-        for name, (url, remote) in missing.items()
-    }
-    run_jobs(jobs, workers, progress)
-    return {name: answers[name][1] for name in names}
+
+    def have(name: str) -> dict:
+        remote = answers.get(name)
+        if not remote:
+            ask = partial(stat_shard, session, revision, name)
+            _, remote = persist(session, ask, name, progress)
+            save_answer(folder, revision, name, remote)
+        present = describe(folder / name) == remote
+        progress.expect((0 if present else remote["size"]) - counted[name])
+        if not present:
+            url = address(revision, name)
+            download_shard(session, url, folder / name, remote, progress)
+        return remote
+
+    return run_jobs({name: partial(have, name) for name in names}, workers, progress)

@@ -45,6 +45,11 @@ class Progress:
         with self.lock:
             self.done += n
 
+    def expect(self, n: float) -> None:
+        """Count `n` more as still to do."""
+        with self.lock:
+            self.total += n
+
     def pause(self, seconds: float) -> None:
         """Sleep, until `stop` is set at most."""
         if self.stop.wait(seconds):

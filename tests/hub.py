@@ -21,6 +21,7 @@ import ssl
 import struct
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
@@ -120,6 +121,10 @@ class Hub:
             list
         ] = []  # [kind, file name or None, server, how many times yet]
         self.retry_after: str | None = None  # header of 429 and 500
+        self.quota: tuple[int, int] | None = (
+            None  # requests to the hub, in so many seconds
+        )
+        self.window = [0.0, 0]  # when the last of them began, how many came in it
         self.rate = math.inf  # bytes per second that the CDN sends to each client
         self.cut_handshakes = 0  # how many TLS connections end before they are made
         self.closing = threading.Event()  # ends what stalls
@@ -191,6 +196,20 @@ class Hub:
                     return fault[0]
         return None
 
+    def limit(self) -> dict[str, str]:
+        """Count a request to the hub; return its header RateLimit, {} without a quota."""
+        if not self.quota:
+            return {}
+        most, seconds = self.quota
+        with self.lock:
+            now = time.monotonic()
+            if now >= self.window[0] + seconds:
+                self.window = [now, 0]
+            self.window[1] += 1
+            left = most - self.window[1]
+            reset = math.ceil(self.window[0] + seconds - now)
+        return {"RateLimit": f'"resolvers";r={max(left, 0)};t={reset}', "Over": left < 0}
+
     def count(self, server: str, method: str, name: str | None = None) -> int:
         """Return how many such requests came, for file `name` or for all."""
         seen = [r for r in self.requests if name in (None, r.name)]
@@ -252,7 +271,10 @@ class _Handler(BaseHTTPRequestHandler):
             Request(self.server_kind, self.command, self.path, name, headers)
         )
         fault, path = hub.next_fault(self.server_kind, name), hub.files.get(name)
-        if fault in ("429", "500"):
+        limit = hub.limit() if self.server_kind == "hub" else {}
+        if limit.pop("Over", False):
+            self.reply(429, b"We had to rate limit you.\n", limit)
+        elif fault in ("429", "500"):
             after = {"Retry-After": hub.retry_after} if hub.retry_after else {}
             self.reply(int(fault), b"not now\n", after)
         elif fault == "401":
@@ -275,6 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
             stat = path.stat()
             digest = sha256(path, stat.st_size, stat.st_mtime_ns)
             about = {"X-Repo-Commit": hub.commit, "X-Linked-Size": stat.st_size}
+            about |= limit
             about |= {"X-Linked-Etag": f'"{digest}"'}
             about |= {
                 "Location": f"{hub.cdn_url}/blobs/{digest}/{name}?signature={digest[:8]}"

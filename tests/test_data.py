@@ -20,6 +20,7 @@ import constants as C
 import prepare
 from harness import data
 from harness.data import VAL_NAME, load_manifest
+from harness.download import ANSWERS
 from harness.packing import build_rows, pack_rows
 from harness.run import Run
 from harness.tokenizer import Tokenizer
@@ -320,6 +321,7 @@ def test_interrupted_packing_leaves_no_half_file_and_no_manifest(
             data.prepare(folder, num_shards=2, workers=1)
     left, whole = listing(folder), listing(original)
     assert "manifest.json" not in left
+    left.pop(f"shards/{ANSWERS}")
     assert left.items() <= whole.items()
     assert not list((folder / "rows").glob(f"{Path(C.SHARD_NAME.format(number)).stem}*"))
     data.prepare(folder, num_shards=2, workers=1)

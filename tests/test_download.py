@@ -44,8 +44,9 @@ def get(name: str, folder: Path) -> dict:
 
 
 def listing(folder: Path) -> list[str]:
-    """Every file below `folder`, hidden ones included."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """Every file below `folder`, hidden ones included, but what the hub said of shards."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != download.ANSWERS]
+    return sorted(str(p.relative_to(folder)) for p in files)
 
 
 def size_of(path: Path) -> int:
@@ -339,8 +340,7 @@ def test_any_missing_shard_is_an_error_that_names_it(hub, tmp_path, server):
     assert {name: name in str(error.value) for name in NAMES} == {
         name: name in missing for name in NAMES
     }
-    # At the hub it is known before the first byte; else the others are not lost to it.
-    assert listing(tmp_path) == ([] if server == "hub" else [NAMES[0], NAMES[2]])
+    assert listing(tmp_path) == [NAMES[0], NAMES[2]]  # they are not lost to it
 
 
 def test_dead_network_ends_it_before_every_shard_was_tried(hub, tmp_path):
@@ -461,7 +461,7 @@ def test_commit_that_is_gone_from_the_hub_is_said_with_what_to_do(hub, cache):
     old, hub.commit = hub.commit, "b" * 40  # the history was rewritten
     prepare.main(["--num-shards", "1"])  # nothing is missing: nobody is asked
     with pytest.raises(
-        SystemExit, match=f"no revision {old} .*; delete .*manifest.json"
+        SystemExit, match=f"does not have the commit .* of {old}; delete .*manifest.json"
     ) as end:
         prepare.main(["--num-shards", "2"])
     hub.requests.clear()
@@ -532,6 +532,81 @@ def test_unreachable_hub_is_a_connection_error(nowhere, tmp_path):
     with pytest.raises(ConnectionError, match=re.escape(C.DATASET)):
         download.ensure_shards(tmp_path, NAMES, {})
     assert listing(tmp_path) == []
+
+
+# ---- Many shards, and a hub that counts its requests --------------------------------------------
+@pytest.fixture
+def many(tmp_path_factory, hub, monkeypatch) -> Iterator[hub_module.Hub]:
+    """A hub with 12 shards that answers 10 requests in a second."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(12):
+        write_shard(folder / C.SHARD_NAME.format(number), [f"shard {number}"])
+    with hub_module.Hub(folder) as large:
+        large.quota = (10, 1)
+        monkeypatch.setenv("HF_ENDPOINT", large.url)
+        yield large
+
+
+def test_many_shards_from_a_hub_that_counts_requests_end(many, tmp_path, capsys):
+    download.ensure_shards(tmp_path, list(many.files), {})
+    assert listing(tmp_path) == list(many.files)
+    # Each shard takes a question and a fetch. No thread has to be told twice to wait.
+    asked = many.count("hub", "HEAD") + many.count("hub", "GET")
+    assert asked <= 1 + 2 * 12 + 2 * download.DOWNLOADS
+
+
+def test_limit_of_requests_is_waited_out_as_the_hub_says(many, tmp_path, waits):
+    many.quota = (1, 290)
+    with pytest.raises(ConnectionError, match="answered 429"):
+        download.ensure_shards(tmp_path, list(many.files), {})
+    assert waits[0] == 0 and all(280 < seconds <= 290 for seconds in waits[1:])
+
+
+def test_run_that_was_stopped_asks_only_about_the_rest(many, tmp_path):
+    many.quota = None
+    many.fail("404", times=math.inf, server="cdn")
+    with pytest.raises(ConnectionError):
+        download.ensure_shards(tmp_path, list(many.files), {}, workers=4)
+    told = {r.name for r in many.requests if r.method == "HEAD"}
+    assert 4 <= len(told) < 12
+    with open(tmp_path / download.ANSWERS, "ab") as file:
+        file.write(b'\n{"name": "shard_00')  # killed in the middle of a line
+    many.faults.clear()
+    many.requests.clear()
+    download.ensure_shards(tmp_path, list(many.files), {})
+    asked = [r.name for r in many.requests if r.method == "HEAD"]
+    first = next(iter(many.files))  # asked again for the commit that `main` stands for
+    assert sorted(asked) == sorted({*many.files} - told | {first})
+
+
+def test_altered_answer_is_asked_again(many, tmp_path):
+    many.quota = None
+    names = list(many.files)
+    download.ensure_shards(tmp_path, names, {})
+    path = tmp_path / download.ANSWERS
+    path.write_bytes(path.read_bytes().replace(b'"size": ', b'"size": 1'))
+    (tmp_path / names[3]).unlink()
+    assert download.ensure_shards(tmp_path, names, {})[1][names[3]] == facts(
+        many.files[names[3]]
+    )
+
+
+def test_shard_of_the_manifest_that_is_gone_is_fetched_without_a_question(hub, tmp_path):
+    revision, shards = download.ensure_shards(tmp_path, NAMES, {})
+    (tmp_path / NAMES[1]).unlink()
+    hub.requests.clear()
+    download.ensure_shards(tmp_path, NAMES, {"revision": revision, "shards": shards})
+    assert (tmp_path / NAMES[1]).read_bytes() == hub.files[NAMES[1]].read_bytes()
+    assert [(r.server, r.method) for r in hub.requests] == [
+        ("hub", "GET"),
+        ("cdn", "GET"),
+    ]
+
+
+def test_shards_are_fetched_while_others_are_not_asked_about_yet(hub, tmp_path):
+    download.ensure_shards(tmp_path, NAMES, {}, workers=1)
+    kinds = [(r.method, r.name) for r in hub.requests if r.server == "hub"]
+    assert kinds.index(("GET", NAMES[0])) < kinds.index(("HEAD", NAMES[3]))
 
 
 # ---- The command --------------------------------------------------------------------------------
