@@ -7,6 +7,7 @@ Range, in a later run too, and what the hub said of a shard is not asked again. 
 files are made here, never taken from a server. Not edited.
 """
 
+import base64
 import itertools
 import json
 import os
@@ -18,11 +19,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
+from huggingface_hub import constants as hub_constants
 
 import constants as C
 from harness.files import PREPARE, content_key, describe, naming
@@ -37,9 +40,11 @@ MAX_REDIRECTS = 5
 ANSWERS = ".answers.jsonl"  # what the hub said of shards, one a line, beside them
 CHUNK = 1 << 14  # bytes that are lost at most when a connection breaks
 GONE = "does not have the commit"
+PROXY_LOGIN = "the proxy wants a login: set HTTPS_PROXY to an address like http://USER:PASSWORD@HOST:PORT"
+LOGIN = "run uvx hf auth login or set HF_TOKEN, with a token that may read the data set"
 REFUSALS = {
-    401: "wants a login: set HF_TOKEN to a token that may read the data set",
-    403: "forbids it: set HF_TOKEN to a token that may read the data set",
+    401: f"wants a login: {LOGIN}",
+    403: f"forbids it: {LOGIN}",
     404: "does not have it",
     410: "does not have it any more",
 }
@@ -82,6 +87,8 @@ class Session(requests.Session):
     def __init__(self):
         super().__init__()
         self.resume_at = 0.0  # by time.monotonic()
+        self.login = ""  # where the login comes from, "" if there is none
+        self.secrets = []  # what no message may show
         self.hooks["response"].append(self.heed_limit)
 
     def heed_limit(self, answer: requests.Response, **_) -> None:
@@ -95,18 +102,60 @@ class Session(requests.Session):
         return max(self.resume_at - time.monotonic(), 0.0)
 
 
-def open_session(workers: int) -> Session:
-    """Return a session that sends HF_TOKEN to the hub and to no host behind a redirect.
+def check_environment(endpoint: str) -> None:
+    """Raise ValueError for what no try can get over: a certificate or a package missing."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        path = os.environ.get(name)
+        if path and not Path(path).exists():
+            raise ValueError(f"{name} names {path}, which is not there; fix or unset it")
+    proxies = requests.utils.get_environ_proxies(endpoint)
+    proxy = requests.utils.select_proxy(endpoint, proxies) or ""
+    if proxy.lower().startswith("socks") and not find_spec("socks"):
+        text = "the proxy in HTTPS_PROXY or ALL_PROXY is a SOCKS proxy"
+        command = PREPARE.replace("uv run", "uv run --with pysocks")
+        raise ValueError(f"{text}, which needs the package pysocks: {command}")
 
-    workers: threads that use it. ValueError if HF_ENDPOINT or HF_TOKEN cannot be right.
+
+def find_token() -> tuple[str, str]:
+    """Return the hub's token and where it comes from, empty texts if there is none.
+
+    As huggingface_hub finds it: HF_TOKEN, the login of `hf auth login`, and others.
     """
-    hub_endpoint()  # before anything is tried again and again
-    token = (os.environ.get("HF_TOKEN") or "").strip()
+    if hub_constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return "", ""
+    # Here, for the import takes half a second.
+    from huggingface_hub import get_token
+
+    try:
+        token = get_token() or ""
+    except Exception as error:  # it may read files and ask servers
+        text = f"the login for the hub could not be read ({clean(str(error))})"
+        raise ValueError(f"{text}; run `uvx hf auth login` again") from error
+    origin = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token of `hf auth login`"
     if not re.fullmatch("[!-~]*", token):
-        problem = "HF_TOKEN holds characters that no token has"
-        raise ValueError(f"{problem}; set it again or unset it")
+        raise ValueError(
+            f"{origin} holds characters that no token has; set it again or unset it"
+        )
+    return token, origin if token else ""
+
+
+def open_session(workers: int) -> Session:
+    """Return a session that sends the token to the hub and to no host behind a redirect.
+
+    workers: threads that use it. ValueError if the environment cannot be right,
+    ConnectionError if it forbids the network.
+    """
+    endpoint = hub_endpoint()  # before anything is tried again and again
+    if hub_constants.HF_HUB_OFFLINE:
+        text = "HF_HUB_OFFLINE is set, and shards have to be fetched"
+        raise ConnectionError(f"{text}; unset it, or use --source")
+    check_environment(endpoint)
+    token, origin = find_token()
+    user, password = requests.utils.get_auth_from_url(endpoint)
 
     def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if user:  # of a mirror; as huggingface_hub, before the token
+            return requests.auth.HTTPBasicAuth(user, password)(request)
         if token:
             request.headers["Authorization"] = f"Bearer {token}"
         return request
@@ -114,6 +163,12 @@ def open_session(workers: int) -> Session:
     session = Session()
     # By `auth`, requests takes it off for a new host, and ~/.netrc does not replace it.
     session.auth = authorize
+    session.login = "the login in HF_ENDPOINT" if user else origin
+    basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+    session.secrets = [text for text in (token, password, user and basic) if text]
+    # requests knows only names of its own, and those come first.
+    session.verify = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
+    session.verify = session.verify or True
     session.max_redirects = MAX_REDIRECTS
     # Bytes and ranges are then those of the file.
     session.headers["Accept-Encoding"] = "identity"
@@ -145,7 +200,16 @@ def retry_after(answer: requests.Response) -> float:
         return reset_seconds(answer)
 
 
-def check_status(answer: requests.Response) -> None:
+def hub_message(session: Session, answer: requests.Response) -> str:
+    """Return what the hub itself says of a refusal, " (...)", without secrets."""
+    said = clean(answer.headers.get("X-Error-Message", ""))
+    for secret in session.secrets:
+        said = said.replace(secret, "...")
+    said = "".join(letter for letter in said if letter.isprintable())
+    return f" ({said[:200]})" if said else ""
+
+
+def check_status(session: Session, answer: requests.Response) -> None:
     """Raise Refused or Busy for an answer without the data.
 
     The text names the host and no more: addresses and headers hold secrets.
@@ -158,6 +222,13 @@ def check_status(answer: requests.Response) -> None:
     if status == 404 and answer.headers.get("X-Error-Code") == "RevisionNotFound":
         raise Refused(f"{host} {GONE} of {C.DATASET} (any more)")
     at_hub = host == host_of(hub_endpoint())
+    if status == 407:
+        raise Refused(f"{text}: {PROXY_LOGIN}")
+    if at_hub:
+        text += hub_message(session, answer)
+    if at_hub and status in (401, 403) and session.login:
+        advice = "renew it, or unset it for public data"
+        raise Refused(f"{text}: it does not accept {session.login}; {advice}")
     if at_hub and status in REFUSALS:  # elsewhere it is a signed address that ran out
         raise Refused(f"{text}: it {REFUSALS[status]}")
     if at_hub and status < 500 and status not in (408, 425, 429):
@@ -186,6 +257,8 @@ def tell(error: Exception) -> str:
         reason = getattr(error.args[0], "reason", None)
         # An ssl.SSLError has one too, which is a text.
         error = reason if isinstance(reason, Exception) else error.args[0]
+    # That of a proxy keeps its cause in an attribute.
+    error = getattr(error, "original_error", error)
     said = str(error)
     if error.args and isinstance(error.args[0], str):
         said = error.args[0]
@@ -224,6 +297,8 @@ def persist(
         except Refused as error:
             raise ConnectionError(f"{name}: {error}") from error
         except NETWORK_ERRORS as error:
+            if isinstance(error, requests.exceptions.ProxyError) and "407" in tell(error):
+                raise ConnectionError(f"{name}: {PROXY_LOGIN}") from error
             problem = f"{name}: {tell(error)}"
             there = size()
             tries = 1 if there > most else tries + 1
@@ -249,7 +324,7 @@ def stat_shard(session: Session, revision: str, name: str) -> tuple[str, dict]:
     place = address(revision, name)
     for _ in range(MAX_REDIRECTS + 1):
         answer = session.head(place, allow_redirects=False, timeout=HTTP_TIMEOUT)
-        check_status(answer)
+        check_status(session, answer)
         keys = ("X-Repo-Commit", "X-Linked-Size", "X-Linked-Etag")
         commit, size, sha256 = (answer.headers.get(key, "").strip('"') for key in keys)
         found = f"{commit} {size} {sha256}"
@@ -270,7 +345,7 @@ def fetch(session: Session, url: str, part: Path, size: int, progress: Progress)
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
     with session.get(url, headers=headers, stream=True, timeout=HTTP_TIMEOUT) as answer:
-        check_status(answer)
+        check_status(session, answer)
         host = urlsplit(answer.url).hostname
         chunks = answer.iter_content(CHUNK)
         whole = answer.status_code == 200  # also when the server does not know ranges

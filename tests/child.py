@@ -40,6 +40,7 @@ def _run(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     C.SMOKE = False
+    download.hub_constants.HF_HUB_OFFLINE = False
     download.RETRY_SECONDS = (0, 0.1, 0.1)
     jobs.LOG_SECONDS = 0.1
     prepare.load_flash_attention = lambda: None

@@ -19,6 +19,12 @@ for name in [
     "AUTORESEARCH_SEED",
     "HF_TOKEN",
     "HF_ENDPOINT",
+    "HF_TOKEN_PATH",
+    "HUGGING_FACE_HUB_TOKEN",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
     *PROXIES,
     *map(str.upper, PROXIES),
 ]:
@@ -34,6 +40,7 @@ os.environ |= {
     "AUTORESEARCH_SMOKE": "1",
     "AUTORESEARCH_CACHE": str(CACHE),
     "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(CACHE / "huggingface"),  # nobody is logged in there
     "OMP_WAIT_POLICY": "PASSIVE",  # before torch is loaded, as constants.py has it
     "GOMP_SPINCOUNT": "0",
 }
@@ -244,6 +251,7 @@ def hub(shard_folder: Path, monkeypatch) -> Iterator[Hub]:
     """The stand-in for the hub, as HF_ENDPOINT, over `shard_folder`; retries do not wait."""
     with Hub(shard_folder) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(download.hub_constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0, 0))
         yield hub
 
@@ -252,6 +260,7 @@ def hub(shard_folder: Path, monkeypatch) -> Iterator[Hub]:
 def full_rules(monkeypatch) -> None:
     """Let `prepare` ask the hub for shards, as under the full rules; sizes stay those of smoke."""
     monkeypatch.setattr(C, "SMOKE", False)
+    monkeypatch.setattr(download.hub_constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture

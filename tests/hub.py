@@ -37,6 +37,7 @@ HTML = (
 FAULTS = {
     "401": "hub",
     "404": "hub",
+    "407": "hub",
     "429": "hub",
     "500": "hub",
     "html": "hub",
@@ -176,8 +177,8 @@ class Hub:
     ) -> None:
         """Let the next `times` requests fail: for file `name` (None: any), at "hub" or "cdn".
 
-        kind: "401", "404", "429", "500"; "html" (a page with status 200, as a captive portal sends
-        it); "loop" (a redirect to itself); "moved" (to another name of the data set, once);
+        kind: "401", "404", "407", "429", "500"; "html" (a page with status 200, as a captive portal
+        sends it); "loop" (a redirect to itself); "moved" (to another name of the data set, once);
         "truncated" (the connection ends half-way); "unsized" (so it does, and no Content-Length);
         "changed" (one byte is another); "stall" (half, then silence); "reset" (half, then RST);
         "no ranges" (all with status 200); "wrong range" (a part that was not asked for);
@@ -278,9 +279,12 @@ class _Handler(BaseHTTPRequestHandler):
             after = {"Retry-After": hub.retry_after} if hub.retry_after else {}
             self.reply(int(fault), b"not now\n", after)
         elif fault == "401":
-            self.reply(
-                401, b"Invalid username or password.\n", {"X-Error-Code": "RepoNotFound"}
-            )
+            said = {"X-Error-Code": "RepoNotFound"}
+            if sent := headers.get("authorization"):  # a hub must not, but may
+                said["X-Error-Message"] = f"Invalid credentials in {sent}, see http://x/y"
+            self.reply(401, b"Invalid username or password.\n", said)
+        elif fault == "407":
+            self.reply(407, b"")
         elif fault in ("loop", "moved"):
             owner = "/datasets/moved/" if fault == "moved" else "/datasets/karpathy/"
             place = self.path.replace("/datasets/karpathy/", owner)

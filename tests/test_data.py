@@ -62,6 +62,7 @@ def original(shard_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     with pytest.MonkeyPatch.context() as patch, Hub(shard_folder) as hub:
         patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setattr("harness.download.hub_constants.HF_HUB_OFFLINE", False)
         patch.setattr(C, "SMOKE", False)
         data.prepare(folder, num_shards=2, workers=2)
     return folder

@@ -1,5 +1,6 @@
 """Shards: complete or absent, never half; a missing one is a failure; the CDN sees no token."""
 
+import base64
 import email.utils
 import hashlib
 import itertools
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import hub as hub_module
@@ -65,6 +67,7 @@ def nowhere(monkeypatch) -> str:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(download.hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(download, "RETRY_SECONDS", (0, 0))
     return url
 
@@ -423,7 +426,7 @@ def test_token_appears_in_no_message(hub, cache, monkeypatch, capfd, kind, serve
 
 
 @pytest.mark.parametrize(
-    "token", ["hf_se\ncret", "hf_se cret", "hf_secr\N{HORIZONTAL ELLIPSIS}t"]
+    "token", ["hf_se\tcret", "hf_se cret", "hf_secr\N{HORIZONTAL ELLIPSIS}t"]
 )
 def test_token_that_no_header_can_hold_is_an_error_that_does_not_show_it(
     hub, cache, monkeypatch, token
@@ -432,6 +435,105 @@ def test_token_that_no_header_can_hold_is_an_error_that_does_not_show_it(
     with pytest.raises(SystemExit, match="HF_TOKEN holds characters") as end:
         prepare.main(["--num-shards", "1"])
     assert "hf_se" not in end.value.code and hub.requests == []
+
+
+def test_token_that_is_refused_is_told_apart_from_none_at_all(hub, cache, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    hub.fail("401", times=math.inf)
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["--num-shards", "1"])
+    assert "it does not accept HF_TOKEN; renew it, or unset it" in end.value.code
+    # The hub's own words, without addresses and without the token that it sent back.
+    assert "answered 401 (Invalid credentials in Bearer ..., see ...)" in end.value.code
+    assert "set HF_TOKEN" not in end.value.code
+
+
+def test_login_of_the_hub_s_own_command_is_used(hub, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("hf_of_a_login\n")
+    path = str(tmp_path / "token")
+    monkeypatch.setattr(download.hub_constants, "HF_TOKEN_PATH", path)
+    get(NAMES[0], tmp_path / "shards")
+    sent = {r.headers.get("authorization") for r in hub.requests if r.server == "hub"}
+    assert sent == {"Bearer hf_of_a_login"}
+    monkeypatch.setenv("HF_TOKEN", "hf_set")  # comes first
+    hub.requests.clear()
+    get(NAMES[1], tmp_path / "shards")
+    assert hub.requests[0].headers["authorization"] == "Bearer hf_set"
+    monkeypatch.setattr(download.hub_constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    hub.requests.clear()
+    get(NAMES[2], tmp_path / "shards")
+    assert not any("authorization" in r.headers for r in hub.requests)
+
+
+def test_offline_mode_asks_nobody_and_is_named(hub, cache, monkeypatch):
+    prepare.main(["--num-shards", "1"])
+    monkeypatch.setattr(download.hub_constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    prepare.main([])  # all is there
+    with pytest.raises(SystemExit, match="HF_HUB_OFFLINE is set, .*; unset it"):
+        prepare.main(["--num-shards", "2"])
+    assert hub.requests == []
+
+
+def test_credentials_of_a_mirror_s_address_are_sent_and_never_shown(
+    hub, cache, monkeypatch, capfd
+):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("://", "://me:pass%20word@"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    prepare.main(["--num-shards", "1"])
+    sent = {(r.server, r.headers.get("authorization")) for r in hub.requests}
+    basic = "Basic " + base64.b64encode(b"me:pass word").decode()
+    assert sent == {("hub", basic), ("cdn", None)}
+    hub.fail("401", times=math.inf)
+    with pytest.raises(
+        SystemExit, match="does not accept the login in HF_ENDPOINT"
+    ) as end:
+        prepare.main(["--num-shards", "2"])
+    said = end.value.code + "".join(capfd.readouterr())
+    assert "pass word" not in said and "pass%20" not in said and basic[6:] not in said
+
+
+def test_certificate_of_the_user_is_believed(
+    hub, certificate, shard_folder, tmp_path, monkeypatch
+):
+    with hub_module.Hub(shard_folder, certificate=certificate) as secure:
+        monkeypatch.setenv("HF_ENDPOINT", secure.url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        get(NAMES[0], tmp_path)
+    assert listing(tmp_path) == [NAMES[0]]
+
+
+def test_certificate_file_that_is_not_there_is_named_at_once(cache, nowhere, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with pytest.raises(SystemExit, match="SSL_CERT_FILE names /nowhere/ca.pem, which is"):
+        prepare.main(["--num-shards", "1"])
+
+
+def test_proxy_that_wants_a_login_is_named(hub, cache, monkeypatch, nowhere):
+    # The stand-in plays the proxy: it answers what is sent through it.
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    hub.fail("407", times=math.inf)
+    with pytest.raises(SystemExit, match="the proxy wants a login: set HTTPS_PROXY"):
+        prepare.main(["--num-shards", "1"])
+    assert len(hub.requests) == 1
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")  # by a tunnel
+    monkeypatch.setenv("HTTPS_PROXY", hub.url)
+    monkeypatch.setattr(
+        hub_module._Handler,
+        "do_CONNECT",
+        lambda self: self.reply(407, b""),
+        raising=False,
+    )
+    with pytest.raises(SystemExit, match="the proxy wants a login: set HTTPS_PROXY"):
+        prepare.main(["--num-shards", "1"])
+
+
+@pytest.mark.skipif(bool(find_spec("socks")), reason="pysocks is installed")
+def test_socks_proxy_without_its_package_is_named_at_once(hub, cache, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
+    with pytest.raises(SystemExit, match="uv run --with pysocks prepare.py"):
+        prepare.main(["--num-shards", "1"])
 
 
 @pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://127.0.0.1", "http://"])
@@ -443,7 +545,9 @@ def test_endpoint_that_is_no_address_is_named(cache, monkeypatch, endpoint):
 
 def test_login_that_is_needed_is_said_at_once_with_what_to_do(hub, cache):
     hub.fail("401", times=math.inf)
-    with pytest.raises(SystemExit, match="answered 401: it wants a login: set HF_TOKEN"):
+    with pytest.raises(
+        SystemExit, match="answered 401: it wants a login: run .* HF_TOKEN"
+    ):
         prepare.main(["--num-shards", "1"])
     assert len(hub.requests) == 1
 
