@@ -6,15 +6,25 @@ own instead.
 """
 
 import functools
+import platform
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants as hub_constants
 
 import constants as C
 from harness import gpu
-from harness.files import atomic_write, data_dir
+from harness.download import NETWORK_ERRORS, clean, hub_endpoint, open_session, tell
+from harness.files import PREPARE, atomic_write, content_key, data_dir
+
+# Seconds that fetching the kernel may take: in preparation, and in the start of a run.
+PREPARE_SECONDS = 600
+RUN_SECONDS = 60
 
 # q, k and v (B, T, H, D), window in tokens, itself included, scale of q k -> (B, T, H, D)
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
@@ -56,42 +66,123 @@ def build_flex_attention(device: torch.device) -> Attention:
     return attend
 
 
-def load_flash_attention() -> Callable[..., torch.Tensor]:
+# What fetches a kernel, in a process of its own: the package has no limit on the time, and
+# says "set trust_remote_code" of every failure to ask about trust. Prints the build's file.
+FETCH = """
+import sys
+try:
+    from kernels import get_kernel
+
+    print("\\n" + get_kernel(sys.argv[1], version=int(sys.argv[2])).__file__)
+except Exception as error:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def fetch_build(seconds: float) -> Path:
+    """Fetch FlashAttention-3 from the hub and return the folder of its build.
+
+    ConnectionError if that fails or takes over `seconds`.
+    """
+    limit = f"for {seconds:.0f} s at most"
+    print(f"attention: fetching {C.FLASH_ATTENTION_REPO} {limit}", flush=True)
+    if not hub_constants.HF_HUB_OFFLINE:
+        # A hub that cannot be reached is known in seconds, each address in its turn.
+        session = open_session(1)
+        try:
+            session.head(hub_endpoint(), timeout=(3, 10), allow_redirects=False)
+        except NETWORK_ERRORS as error:
+            raise ConnectionError(tell(error)) from error
+    arguments = [C.FLASH_ATTENTION_REPO, str(C.FLASH_ATTENTION_VERSION)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", FETCH, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + seconds
+    with process:
+        try:
+            while True:
+                left = end - time.monotonic()
+                try:
+                    out, said = process.communicate(timeout=max(min(left, 10), 0))
+                    break
+                except subprocess.TimeoutExpired:
+                    if end - time.monotonic() <= 0:
+                        text = f"the hub did not deliver it within {seconds:.0f} s"
+                        raise ConnectionError(text) from None
+                    print("attention: still fetching", flush=True)
+        finally:
+            process.kill()  # does nothing to one that has ended
+    if process.returncode:
+        said = clean(said.strip().rpartition("\n")[2])
+        raise ConnectionError(said or f"exit status {process.returncode}")
+    return Path(out.strip().rpartition("\n")[2]).parent
+
+
+def load_build(build: Path) -> Callable[..., torch.Tensor]:
+    """Return `flash_attn_func` of a build that was fetched; asks nobody."""
+    # Here, for the import takes a second.
+    from kernels import get_local_kernel
+
+    if not build.is_dir():
+        raise FileNotFoundError(f"{build} is gone")
+    try:
+        module = get_local_kernel(build)
+        return getattr(module, "flash_attn_interface", module).flash_attn_func
+    except Exception:
+        # What did load of it has the names of the next build's modules.
+        for name, module in list(sys.modules.items()):
+            if str(build) in str(getattr(module, "__file__", "")):
+                del sys.modules[name]
+        raise
+
+
+def pin_of_build() -> Path:
+    """Return the file that says where the fetched build for this torch and processor is."""
+    key = content_key(torch.__version__, platform.system(), platform.machine())
+    return data_dir() / f"flash_attention.{key}.txt"
+
+
+def load_flash_attention(seconds: float = PREPARE_SECONDS) -> Callable[..., torch.Tensor]:
     """Return FlashAttention-3's `flash_attn_func(q, k, v, causal=, window_size=)`.
 
-    All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. Source:
-    arXiv:2407.08608.
+    All are (B, T, H, D) in bf16; RuntimeError says why it cannot be had. It is fetched if
+    no build is here that loads, which takes `seconds` at most. Source: arXiv:2407.08608.
     """
     capability = gpu.compute_capability()
     if capability[0] != 8 and capability != (9, 0):
         need = "a GPU of compute capability 8.x or 9.0"
         raise RuntimeError(f"FlashAttention-3 needs {need}")
-    # Where the build lies that prepare.py fetched.
-    pin = data_dir() / "flash_attention.txt"
+    pin = pin_of_build()
+    stale = ""
+    # Whatever goes wrong in five libraries: a fetch may help, else FlexAttention serves.
     try:
-        # Here, for the import takes a second.
-        from kernels import get_kernel, get_local_kernel
-
-        build = Path(pin.read_text("utf-8")) if pin.is_file() else pin
-        if build.is_dir():
-            module = get_local_kernel(build)  # asks nobody
-        else:
-            module = get_kernel(C.FLASH_ATTENTION_REPO, version=C.FLASH_ATTENTION_VERSION)
-            if file := getattr(module, "__file__", None):
-                # Not in a cache that is read-only.
-                with suppress(OSError), atomic_write(pin) as out:
-                    out.write(str(Path(file).parent).encode())
-        return getattr(module, "flash_attn_interface", module).flash_attn_func
-    # Whatever goes wrong in five libraries: FlexAttention serves then.
+        if pin.is_file():
+            return load_build(Path(pin.read_text("utf-8")))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({reason})"
-        raise RuntimeError(text.splitlines()[0]) from error
+        stale = f"; the build fetched before does not load: {clean(str(error))}"
+        print(f"attention: fa3 is fetched again{stale}", flush=True)
+    try:
+        build = fetch_build(seconds)
+        flash_attn_func = load_build(build)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {clean(str(error))}"
+        text = f"{C.FLASH_ATTENTION_REPO} could not be loaded ({reason}{stale})"
+        raise RuntimeError(text) from error
+    # Not in a cache that is read-only.
+    with suppress(OSError), atomic_write(pin) as out:
+        out.write(str(build).encode())
+    return flash_attn_func
 
 
 def build_flash_attention() -> Attention:
     """Return FlashAttention-3; RuntimeError if it cannot be had here."""
-    flash_attn_func = load_flash_attention()
+    flash_attn_func = load_flash_attention(RUN_SECONDS)
 
     def attend(q, k, v, window, scale):
         options = {"softmax_scale": scale, "causal": True, "window_size": (window - 1, 0)}
@@ -127,6 +218,8 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
                 raise
             name = "flex"
             why = f"fallback: {error}"
+            if "could not be loaded" in why:
+                why += f"; {PREPARE} fetches it"
     print(f"attention: {name} ({why})")
     if name == "masked":
         return name, masked_attention

@@ -1,6 +1,7 @@
 """Attention against its definition, written out; the kernels against each other; who is chosen."""
 
 import math
+import time
 import types
 
 import pytest
@@ -97,7 +98,7 @@ GPU = types.SimpleNamespace(type="cuda")
 def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(
     monkeypatch, capsys, flex
 ):
-    def load():
+    def load(seconds):
         raise RuntimeError("the hub could not be reached")
 
     monkeypatch.setattr(attention, "load_flash_attention", load)
@@ -109,7 +110,7 @@ def test_without_flash_attention_a_gpu_falls_back_to_flex_and_says_why(
 
 
 def test_flash_attention_asked_for_by_name_never_falls_back(monkeypatch):
-    def load():
+    def load(seconds):
         raise RuntimeError("no build for this GPU")
 
     monkeypatch.setattr(attention, "load_flash_attention", load)
@@ -126,7 +127,9 @@ def test_where_flash_attention_runs_it_is_chosen_and_given_the_window(
         calls.append((softmax_scale, causal, window_size))
         return q
 
-    monkeypatch.setattr(attention, "load_flash_attention", lambda: flash_attn_func)
+    monkeypatch.setattr(
+        attention, "load_flash_attention", lambda seconds: flash_attn_func
+    )
     name, attend = attention.choose_attention("auto", GPU)
     q, k, v = qkv(1, 8, 2, 4)
     assert name == "fa3" and attend(q, k, v, 5, 0.7) is q
@@ -215,27 +218,107 @@ def test_kernels_agree_with_the_definition_forward_and_backward(name, heads, D):
             assert error < 0.02, (window, float(error))
 
 
-def test_a_kernel_that_was_fetched_is_loaded_again_without_the_hub(monkeypatch, tmp_path):
-    # The real package, on a build laid out as the hub's; LOCAL_KERNELS plays the download.
-    build = tmp_path / "repository" / "build" / "torch-cuda"
+def write_build(folder, function: str):
+    """Write a build of the kernel as the hub has it, and return its folder."""
+    build = folder / "build" / "torch-cuda"
     build.mkdir(parents=True)
     (build / "__init__.py").write_text("from . import flash_attn_interface\n")
-    (build / "flash_attn_interface.py").write_text(
-        "def flash_attn_func(): return 'fetched'\n"
-    )
-    metadata = '{"name": "flash-attn3", "id": "flash_attn3_test", "version": 1, '
+    (build / "flash_attn_interface.py").write_text(function)
+    # One that no other test has loaded.
+    metadata = f'{{"name": "flash-attn3", "id": "{folder.parent.name}", "version": 1, '
     metadata += (
         '"license": "BSD-3-Clause", "python-depends": [], "backend": {"type": "cuda"}}'
     )
     (build / "metadata.json").write_text(metadata)
+    return build
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A GPU that FlashAttention-3 runs on, and a folder where no kernel was fetched yet."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    with pytest.raises(RuntimeError, match="flash-attn3 could not be loaded"):
-        attention.load_flash_attention()  # never fetched, and no hub
+
+
+GOOD = "def flash_attn_func(): return 'fetched'\n"
+
+
+def test_a_kernel_that_was_fetched_is_loaded_again_without_the_hub(
+    monkeypatch, tmp_path, hopper
+):
+    # The real package, on a build laid out as the hub's; LOCAL_KERNELS plays the download.
+    build = write_build(tmp_path / "repository", GOOD)
     monkeypatch.setenv(
         "LOCAL_KERNELS", f"kernels-community/flash-attn3={build.parent.parent}"
     )
     assert attention.load_flash_attention()() == "fetched"
     monkeypatch.delenv("LOCAL_KERNELS")
+    monkeypatch.setattr(attention, "fetch_build", None)  # is not called
     assert attention.load_flash_attention()() == "fetched"
+
+
+@pytest.mark.parametrize("fault", ["gone", "broken"])
+def test_a_build_that_no_longer_loads_is_fetched_again(
+    monkeypatch, tmp_path, hopper, capsys, fault
+):
+    old = write_build(tmp_path / "old", "flash_attn_func = None\n")
+    error = "raise ImportError('undefined symbol: _ZN3c10')\n"
+    (old / "__init__.py").write_text("from . import flash_attn_interface\n" + error)
+    new = write_build(tmp_path / "new", GOOD)
+    place = old if fault == "broken" else tmp_path / "pruned"
+    pin = attention.pin_of_build()
+    pin.parent.mkdir(parents=True)
+    pin.write_text(str(place))
+    monkeypatch.setattr(attention, "fetch_build", lambda seconds: new)
+    assert attention.load_flash_attention()() == "fetched"
+    assert pin.read_text() == str(new)
+    said = capsys.readouterr().out
+    assert ("pruned is gone" if fault == "gone" else "undefined symbol") in said
+
+
+def test_a_stale_build_and_no_hub_are_both_named(monkeypatch, tmp_path, hopper):
+    pin = attention.pin_of_build()
+    pin.parent.mkdir(parents=True)
+    pin.write_text(str(tmp_path / "pruned"))
+
+    def fail(seconds):
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(attention, "fetch_build", fail)
+    with pytest.raises(RuntimeError, match="nobody answers.*pruned is gone"):
+        attention.load_flash_attention()
+
+
+def test_a_build_for_another_torch_or_processor_is_not_loaded(monkeypatch, hopper):
+    pins = [attention.pin_of_build()]
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
+    pins.append(attention.pin_of_build())
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    pins.append(attention.pin_of_build())
+    assert len(set(pins)) == 3
+
+
+def test_a_fetch_that_hangs_ends_at_its_limit_and_says_so(monkeypatch, hopper, capsys):
+    monkeypatch.setattr(attention, "FETCH", "import time; time.sleep(60)")
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="did not deliver it within 0 s"):
+        attention.load_flash_attention(0.3)
+    assert time.monotonic() - started < 5
+    assert "attention: fetching kernels-community/flash" in capsys.readouterr().out
+
+
+def test_a_fetch_that_fails_names_the_cause_and_no_address(monkeypatch, hopper):
+    fault = "import sys; sys.exit('OSError: no such host: https://a.b/c?signature=d')"
+    monkeypatch.setattr(attention, "FETCH", fault)
+    with pytest.raises(RuntimeError, match="OSError: no such host: \\.\\.\\.") as error:
+        attention.load_flash_attention()
+    assert "signature" not in str(error.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_known_without_the_package(monkeypatch, hopper):
+    monkeypatch.setattr(attention.hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("subprocess.Popen", None)  # is not called
+    with pytest.raises(RuntimeError, match="could not be loaded .*refused"):
+        attention.load_flash_attention()
