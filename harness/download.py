@@ -15,7 +15,7 @@ import re
 import shutil
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -38,7 +38,10 @@ RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)
 MAX_RETRY_AFTER = 600  # seconds that a server may ask to wait
 MAX_REDIRECTS = 5
 ANSWERS = ".answers.jsonl"  # what the hub said of shards, one a line, beside them
-CHUNK = 1 << 14  # bytes that are lost at most when a connection breaks
+CHUNK = 1 << 16  # bytes that are written at once at most
+# A body of which less comes is given up, and asked for again.
+FLOOR_BYTES = 60_000
+FLOOR_SECONDS = 60
 GONE = "does not have the commit"
 PROXY_LOGIN = "the proxy wants a login: set HTTPS_PROXY to an address like http://USER:PASSWORD@HOST:PORT"
 LOGIN = "run uvx hf auth login or set HF_TOKEN, with a token that may read the data set"
@@ -63,6 +66,14 @@ NETWORK_ERRORS = (
 
 class Refused(ConnectionError):
     """An answer that another try will not change."""
+
+
+class Slow(ConnectionError):
+    """A body that came too slowly; what came does not count as progress."""
+
+
+class NoResume(ConnectionError):
+    """An answer that is not the rest of a part."""
 
 
 class Busy(ConnectionError):
@@ -301,7 +312,8 @@ def persist(
                 raise ConnectionError(f"{name}: {PROXY_LOGIN}") from error
             problem = f"{name}: {tell(error)}"
             there = size()
-            tries = 1 if there > most else tries + 1
+            more = there > most and not isinstance(error, Slow)
+            tries = 1 if more else tries + 1
             most = max(most, there)
             if tries >= len(RETRY_SECONDS):
                 advice = f"run {PREPARE} again, it goes on"
@@ -337,29 +349,62 @@ def stat_shard(session: Session, revision: str, name: str) -> tuple[str, dict]:
     raise requests.TooManyRedirects  # within the hub, as for a data set with a new name
 
 
-def fetch(session: Session, url: str, part: Path, size: int, progress: Progress) -> None:
-    """Add to `part` what it lacks of `size` bytes.
+def read_chunks(answer: requests.Response, host: str) -> Iterator[bytes]:
+    """Yield a body as it comes; Slow if it comes at less than a floor rate."""
+    begun, came = time.monotonic(), 0
+    # read1 hands out what is there, where iter_content would wait for a whole chunk.
+    while chunk := answer.raw.read1(CHUNK, decode_content=True):
+        yield chunk
+        came += len(chunk)
+        seconds = time.monotonic() - begun
+        if seconds > FLOOR_SECONDS:
+            if came < FLOOR_BYTES:
+                problem = f"sent {came} bytes in {seconds:.0f} s"
+                raise Slow(f"{host} {problem}, too slow to go on")
+            begun, came = time.monotonic(), 0
 
-    An OSError, of which ConnectionError is one, leaves in it what has come.
+
+def fetch(
+    session: Session,
+    url: str,
+    part: Path,
+    size: int,
+    progress: Progress,
+    resume: bool = True,
+) -> None:
+    """Add to `part` what it lacks of `size` bytes, or without `resume` begin it anew.
+
+    An OSError, of which ConnectionError is one, leaves in it what has come. Anew is also
+    begun where a server answers, but not with the rest.
     """
-    start = part.stat().st_size if part.exists() else 0
+    start = part.stat().st_size if part.exists() and resume else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
     with session.get(url, headers=headers, stream=True, timeout=HTTP_TIMEOUT) as answer:
+        if start and answer.status_code in (403, 412, 416):
+            raise NoResume(f"{host_of(answer.url)} answered {answer.status_code}")
         check_status(session, answer)
         host = urlsplit(answer.url).hostname
-        chunks = answer.iter_content(CHUNK)
+        chunks = read_chunks(answer, host)
         whole = answer.status_code == 200  # also when the server does not know ranges
         if whole:
             first = next(chunks, b"")
+            while len(first) < 4 and (more := next(chunks, b"")):
+                first += more
             if first[:4] != b"PAR1":
                 problem = "sent no parquet: the login page of a network?"
                 raise ConnectionError(f"{host} {problem}")
             chunks = itertools.chain([first], chunks)
-            progress.add(-start)
+            progress.add(-(part.stat().st_size if part.exists() else 0))
             start = 0
-        elif answer.headers.get("Content-Range") != f"bytes {start}-{size - 1}/{size}":
-            problem = f"sent another part than bytes {start} to {size}"
-            raise ConnectionError(f"{host} {problem}")
+        else:
+            said = answer.headers.get("Content-Range", "")
+            # Some do not say the size of the whole; the SHA-256 is checked in any case.
+            if said not in (
+                f"bytes {start}-{size - 1}/{size}",
+                f"bytes {start}-{size - 1}/*",
+            ):
+                problem = f"sent another part than bytes {start} to {size}"
+                raise NoResume(f"{host} {problem}")
         with naming(part), open(part, "wb" if whole else "ab") as file:
             try:
                 for chunk in chunks:
@@ -389,22 +434,31 @@ def download_shard(
     OSError if that cannot be done; what has come is kept.
     """
     part = part_of(path, remote)
+    refusals = 0  # of the rest of a part
 
     def size() -> int:
         return part.stat().st_size if part.exists() else 0
 
     def get() -> None:
+        nonlocal refusals
         if size() > remote["size"]:
             progress.add(-size())
             part.unlink()
         if size() < remote["size"]:
-            fetch(session, url, part, remote["size"], progress)
+            # Once may be chance, and what has come is dear; then the part is no use.
+            resume = refusals < 2
+            try:
+                fetch(session, url, part, remote["size"], progress, resume)
+            except NoResume:
+                refusals += 1
+                raise
         if describe(part) != remote:
             progress.add(-size())
             part.unlink()
             raise ConnectionError("what came is not what the hub describes (SHA-256)")
 
-    persist(session, get, path.name, progress, size)
+    # What came beyond the end is no progress.
+    persist(session, get, path.name, progress, lambda: min(size(), remote["size"]))
     os.replace(part, path)
 
 

@@ -49,6 +49,10 @@ FAULTS = {
     "stall": "cdn",
     "reset": "cdn",
     "no ranges": "cdn",
+    "403 to a range": "cdn",
+    "416 to a range": "cdn",
+    "no total": "cdn",
+    "drip": "cdn",
     "wrong range": "cdn",
     "endless": "cdn",
 }
@@ -181,8 +185,9 @@ class Hub:
         sends it); "loop" (a redirect to itself); "moved" (to another name of the data set, once);
         "truncated" (the connection ends half-way); "unsized" (so it does, and no Content-Length);
         "changed" (one byte is another); "stall" (half, then silence); "reset" (half, then RST);
-        "no ranges" (all with status 200); "wrong range" (a part that was not asked for);
-        "endless" (zeros without an end).
+        "no ranges" (all with status 200); "403 to a range", "416 to a range" (and all of the file
+        without one); "no total" (a part with `*` for the size); "drip" (a byte at a time);
+        "wrong range" (a part that was not asked for); "endless" (zeros without an end).
         """
         if kind not in FAULTS or (FAULTS[kind] == "cdn" and server == "hub"):
             raise ValueError(f"no fault {kind!r} at {server or 'any server'}")
@@ -322,6 +327,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked and fault != "no ranges":
             start = int(asked[1])
+        if asked and fault in ("403 to a range", "416 to a range"):
+            return self.reply(int(fault[:3]), b"")
         if start >= size:
             return self.reply(416, b"", {"Content-Range": f"bytes */{size}"})
         if fault == "changed":
@@ -335,10 +342,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(size - start))
         if start:
             shown = start - 1 if fault == "wrong range" else start
-            self.send_header("Content-Range", f"bytes {shown}-{size - 1}/{size}")
+            total = "*" if fault == "no total" else size
+            self.send_header("Content-Range", f"bytes {shown}-{size - 1}/{total}")
         self.send_header("Content-Type", "application/octet-stream")
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if fault == "drip":
+            for k in range(size - start):
+                self.wfile.write(body[start + k : start + k + 1])
+                if self.hub.closing.wait(0.05):
+                    break
+            self.close_connection = True
             return
         half = fault in ("truncated", "unsized", "stall", "reset")
         self.close_connection = half or fault == "endless"

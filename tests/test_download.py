@@ -273,6 +273,47 @@ def test_server_that_forgot_ranges_spoils_nothing(large_hub, tmp_path, kind):
         assert ranges[2] == ranges[1]
 
 
+@pytest.mark.parametrize("kind", ["403 to a range", "416 to a range", "wrong range"])
+def test_part_that_a_server_never_goes_on_with_is_begun_anew(
+    large_hub, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0,) * 4)
+    large_hub.fail("truncated")
+    large_hub.fail(kind, times=math.inf)
+    assert get(NAMES[0], tmp_path) == facts(large_hub.files[NAMES[0]])
+    ranges = [r.headers.get("range") for r in large_hub.requests if r.server == "cdn"]
+    # Twice it was asked for the rest.
+    assert ranges[1] and ranges[1:3] == [ranges[1]] * 2 and ranges[3:] == [None]
+
+
+def test_part_without_the_size_of_the_whole_is_gone_on_with(large_hub, tmp_path):
+    large_hub.fail("truncated")
+    large_hub.fail("no total")
+    assert get(NAMES[0], tmp_path) == facts(large_hub.files[NAMES[0]])
+    assert large_hub.count("cdn", "GET") == 2
+
+
+def test_server_that_sends_a_byte_at_a_time_is_given_up(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "FLOOR_SECONDS", 0.2)
+    hub.fail("drip", times=math.inf)
+    with pytest.raises(ConnectionError, match=r"sent \d bytes in 0 s, too slow to go on"):
+        get(NAMES[0], tmp_path)
+    assert hub.count("cdn", "GET") == len(download.RETRY_SECONDS)
+    hub.faults.clear()
+    assert get(NAMES[0], tmp_path) == facts(hub.files[NAMES[0]])
+
+
+def test_first_word_comes_before_a_blocked_network_is_waited_for(hub, tmp_path, capsys):
+    def ask(*_):
+        assert f"asking {download.host_of(hub.url)} for 1 of" in capsys.readouterr().out
+        raise download.Refused("enough is known")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "stat_shard", ask)
+        with pytest.raises(ConnectionError, match="enough is known"):
+            get(NAMES[0], tmp_path)
+
+
 @pytest.mark.parametrize("size", [10, 10**7])
 def test_part_that_is_wrong_or_too_long_is_thrown_away(large_hub, tmp_path, size):
     remote = facts(large_hub.files[NAMES[0]])
@@ -663,7 +704,7 @@ def test_limit_of_requests_is_waited_out_as_the_hub_says(many, tmp_path, waits):
     many.quota = (1, 290)
     with pytest.raises(ConnectionError, match="answered 429"):
         download.ensure_shards(tmp_path, list(many.files), {})
-    assert waits[0] == 0 and all(280 < seconds <= 290 for seconds in waits[1:])
+    assert waits[0] == 0 and all(280 < seconds <= 291 for seconds in waits[1:])
 
 
 def test_run_that_was_stopped_asks_only_about_the_rest(many, tmp_path):

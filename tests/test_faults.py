@@ -157,6 +157,7 @@ def test_ctrl_c_ends_it_within_two_seconds_in_one_sentence(bench, phase):
 def test_ctrl_c_ends_the_command_itself(bench):
     bench.hub.rate = 20_000
     env = os.environ | {"AUTORESEARCH_SMOKE": "0", "AUTORESEARCH_CACHE": str(bench.cache)}
+    env["HF_HUB_OFFLINE"] = "0"
     command = [sys.executable, prepare.__file__, "--num-shards", "2"]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: PHASES["download"][1](bench.folder))
