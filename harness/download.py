@@ -333,20 +333,38 @@ def stat_shard(session: Session, revision: str, name: str) -> tuple[str, dict]:
     The last are as `describe` returns them. Raises ConnectionError or ValueError.
     """
     endpoint = hub_endpoint()
-    place = address(revision, name)
+    url = place = address(revision, name)
     for _ in range(MAX_REDIRECTS + 1):
-        answer = session.head(place, allow_redirects=False, timeout=HTTP_TIMEOUT)
+        options = {"allow_redirects": False, "timeout": HTTP_TIMEOUT}
+        if session.should_strip_auth(url, place):  # not the hub's token
+            options["auth"] = requests.utils.get_netrc_auth(place) or (
+                lambda asked: asked
+            )
+        answer = session.head(place, **options)
         check_status(session, answer)
         keys = ("X-Repo-Commit", "X-Linked-Size", "X-Linked-Etag")
         commit, size, sha256 = (answer.headers.get(key, "").strip('"') for key in keys)
+        if (
+            answer.status_code == 200 and not sha256
+        ):  # a mirror that sends the file itself
+            size = answer.headers.get("Content-Length", "")
+            sha256 = answer.headers.get("ETag", "").removeprefix("W/").strip('"')
         found = f"{commit} {size} {sha256}"
         if re.fullmatch("[0-9a-f]{40} [0-9]{1,18} [0-9a-f]{64}", found):
             return commit, {"size": int(size), "sha256": sha256}
+        before = urlsplit(place).scheme
         place = urljoin(place, answer.headers.get("Location", "?"))
-        if not answer.is_redirect or urlsplit(place)[:2] != urlsplit(endpoint)[:2]:
-            host = urlsplit(endpoint).hostname
-            raise ValueError(f"{host} did not say size, SHA-256 and commit: not the hub?")
-    raise requests.TooManyRedirects  # within the hub, as for a data set with a new name
+        # A mirror may send elsewhere, but not from TLS to plain HTTP.
+        if not answer.is_redirect or (before, urlsplit(place).scheme) not in (
+            ("http", "http"),
+            ("http", "https"),
+            ("https", "https"),
+        ):
+            problem = "did not say size, SHA-256 and commit: not the hub?"
+            if os.environ.get("HF_ENDPOINT"):
+                problem += f" HF_ENDPOINT names {host_of(endpoint)}; fix or unset it"
+            raise ValueError(f"{host_of(answer.url)} {problem}")
+    raise requests.TooManyRedirects  # a data set with a new name takes one
 
 
 def read_chunks(answer: requests.Response, host: str) -> Iterator[bytes]:

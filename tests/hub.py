@@ -131,6 +131,10 @@ class Hub:
         )
         self.window = [0.0, 0]  # when the last of them began, how many came in it
         self.rate = math.inf  # bytes per second that the CDN sends to each client
+        self.mirror_of: str | None = None  # the hub that this one sends to, by a 308
+        self.direct = (
+            False  # whether the hub has the bytes itself, and says no X-Linked-*
+        )
         self.cut_handshakes = 0  # how many TLS connections end before they are made
         self.closing = threading.Event()  # ends what stalls
         self.lock = threading.Lock()
@@ -300,11 +304,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(404, b"Entry not found\n", {"X-Error-Code": "EntryNotFound"})
         elif self.server_kind == "cdn":
             self.send_file(path, fault)
+        elif hub.mirror_of:
+            self.reply(308, b"", {"Location": hub.mirror_of + self.path})
         elif found is None or found["revision"] not in ("main", hub.commit):
             self.reply(404, b"Revision not found\n", {"X-Error-Code": "RevisionNotFound"})
         else:
             stat = path.stat()
             digest = sha256(path, stat.st_size, stat.st_mtime_ns)
+            if hub.direct:
+                about = {"X-Repo-Commit": hub.commit, "ETag": f'"{digest}"'}
+                return self.send_file(path, fault, about)
             about = {"X-Repo-Commit": hub.commit, "X-Linked-Size": stat.st_size}
             about |= limit
             about |= {"X-Linked-Etag": f'"{digest}"'}
@@ -321,7 +330,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_file(self, path: Path, fault: str | None) -> None:
+    def send_file(
+        self, path: Path, fault: str | None, about: dict[str, str] | None = None
+    ) -> None:
         body = path.read_bytes()
         size, start = len(body), 0
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -338,6 +349,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "endless":
             body += bytes(50_000_000)
         self.send_response(206 if start else 200)
+        for key, value in (about or {}).items():
+            self.send_header(key, value)
         if fault not in ("unsized", "endless"):
             self.send_header("Content-Length", str(size - start))
         if start:

@@ -679,6 +679,39 @@ def test_unreachable_hub_is_a_connection_error(nowhere, tmp_path):
     assert listing(tmp_path) == []
 
 
+# ---- Mirrors ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tls", [False, True])
+def test_mirror_that_sends_to_another_host_works_and_that_sees_no_token(
+    hub, certificate, shard_folder, tmp_path, monkeypatch, tls
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with hub_module.Hub(shard_folder, certificate=certificate if tls else None) as mirror:
+        hub.mirror_of = mirror.url  # from http to https, or to another port
+        download.ensure_shards(tmp_path / "shards", NAMES, {})
+        sent = [r.headers.get("authorization") for r in mirror.requests]
+    assert listing(tmp_path / "shards") == sorted(NAMES)
+    assert sent and set(sent) == {None}
+    assert hub.requests[0].headers["authorization"] == "Bearer hf_secret"
+
+
+def test_mirror_that_sends_the_files_itself_works(hub, tmp_path):
+    hub.direct = True
+    revision, shards = download.ensure_shards(tmp_path, NAMES, {})
+    assert revision == hub.commit
+    assert shards == {name: facts(hub.files[name]) for name in NAMES}
+    assert hub.count("cdn", "GET") == 0
+
+
+def test_mirror_that_leaves_tls_is_not_followed(tls_hub, hub, tmp_path):
+    tls_hub.mirror_of = hub.url
+    with pytest.raises(
+        ConnectionError, match="HF_ENDPOINT names 127.0.0.1:.*fix or unset"
+    ):
+        get(NAMES[0], tmp_path)
+    assert hub.requests == []
+
+
 # ---- Many shards, and a hub that counts its requests --------------------------------------------
 @pytest.fixture
 def many(tmp_path_factory, hub, monkeypatch) -> Iterator[hub_module.Hub]:
