@@ -31,6 +31,7 @@ from harness.files import (
     remove_temporaries,
     smoke_command,
 )
+from harness.jobs import LastingOutput
 
 # What to do about an error of the operating system, by its number.
 NO_SPACE = "free some space or move AUTORESEARCH_CACHE"
@@ -39,6 +40,7 @@ NO_MEMORY = "free some memory, or write the file with smaller row groups"
 NOT_OURS = "make it readable, or take it out of its folder"
 FORBIDDEN = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
 BAD_DISK = "check the disk or the network mount that it is on"
+IN_THE_WAY = "a file or a link to nowhere is in its place: repair or move that"
 ADVICE = {
     errno.ENOSPC: NO_SPACE,
     errno.EDQUOT: NO_SPACE,
@@ -48,6 +50,8 @@ ADVICE = {
     errno.ENOMEM: NO_MEMORY,
     errno.EIO: BAD_DISK,
     errno.ESTALE: BAD_DISK,
+    errno.EEXIST: IN_THE_WAY,
+    errno.ENOTDIR: IN_THE_WAY,
     errno.EROFS: FORBIDDEN,
     errno.EACCES: FORBIDDEN,
     errno.EPERM: FORBIDDEN,
@@ -140,4 +144,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Nobody has to look on: the data is what counts.
+    if sys.stdout is not None:
+        sys.stdout = LastingOutput(sys.stdout)
+    if sys.stderr is not None:
+        sys.stderr = LastingOutput(sys.stderr)
     main()

@@ -81,6 +81,7 @@ def test_the_help_and_the_docstring_of_prepare_agree(capsys):
         (errno.EMFILE, "raise the limit of open files (ulimit -n 4096), and run"),
         (errno.ENOMEM, "free some memory, or write the file with smaller row groups"),
         (errno.EIO, "check the disk or the network mount that it is on, and run"),
+        (errno.EEXIST, "a link to nowhere is in its place: repair or move that, and"),
         (errno.ENOENT, None),
     ],
 )
@@ -168,3 +169,11 @@ def test_a_check_that_is_interrupted_does_not_advise_to_prepare(
     prepare.main(["--check"])
     said = capsys.readouterr().err
     assert said.endswith("interrupted; nothing was changed\n")
+
+
+def test_a_cache_that_is_a_link_to_nowhere_comes_with_advice(
+    tmp_path, monkeypatch, cache
+):
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "link"))
+    assert "is in its place: repair or move that" in sentence(prepare.main, [])
