@@ -278,9 +278,10 @@ def tell(error: Exception) -> str:
         said = re.sub(r"^\[.*?\] | ?\(_ssl\.c:\d+\)", "", said)
         advice = ""
         if isinstance(error, ssl.SSLCertVerificationError):
-            advice = (
-                "; if your network signs itself, set SSL_CERT_FILE to its certificate"
-            )
+            # In the order in which they are believed.
+            names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+            name = next(filter(os.environ.get, names), "SSL_CERT_FILE")
+            advice = f"; if your network signs itself, set {name} to its certificate"
         said = f"no secure connection to {host}: {said}{advice}"
     return clean(said)
 

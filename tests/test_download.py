@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -207,6 +208,13 @@ def test_certificate_of_a_company_is_one_sentence_without_a_signed_address(
     out = said + "".join(capfd.readouterr())
     assert "signature" not in out and "Traceback" not in out and "://" not in out
     assert out.count("again in") >= 2  # it was tried again
+
+
+def test_variable_that_comes_first_is_the_one_that_is_named(monkeypatch):
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    assert "set SSL_CERT_FILE to" in download.tell(error)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/a/bundle.pem")
+    assert "set REQUESTS_CA_BUNDLE to" in download.tell(error)
 
 
 def test_plain_http_on_a_tls_port_is_a_connection_error(hub, cache, monkeypatch):
