@@ -189,7 +189,7 @@ def open_session(workers: int) -> Session:
 
 
 def reset_seconds(answer: requests.Response) -> float:
-    """Return the seconds until the hub counts requests anew, 0 if some are left.
+    """Return the seconds until the hub counts requests from 0 again, 0 if some are left.
 
     It says so by RateLimit, as in `"resolvers";r=0;t=55`: no request left for 55 s.
     """
@@ -391,7 +391,7 @@ def fetch(
     progress: Progress,
     resume: bool = True,
 ) -> None:
-    """Add to `part` what it lacks of `size` bytes, or without `resume` begin it anew.
+    """Add to `part` what it lacks of `size` bytes, or without `resume` begin it again.
 
     An OSError, of which ConnectionError is one, leaves in it what has come. Anew is also
     begun where a server answers, but not with the rest.

@@ -282,7 +282,7 @@ def test_server_that_forgot_ranges_spoils_nothing(large_hub, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["403 to a range", "416 to a range", "wrong range"])
-def test_part_that_a_server_never_goes_on_with_is_begun_anew(
+def test_part_that_a_server_never_goes_on_with_is_begun_again(
     large_hub, tmp_path, monkeypatch, kind
 ):
     monkeypatch.setattr(download, "RETRY_SECONDS", (0,) * 4)
