@@ -7,10 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows; WSL has it
-    fcntl = None
+from loop.git import fcntl
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 STATUSES = ("keep", "discard", "crash")
