@@ -2,9 +2,9 @@
 
 Reads `results.tsv`. A *run* is a line of it, a *change* a commit with all its runs on one GPU.
 The commit of the first line is the *baseline*; every other commit is an *experiment*, numbered
-in the order of the log. The *noise* is the standard deviation between runs of one commit. All
-numbers are val_bpb, bits per byte, lower is better. A gain is counted against the best mean
-before it on the same GPU, in the picture and in the tables alike.
+in the order of the log. The *noise* of a GPU is the standard deviation between its runs of one
+commit. All numbers are val_bpb, bits per byte, lower is better. A gain is counted against the
+best mean before it on the same GPU, in the picture and in the tables alike.
 
 `write_report` writes one page; `analysis.ipynb` shows the same pieces. Both only read the log.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from loop.ledger import Line, read_log, write_whole
-from loop.verdict import noise_of, number_stretches
+from loop.verdict import FLOOR, noise_of, number_stretches
 from morning.page import headline, write_page
 from morning.picture import draw_night, png
 
@@ -42,6 +42,7 @@ class Change:
     mean: float = math.nan
     gain: float = math.nan  # against the best mean before, in the same stretch
     error: float = math.nan  # standard error of the gain
+    noise: float = FLOOR  # of its GPU
 
     def __post_init__(self):
         first = self.runs[0]
@@ -66,6 +67,13 @@ class Change:
         return bool(REVERT.fullmatch(self.idea))
 
     @property
+    def times(self) -> float:
+        """The gain in noises."""
+        if not self.noise:
+            return math.copysign(math.inf, self.gain)
+        return self.gain / self.noise
+
+    @property
     def believe(self) -> str:
         """What to believe of its gain."""
         if self.gain > STANDS * self.error:
@@ -84,8 +92,8 @@ class Night:
     # A later run of a commit, how many experiments were before it, and by which fraction
     # the commit's speed had changed (nan in logs without speed).
     controls: list[tuple[Line, int, float]]
-    noise: float
-    spare: int  # degrees of freedom of the noise; without any it is assumed
+    # GPU -> its noise, and that noise's degrees of freedom; without any it is assumed.
+    noises: dict[str, tuple[float, int]]
     folder: Path  # of train.py and its git
     note: str  # under the title
     made_up: bool = False  # the example, which the title then says
@@ -101,6 +109,16 @@ class Night:
         return self.chain(self.best.gpu)[0] if self.best else None
 
     @property
+    def noise(self) -> float:
+        """That of the GPU with the best."""
+        return self.best.noise if self.best else FLOOR
+
+    @property
+    def spare(self) -> int:
+        """Degrees of freedom of that noise."""
+        return self.noises[self.best.gpu][1] if self.best else 0
+
+    @property
     def gain(self) -> float:
         """From start to best, in the last stretch in which both ran, if there is one."""
         start, best = self.start, self.best
@@ -111,9 +129,15 @@ class Night:
         return fmean(old) - fmean(new)
 
     @property
+    def rivals(self) -> list[Change]:
+        """The changes that were measured on the GPU with the best."""
+        found = self.tried("keep", "discard")
+        return [c for c in found if self.best and c.gpu == self.best.gpu]
+
+    @property
     def luck(self) -> float:
         """How far below the start the best would lie if no change did anything."""
-        return self.noise * expected_best(len(self.tried("keep", "discard")))
+        return self.noise * expected_best(len(self.rivals))
 
     def chain(self, gpu: str) -> list[Change]:
         """Return the changes that were in turn the best of a GPU, from the baseline on."""
@@ -124,10 +148,6 @@ class Night:
         """Return the changes of these statuses, without the baseline and reverts."""
         found = [c for c in self.changes if c.number and not c.revert]
         return [c for c in found if c.status in statuses]
-
-    def times(self, gain: float) -> float:
-        """Return a gain in noises."""
-        return gain / self.noise if self.noise else math.copysign(math.inf, gain)
 
     def drift(self) -> tuple[np.ndarray, np.ndarray]:
         """Return ln(num_steps) and val_bpb of repeated commits, less each commit's mean."""
@@ -183,15 +203,18 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
         last[key] = begun[run.gpu]
         if run is not changes[key].runs[0]:
             changes[key].runs.append(run)
-    for gpu in {run.gpu for run in runs}:
+    noises: dict[str, tuple[float, int]] = {}
+    for gpu in sorted({run.gpu for run in runs}):
         valid = [run for run in runs if run.gpu == gpu and run.valid]
         for run, stretch in zip(valid, number_stretches(valid), strict=True):
             changes[gpu, run.commit].groups.setdefault(stretch, []).append(run.val_bpb)
-    groups = [values for change in changes.values() for values in change.groups.values()]
-    noise, spare = noise_of(groups), sum(len(values) - 1 for values in groups)
+        here = [change for change in changes.values() if change.gpu == gpu]
+        groups = [values for change in here for values in change.groups.values()]
+        noises[gpu] = noise_of(groups), sum(len(values) - 1 for values in groups)
     kept: dict[str, list[Change]] = {}  # by GPU, so far
     for change in (c for c in changes.values() if c.values):
         change.mean, before = fmean(change.values), kept.setdefault(change.gpu, [])
+        change.noise, _ = noises[change.gpu]
         pairs = [
             (new, [c.groups[stretch] for c in before if stretch in c.groups])
             for stretch, new in change.groups.items()
@@ -200,7 +223,7 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
             if rivals:
                 best = min(rivals, key=fmean)
                 change.gain = fmean(best) - fmean(new)
-                change.error = noise * math.sqrt(1 / len(best) + 1 / len(new))
+                change.error = change.noise * math.sqrt(1 / len(best) + 1 / len(new))
                 break
         before += [change] if change.status == "keep" else []
     strays = [line.description for line in lines if not line.status]
@@ -208,7 +231,7 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     lost = {x.idea for x in gone.values() if not REVERT.fullmatch(x.idea)} - ideas
     experiments = len({c.number for c in changes.values() if c.number} | lost)
     found = list(changes.values()), strays, experiments, [*gone.values()]
-    return Night(*found, controls, noise, spare, Path(folder), note)
+    return Night(*found, controls, noises, Path(folder), note)
 
 
 # ---- The report ------------------------------------------------------------------------

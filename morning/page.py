@@ -60,25 +60,26 @@ def headline(night: Night) -> str:
         return f"No result yet: {experiments} without a number"
     noise = f"noise {night.noise:.4f}" + ("" if night.spare else " (assumed)")
     if not tried:
-        return f"{night.start.mean:.4f}, the baseline alone, {noise}"
+        start = f"{night.start.mean:.4f}{on_gpu(night.start.gpu)}"
+        return f"{start}, the baseline alone, {noise}"
     kept = len({c.number for c in night.tried("keep")})
-    ends = f"{night.start.mean:.4f} \u2192 {night.best.mean:.4f}"
+    ends = f"{night.start.mean:.4f} \u2192 {night.best.mean:.4f}{on_gpu(night.best.gpu)}"
     return f"{made_up}{ends}, {experiments}, {kept} kept, {noise}"
 
 
-def gain_words(night: Night, change: Change) -> tuple[str, str]:
+def gain_words(change: Change) -> tuple[str, str]:
     """Return a gain, also in noises; nothing where there is none."""
     if math.isnan(change.gain):
         return "", ""
-    return f"{change.gain:+.4f}", f"{night.times(change.gain):+.1f}"
+    return f"{change.gain:+.4f}", f"{change.times:+.1f}"
 
 
-def table(night: Night, changes: list[Change], last: str) -> str:
+def table(changes: list[Change], last: str) -> str:
     """Return changes as an HTML table; its last column is their attribute `last`."""
     lines = [["#", "idea", "val_bpb", "runs", "gain", "in noises", "commit", last]]
     for c in changes:
         line = [f"{c.number}{on_gpu(c.gpu)}", c.idea, f"{c.mean:.6f}" if c.values else ""]
-        line += [len(c.values), *gain_words(night, c), c.commit, getattr(c, last)]
+        line += [len(c.values), *gain_words(c), c.commit, getattr(c, last)]
         lines.append(line)
     cells = [[f"<td>{html.escape(str(cell))}" for cell in line] for line in lines]
     return f"<table>{''.join('<tr>' + ''.join(line) for line in cells)}</table>"
@@ -87,8 +88,12 @@ def table(night: Night, changes: list[Change], last: str) -> str:
 def believe(night: Night) -> Html:
     """What to believe: each kept gain against its error, luck, and the machine's drift."""
     text = ["<h2>What to believe</h2>"]
-    if not night.spare:
-        text.append(f"No commit gave two numbers, so a noise of {FLOOR} is assumed.")
+    for gpu, (noise, spare) in night.noises.items() or [("", (FLOOR, 0))]:
+        if not spare:
+            here = f"No commit gave two numbers{on_gpu(gpu)}"
+            text.append(f"{here}, so a noise of {FLOOR} is assumed.")
+        elif gpu:
+            text.append(f"The noise{on_gpu(gpu)} is {noise:.4f}.")
     kept = [c for c in night.tried("keep") if not math.isnan(c.gain)]
     if kept:
         beliefs = [c.believe for c in kept]
@@ -98,12 +103,12 @@ def believe(night: Night) -> Html:
             f"another run may undo the gain. {beliefs.count('no gain')} gained nothing that "
             "shows, as simpler code may."
         )
-        text.append(table(night, kept, "believe"))
+        text.append(table(kept, "believe"))
     if night.luck and night.best:
-        n = len(night.tried("keep", "discard"))
+        here, n = on_gpu(night.best.gpu), len(night.rivals)
         text.append(
-            f"<b>Luck.</b> The whole gain is {night.gain:.4f}. If no change did anything, the best "
-            f"of {n} would still look {night.luck:.4f} better than the start."
+            f"<b>Luck.</b> The whole gain{here} is {night.gain:.4f}. If no change did anything, "
+            f"the best of {n} would still look {night.luck:.4f} better than the start."
         )
     if night.best:
         text.append(f"<b>Drift.</b> {drift_words(night)}")
@@ -140,7 +145,7 @@ def try_next(night: Night) -> Html:
     """What to try next: near misses, what may be luck, parts of train.py without a keep."""
     text, dropped = ["<h2>What to try next</h2>"], night.tried("discard")
     below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
-    near = [c for c in dropped if NEAR[0] <= night.times(c.gain) <= NEAR[1]]
+    near = [c for c in dropped if NEAR[0] <= c.times <= NEAR[1]]
     measured = {c.number for c in night.changes if c.values}
     gone = {line.idea for line in night.withdrawn}
     groups = {
@@ -160,9 +165,10 @@ def try_next(night: Night) -> Html:
     for title, changes in groups.items():
         lines = []
         for c in sorted(changes, key=lambda c: -c.gain):
-            gain, times = gain_words(night, c)
+            gain, times = gain_words(c)
             gain = f" (gain {gain}, {times} noises)" if gain else ""
-            lines.append(f"<li><b>{c.number}</b> {html.escape(c.idea)}{gain}")
+            where = html.escape(c.idea) + on_gpu(c.gpu)
+            lines.append(f"<li><b>{c.number}</b> {where}{gain}")
         lines[MOST:] = [f"<li>and {len(lines) - MOST} more"] if lines[MOST:] else []
         text += [f"{title}.<ul>{''.join(lines)}</ul>"] if lines else []
     where = touched(night)
@@ -211,7 +217,7 @@ def best_commit(night: Night) -> Html:
 
 def everything(night: Night) -> Html:
     """Every change of the night, and below them those that were withdrawn."""
-    text = "<h2>Every experiment</h2>" + table(night, night.changes, "status")
+    text = "<h2>Every experiment</h2>" + table(night.changes, "status")
     lines = [
         f"<li>{html.escape(f'{x.commit}, {x.idea}: {x.void}')}" for x in night.withdrawn
     ]

@@ -53,11 +53,11 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
     if not night.best:
         ax.text(0.5, 0.5, "no result yet", ha="center", transform=ax.transAxes)
         return figure
-    last, noise = max(c.number for c in night.changes), night.noise
+    last = max(c.number for c in night.changes)
     shown, dropped = [c for c in night.changes if c.values], night.tried("discard")
     # Bad experiments must not flatten the picture: what lies above `top` is at the edge.
     means = [c.mean for c in shown if c.status == "keep"]
-    span = max(max(means) - min(means), 4 * noise, 1e-4)
+    span = max(max(means) - min(means), 4 * night.noise, 1e-4)
     top, bottom = max(means) + 0.2 * span, min(c.mean for c in shown) - 0.2 * span
     ax.set(ylim=(bottom, top), xlim=(-0.03 * last - 0.5, 1.02 * last + 0.7))
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -77,7 +77,8 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
             x = np.array([c.number for c in chain] + [last + 0.5])
             y = np.array([c.mean for c in chain + chain[-1:]])
             ax.step(x, y, where="post", color=color, lw=1.6, label=f"best so far{name}")
-            words = "_" if gpu else f"one noise ({noise:.4f}) around it"
+            noise = chain[0].noise
+            words = f"one noise ({noise:.4f}) around it{name}"
             style = dict(step="post", color=color, alpha=0.15, lw=0, label=words)
             ax.fill_between(x, y - noise, y + noise, **style)
             avoid.append((np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]))

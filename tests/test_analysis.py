@@ -4,6 +4,7 @@ import base64
 import math
 import re
 import subprocess
+from statistics import stdev
 
 import pytest
 from cells import HEADER, ROOT
@@ -170,10 +171,39 @@ def test_each_gpu_is_compared_with_itself():
     night = analyse(log(lines))
     changes = [(c.gpu, c.number, round(c.gain, 6)) for c in night.changes if c.number]
     assert changes == [("0", 1, 0.005), ("1", 2, -0.005), ("1", 1, 0.004)]
-    assert headline(night).startswith("0.9800 \u2192 0.9760, 2 experiments, 1 kept")
+    start = "0.9800 \u2192 0.9760 on GPU 1, 2 experiments, 1 kept"
+    assert headline(night).startswith(start)
     figure = analysis.picture(night)
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"best so far, GPU 0", "best so far, GPU 1", "kept, GPU 0"} <= set(shown)
+
+
+def test_a_noisy_gpu_does_not_hide_what_the_other_gained(quick):
+    quiet, loud = (0.9900, 0.9901, 0.9902, 0.9903), (0.990, 0.994, 0.998, 1.002)
+    ends = {"0": quiet, "1": loud}
+    lines = [
+        ("aaaaaa0", value, "keep", f"baseline, seed {seed}, gpu {gpu}")
+        for gpu, values in ends.items()
+        for seed, value in enumerate(values)
+    ]
+    lines += [("aaaaaa1", 0.98885, "keep", "wider, seed 42, gpu 0")]
+    lines += [("aaaaaa2", 0.9900, "keep", "deeper, seed 42, gpu 1")]
+    lines += [("aaaaaa3", 0.9910, "discard", "softcap 20, seed 42, gpu 0")]
+    night = analyse(log(lines))
+    noises = {gpu: noise for gpu, (noise, _) in night.noises.items()}
+    assert noises == pytest.approx({gpu: stdev(values) for gpu, values in ends.items()})
+    assert {c.idea: c.believe for c in night.tried("keep")} == {
+        "wider": "stands",  # 10 times the noise of its GPU
+        "deeper": "may be luck",  # a gain of 0.006, but 1.2 times the noise of its GPU
+    }
+    assert night.luck == pytest.approx(noises["0"] * expected_best(2))
+    text = words(write_page(night))
+    assert "on GPU 0, 3 experiments, 2 kept, noise 0.0001" in text
+    assert "The noise on GPU 0 is 0.0001. The noise on GPU 1 is 0.0052." in text
+    assert "+0.0060 +1.2" in text and "The whole gain on GPU 0 is 0.0013" in text
+    shown = [t.get_text() for t in draw_night(night).legends[0].get_texts()]
+    around = "one noise ({:.4f}) around it, GPU {}"
+    assert {around.format(noise, gpu) for gpu, noise in noises.items()} <= {*shown}
 
 
 def test_a_crash_that_was_mended_is_one_experiment():
