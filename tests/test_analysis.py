@@ -2,6 +2,7 @@
 
 import base64
 import math
+import os
 import re
 import subprocess
 from statistics import stdev
@@ -204,6 +205,39 @@ def test_a_noisy_gpu_does_not_hide_what_the_other_gained(quick):
     shown = [t.get_text() for t in draw_night(night).legends[0].get_texts()]
     around = "one noise ({:.4f}) around it, GPU {}"
     assert {around.format(noise, gpu) for gpu, noise in noises.items()} <= {*shown}
+
+
+def test_logs_joined_by_the_recipe_do_not_mix_two_machines(tmp_path):
+    """The command of docs/recipes.md; `ssh` runs what it is told in a folder of this machine."""
+    recipes = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+    join = recipes[recipes.index("(cat results.tsv") :].partition("\n```")[0]
+    join = join.partition("\nuv run")[0]
+    lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed {s}") for s in (42, 43)]
+    (tmp_path / "results.tsv").write_text(log(lines))
+    lines = [(*line[:3], f"{line[3]}, gpu 0") for line in lines]
+    lines += [("aaaaaa0", 0.980, "keep", f"baseline, seed {s}, gpu 1") for s in (42, 43)]
+    end = "both, seed 43 first, seed 42, gpu 1, 2000 steps, 1.000 M tok/s"
+    lines += [("aaaaaa1", 0.9790, "keep", end)]
+    lines += [("aaaaaa2", 0.9000, "discard", "leak, seed 42, gpu 0, void: a, seed 4")]
+    (tmp_path / "autoresearch").mkdir()
+    (tmp_path / "autoresearch" / "results.tsv").write_text(log(lines))
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nshift\nexec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", join], cwd=tmp_path, env=env, check=True)
+    text = (tmp_path / "results-all.tsv").read_text()
+    assert text.count("commit\t") == 1 and len(text.splitlines()) == 9
+    night = analyse(text)
+    changes = [(c.gpu, c.number, c.idea, c.mean) for c in night.changes]
+    assert changes == [
+        ("", 0, "baseline", 0.990),
+        ("b0", 0, "baseline", 0.990),
+        ("b1", 0, "baseline", 0.980),
+        ("b1", 1, "both, seed 43 first", 0.979),
+    ]
+    assert night.gain == pytest.approx(0.001)
+    assert [(x.idea, x.gpu) for x in night.withdrawn] == [("leak", "b0")]
 
 
 def test_a_crash_that_was_mended_is_one_experiment():
