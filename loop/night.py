@@ -65,6 +65,9 @@ class Night:
     @staticmethod
     def load() -> "Night":
         """Return the night of this tree; Refused if none has begun."""
+        if not ROOT.exists():  # git worktree remove
+            kept = "the log and the commits are in the first tree"
+            raise Refused(f"{ROOT} was removed, so the night of its GPU is over; {kept}")
         if not NIGHT.exists():
             raise Refused(f"no night has begun in {ROOT}; uv run experiment.py start TAG")
         try:

@@ -902,6 +902,37 @@ def test_a_night_begins_in_all_its_trees_or_in_none(origin, tmp_path):
     assert len(clone.said()) == 6
 
 
+def test_a_tree_removed_at_night_ends_the_night_of_its_gpu_alone(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    (other / "train.py").write_text(train_py(0.43))
+    clone.do("run", "wider MLP", cwd=other)
+    (other / "train.py").write_text(train_py(0.42, FAULT="slow"))
+    clone.do("run", "slow", "--minutes=0", status=3, cwd=other)
+    call = [sys.executable, "experiment.py", "wait"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    waits = subprocess.Popen(call, cwd=other, env=clone.env, **how)
+    end = time.monotonic() + 30
+    while sum("step 0" in x.read_text() for x in other.glob("runs/*/*.log")) < 5:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.3)  # until it waits
+    before = clone.said()
+    clone.git("worktree", "remove", "--force", str(other))
+    said = waits.communicate(timeout=30)[0]
+    assert waits.returncode == 1 and "was removed" in said and "start TAG" not in said
+    assert "keep: " in clone.experiment("deeper", 0.435)
+    clone.go()
+    assert clone.said() == [*before, "keep deeper, seed 42, gpu 0"]
+    said = clone.do("status")
+    assert "1 experiments, 1 kept" in said and "kept on gpu 1: wider MLP" in said
+    assert not other.exists()
+    assert "GPU 1: for an agent" in clone.do("start", "nov25", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    assert sorted(clone.said()) == sorted(f"{x}, gpu {g}" for x in BASELINE for g in "01")
+
+
 # ---- Words -------------------------------------------------------------------------------
 def test_without_a_night_each_command_says_how_one_begins(fresh):
     for command in (
