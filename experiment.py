@@ -36,6 +36,7 @@ from loop.git import (
     check_index,
     fcntl,
     git,
+    is_on,
     make_commit,
     make_tree,
     succeeds,
@@ -130,11 +131,11 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
         raise Refused(f"uncommitted work in {', '.join(dirty)}; {advice}; then start")
     for tree, night in nights.items():
         name = f"refs/heads/{night.branch}"
+        fresh = not any(tree.glob(f"runs/{tag}/*"))  # at most of a start that was killed
         if succeeds("rev-parse", "-q", "--verify", name):
-            killed = tree == ROOT and not first.folder.exists()  # a start like this one
-            if not killed or git("rev-parse", name) != night.best:
+            if not fresh or git("rev-parse", name) != night.best:
                 raise Refused(f"branch {night.branch} is there; take another tag")
-        if tree != ROOT and tree.exists():
+        if tree != ROOT and tree.exists() and not (fresh and is_on(tree, name)):
             raise Refused(f"{tree} is there; git worktree remove {tree}, or rename it")
     trial = ROOT / "runs" / ".trial"  # no tag
     try:
@@ -155,9 +156,9 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     for tree, night in reversed(nights.items()):  # ours last: then the night has begun
         if tree == ROOT:
             git("switch", "-q", "-C", night.branch)
-        else:  # -f: also where one was deleted by hand
-            git("worktree", "add", "-qfb", night.branch, str(tree), night.best)
-        (tree / "runs" / tag).mkdir(parents=True)
+        elif not tree.exists():  # -f: also where one was deleted by hand
+            git("worktree", "add", "-qfB", night.branch, str(tree), night.best)
+        (tree / "runs" / tag).mkdir(parents=True, exist_ok=True)
         night.save(tree / "runs" / NIGHT.name)
     work(first)
     base = git("log", "-1", "--format=%h %s", first.best)
@@ -233,9 +234,8 @@ def run(idea: str, minutes: float) -> int:
     night.save(open={"commit": commit, "idea": idea, "runs": 0}, said=[])
     night.follow()
     lines = git("show", "--format=", "--numstat", commit).split("\t")
-    print(
-        f"running {commit[:8]}, +{lines[0]} -{lines[1]} lines of train.py, which is the best's"
-    )
+    changed = f"+{lines[0]} -{lines[1]} lines of train.py"
+    print(f"running {commit[:8]}, {changed}, which is the best's")
     print("again: edit it for the next experiment")
     work(night)
     return wait(minutes, ours=True)

@@ -56,6 +56,13 @@ def make_tree(tree: Path, commit: str) -> None:
     git("worktree", "add", "-q", "-f", "-f", "--detach", str(tree), commit)
 
 
+def is_on(tree: Path, branch: str) -> bool:
+    """Return whether `tree` is a worktree of this repository and on `branch`."""
+    trees = git("worktree", "list", "--porcelain").split("\n\n")
+    of_it = {f"worktree {tree}", f"branch {branch}"}
+    return any(of_it <= {*lines.split("\n")} for lines in trees)
+
+
 def make_commit(tree: Path, message: str, *what: str) -> str:
     """Commit in `tree` and return the hash; Refused says what hinders it and what helps."""
     try:

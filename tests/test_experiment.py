@@ -625,6 +625,28 @@ def test_killed_at_any_step_a_start_can_be_repeated(fresh, tmp_path_factory):
     assert kill_at > 6
 
 
+def test_killed_at_any_step_a_start_on_two_gpus_can_be_repeated(fresh, tmp_path_factory):
+    start, begun = ["start", "nov24", "--gpus", "0,1"], 0
+    for kill_at in range(1, 99):
+        clone = Clone(fresh.folder, tmp_path_factory.mktemp("killed"))
+        second = clone.folder.with_name("clone-gpu1")
+        assert driven(clone, kill_at, *start)
+        if (clone.folder / "runs" / "night.json").exists():
+            begun += 1
+        else:
+            clone.do(*start)
+        for tree in (clone.folder, second):
+            clone.do("wait", cwd=tree)
+        assert sorted(clone.said()) == sorted(
+            f"{x}, gpu {gpu}" for x in BASELINE for gpu in "01"
+        ), kill_at
+        branch = clone.git("branch", "--show-current", cwd=second)
+        assert branch == "autoresearch/nov24-gpu1", kill_at
+        if begun == 2:
+            break
+    assert kill_at > 7
+
+
 def test_a_line_that_finds_the_disk_full_is_written_later(clone):
     clone.edit(0.43)
     (clone.folder.parent / "driver.py").write_text(FULL_DISK)
