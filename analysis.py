@@ -176,8 +176,8 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     lines = read_log(text)
     logged = [line for line in lines if line.status]
     # A void run is a crash. What has a number and is void was withdrawn as a whole.
-    gone = {x.commit: x for x in logged if x.void and x.status != "crash"}
-    runs = [line for line in logged if line.commit not in gone]
+    gone = {(x.gpu, x.commit): x for x in logged if x.void and x.status != "crash"}
+    runs = [line for line in logged if (line.gpu, line.commit) not in gone]
     numbers = {line.commit: 0 for line in logged[:1]}
     changes: dict[tuple[str, str], Change] = {}
     last, newest, controls = {}, 0, []

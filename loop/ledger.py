@@ -100,12 +100,17 @@ def rewrite(path: Path, change: Callable[[list[str]], list[str]]) -> None:
         write_whole(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
 
 
-def mark(lines: list[str], commits: list[str], status: str, end: str = "") -> list[str]:
-    """Give the runs of `commits` another status, and their descriptions an end."""
+def mark(
+    lines: list[str], commits: list[str], gpu: str, status: str, end: str = ""
+) -> list[str]:
+    """Give the runs of `commits` on a GPU another status, and their descriptions an end.
+
+    Two agents with one idea in one second make one commit.
+    """
     marked = []
     for raw in lines:
         line = read_line(raw.rstrip("\r"))
-        if line.commit in commits and line.valid:
+        if line.commit in commits and line.gpu == gpu and line.valid:
             *start, _, description = raw.rstrip("\r").split("\t", 4)
             raw = "\t".join([*start, status, description + end])
         marked.append(raw)

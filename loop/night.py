@@ -103,6 +103,11 @@ class Night:
         """Where the logs of runs are, and the tree in which they run."""
         return ROOT / "runs" / self.tag
 
+    @property
+    def named(self) -> str:
+        """The GPU as lines of the log name it."""
+        return self.gpu if self.several else ""
+
     def take(self) -> bool:
         """Take the locks on this tree and its GPU; False if an experiment is going on here.
 
@@ -135,8 +140,7 @@ class Night:
 
     def lines(self, commit: str = "") -> list[Line]:
         """Return the lines of this GPU, of one commit or of all."""
-        gpu = self.gpu if self.several else ""
-        lines = [x for x in self.all_lines() if x.status and x.gpu == gpu]
+        lines = [x for x in self.all_lines() if x.status and x.gpu == self.named]
         return [x for x in lines if x.commit == commit[:8] or not commit]
 
     def idea_of(self, commit: str) -> str:
@@ -475,9 +479,8 @@ class Night:
 
     def mark(self, commits: list[str], status: str, end: str = "") -> None:
         """Give the runs of `commits` another status in the log, and an end."""
-        ledger.rewrite(
-            Path(self.log), lambda lines: ledger.mark(lines, commits, status, end)
-        )
+        what = commits, self.named, status, end
+        ledger.rewrite(Path(self.log), lambda lines: ledger.mark(lines, *what))
 
     def control(self, best: str) -> dict:
         """Return what is open when the best has to run once more."""

@@ -179,6 +179,15 @@ def test_each_gpu_is_compared_with_itself():
     assert {"best so far, GPU 0", "best so far, GPU 1", "kept, GPU 0"} <= set(shown)
 
 
+def test_what_one_gpu_withdrew_is_not_gone_from_another():
+    lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed 42, gpu {gpu}") for gpu in "01"]
+    lines += [("aaaaaa1", 0.980, "discard", "wider, seed 42, gpu 0, void: leaks")]
+    lines += [("aaaaaa1", 0.980, "keep", "wider, seed 42, gpu 1")]  # in the same second
+    night = analyse(log(lines))
+    assert [(c.gpu, c.idea) for c in night.tried("keep")] == [("1", "wider")]
+    assert [x.gpu for x in night.withdrawn] == ["0"]
+
+
 def test_a_noisy_gpu_does_not_hide_what_the_other_gained(quick):
     quiet, loud = (0.9900, 0.9901, 0.9902, 0.9903), (0.990, 0.994, 0.998, 1.002)
     ends = {"0": quiet, "1": loud}

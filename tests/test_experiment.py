@@ -909,6 +909,24 @@ def test_a_commit_is_void_in_the_tree_of_its_own_gpu(origin, tmp_path):
     assert "again" in clone.do("void", leak, "sees the future") and clone.value() == 0.44
 
 
+def test_one_gpus_verdict_leaves_the_same_commit_of_another_alone(origin, tmp_path):
+    when = dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "2024-11-24T01:00:00")
+    clone, other = Clone(origin, tmp_path, **when), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    clone.experiment("a leak", 0.2)
+    (other / "train.py").write_text(train_py(0.2))
+    clone.do("run", "a leak", cwd=other)  # within the same second
+    leak = clone.git("rev-parse", "HEAD")
+    assert clone.git("rev-parse", "HEAD", cwd=other) == leak
+    clone.do("void", leak, "sees the future")
+    assert clone.said()[-2:] == [
+        "discard a leak, seed 42, gpu 0, void: sees the future",
+        "keep a leak, seed 42, gpu 1",
+    ]
+    assert "a leak, mean 0.200000" in clone.do("status", cwd=other)
+
+
 def test_a_night_begins_in_all_its_trees_or_in_none(origin, tmp_path):
     clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
     clone.do("start", "nov24", "--gpus", "0,1")
