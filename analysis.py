@@ -1,8 +1,8 @@
 """The morning after: what a night of experiments found, and how much of it to believe.
 
 Reads `results.tsv`. A *run* is a line of it, a *change* a commit with all its runs on one GPU.
-The commit of the first line is the *baseline*; every other commit is an *experiment*, numbered
-in the order of the log. The *noise* of a GPU is the standard deviation between its runs of one
+The commit of a GPU's first line is its *baseline*; every other is an *experiment*, numbered in
+the order of the log. The *noise* of a GPU is the standard deviation between its runs of one
 commit. All numbers are val_bpb, bits per byte, lower is better. A gain is counted against the
 best mean before it on the same GPU, in the picture and in the tables alike.
 
@@ -178,7 +178,8 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     # A void run is a crash. What has a number and is void was withdrawn as a whole.
     gone = {(x.gpu, x.commit): x for x in logged if x.void and x.status != "crash"}
     runs = [line for line in logged if (line.gpu, line.commit) not in gone]
-    numbers = {line.commit: 0 for line in logged[:1]}
+    baselines = {line.gpu: line.commit for line in reversed(logged)}
+    numbers: dict[str, int] = {}
     changes: dict[tuple[str, str], Change] = {}
     last, newest, controls = {}, 0, []
     begun: dict[str, int] = {}  # by GPU, commits so far
@@ -187,7 +188,9 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
         # A crash that was mended is a new commit, but the same experiment.
         idea = run.gpu, run.idea or run.description
         new = newest + (not REVERT.fullmatch(run.idea))
-        number = numbers.setdefault(run.commit, crashed.pop(idea, new))
+        number = 0
+        if run.commit != baselines[run.gpu]:
+            number = numbers.setdefault(run.commit, crashed.pop(idea, new))
         newest = max(newest, number)
         if run.status == "crash":
             crashed[idea] = number

@@ -78,7 +78,8 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
             y = np.array([c.mean for c in chain + chain[-1:]])
             ax.step(x, y, where="post", color=color, lw=1.6, label=f"best so far{name}")
             noise = chain[0].noise
-            words = f"one noise ({noise:.4f}) around it{name}"
+            words = f"one noise ({noise:.4f}) around it"
+            words = f"noise {noise:.4f}{name}" if gpu else words  # or they have no room
             style = dict(step="post", color=color, alpha=0.15, lw=0, label=words)
             ax.fill_between(x, y - noise, y + noise, **style)
             avoid.append((np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]))

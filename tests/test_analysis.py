@@ -188,6 +188,38 @@ def test_what_one_gpu_withdrew_is_not_gone_from_another():
     assert [x.gpu for x in night.withdrawn] == ["0"]
 
 
+def test_a_joined_logs_second_baseline_is_no_experiment():
+    lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed {s}, gpu 0") for s in (42, 43)]
+    lines += [("aaaaaa1", 0.980, "keep", "wider, seed 42, gpu 0")]
+    lines += [("aaaaaa1", 0.985, "keep", f"baseline, seed {s}, gpu b") for s in (42, 43)]
+    lines += [("aaaaaa2", 0.988, "discard", "deeper, seed 42, gpu b")]
+    night = analyse(log(lines))  # the second machine began with what the first had kept
+    assert [(c.gpu, c.number) for c in night.changes] == [
+        ("0", 0),
+        ("0", 1),
+        ("b", 0),
+        ("b", 2),
+    ]
+    assert headline(night).endswith(" on GPU 0, 2 experiments, 1 kept, noise 0.0005")
+
+
+def test_the_legend_of_four_gpus_fits_the_picture():
+    lines = []
+    for gpu in "0123":
+        lines += [
+            ("aaaaaa0", 0.99, "keep", f"baseline, seed {s}, gpu {gpu}") for s in "23"
+        ]
+        lines += [(f"aaaaab{gpu}", 0.98, "keep", f"wider, seed 42, gpu {gpu}")]
+        lines += [(f"aaaaac{gpu}", 0.985, "discard", f"deeper, seed 42, gpu {gpu}")]
+        lines += [(f"aaaaad{gpu}", 1.1, "discard", f"far off, seed 42, gpu {gpu}")]
+        lines += [(f"aaaaae{gpu}", 0, "crash", f"fp8, seed 42, gpu {gpu}")]
+        lines += [(f"aaaaab{gpu}", 0.98, "keep", f"wider, seed 43, gpu {gpu}")]
+    figure = analysis.picture(analyse(log(lines)))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 def test_a_noisy_gpu_does_not_hide_what_the_other_gained(quick):
     quiet, loud = (0.9900, 0.9901, 0.9902, 0.9903), (0.990, 0.994, 0.998, 1.002)
     ends = {"0": quiet, "1": loud}
@@ -212,8 +244,7 @@ def test_a_noisy_gpu_does_not_hide_what_the_other_gained(quick):
     assert "The noise on GPU 0 is 0.0001. The noise on GPU 1 is 0.0052." in text
     assert "+0.0060 +1.2" in text and "The whole gain on GPU 0 is 0.0013" in text
     shown = [t.get_text() for t in draw_night(night).legends[0].get_texts()]
-    around = "one noise ({:.4f}) around it, GPU {}"
-    assert {around.format(noise, gpu) for gpu, noise in noises.items()} <= {*shown}
+    assert {f"noise {noise:.4f}, GPU {gpu}" for gpu, noise in noises.items()} <= {*shown}
 
 
 def test_logs_joined_by_the_recipe_do_not_mix_two_machines(tmp_path):
