@@ -61,17 +61,20 @@ class Night:
     controls: int = 0
     over: bool = False
     held = ()  # files that are locked; not kept
+    known = False  # whether this process has read one
 
     @staticmethod
     def load() -> "Night":
         """Return the night of this tree; Refused if none has begun."""
-        if not ROOT.exists():  # git worktree remove
+        if Night.known and not NIGHT.exists():  # git worktree remove
             kept = "the log and the commits are in the first tree"
             raise Refused(f"{ROOT} was removed, so the night of its GPU is over; {kept}")
         if not NIGHT.exists():
             raise Refused(f"no night has begun in {ROOT}; uv run experiment.py start TAG")
         try:
-            return Night(**json.loads(NIGHT.read_text("utf-8")))
+            night = Night(**json.loads(NIGHT.read_text("utf-8")))
+            Night.known = True
+            return night
         except (TypeError, ValueError) as error:
             help = "move it away, and start with another tag"
             raise Refused(f"{NIGHT} is no good ({error}); {help}") from error
