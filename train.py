@@ -28,8 +28,8 @@ from harness.ops import (
     any_length,
     compiled,
     linear_cross_entropy,
+    norm_qkv,
     norm_relu2_mlp,
-    rotary_norm,
 )
 from harness.run import open_run
 
@@ -228,23 +228,23 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x, idx, cos, sin):
         """Return q, k, v (B, T, H, D) and the output's gate (B, T, H) of x (B, T, C)."""
-        # One matmul, of three matrices that Muon sees apart.
-        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
-        qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.chunk(3, dim=2)  # (B, T, H, D) each
+        # Fused; in plain torch, with rotary_norm of harness.ops:
+        #   q, k, v = (
+        #       f(norm(x)).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
+        #       for f in (self.c_q, self.c_k, self.c_v)
+        #   )
+        #   slow = torch.arange(self.head_dim, device=x.device) % (self.head_dim // 2)
+        #   k_before = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
+        #   k = torch.where(slow >= self.head_dim // 4, k_before, k)
+        #   q, k = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin)
+        weights = self.c_q.weight, self.c_k.weight, self.c_v.weight
+        q, k, v = norm_qkv(x, *weights, cos, sin, offset=True)
 
-        half_angle = torch.arange(self.head_dim, device=x.device) % (self.head_dim // 2)
-        slow = half_angle >= self.head_dim // 4  # (D,)
-        k_before = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
-        k = torch.where(slow, k_before, k)
-
-        gate_input = x[..., :GATE_CHANNELS]
+        gate_input = norm(x)[..., :GATE_CHANNELS]
         if self.value_embed is not None:
             value_gate = 2 * torch.sigmoid(self.value_gate(gate_input))  # (B, T, H)
             value = self.value_embed(idx).to(x.dtype).view_as(v)  # (B, T, H, D)
             v = v + value_gate[..., None] * value
-        q = rotary_norm(q, cos, sin)
-        k = rotary_norm(k, cos, sin)
         return q, k, v, 2 * torch.sigmoid(self.gate(gate_input))
 
 
@@ -294,7 +294,7 @@ class Block(nn.Module):
         gate = 2 * self.ngram_lambda * gate
         ngram = (gate[..., None] * ngram).flatten(-2)  # (B, T, C)
         x = self.resid_lambda * x + self.x0_lambda * x0 + ngram
-        return x, *self.attn.project(norm(x), idx, cos, sin)
+        return x, *self.attn.project(x, idx, cos, sin)
 
     @compiled
     def after(self, x, y, gate):

@@ -6,6 +6,8 @@ operators are what torch.compile sees of them. A part of the rules.
 
 import torch
 
+EPS = 1e-7  # added to a mean square, so that a vector of zeros has a norm
+
 try:
     import triton
     import triton.language as tl
@@ -20,7 +22,8 @@ OPTIONS = {  # whether it is the gradient: columns of the operands that are read
     False: {"BK": 128, "num_warps": 8, "num_stages": 3},
     True: {"BK": 64, "num_warps": 4, "num_stages": 4},
 }
-CAST_ROWS, CAST_COLUMNS = 128, 64
+CAST_ROWS, CAST_COLUMNS = 64, 128
+HEAD_ROWS = 32  # of a head, in a program
 
 
 def jit(kernel):
@@ -46,13 +49,7 @@ def cast_both(
     """
     M, N = x.shape
     out, transposed = x.new_empty(M, N, dtype=dtype), x.new_empty(N, M, dtype=dtype)
-    cast_both_kernel[(triton.cdiv(M, CAST_ROWS), triton.cdiv(N, CAST_COLUMNS))](
-        tiles_of(x.contiguous(), CAST_ROWS, CAST_COLUMNS),
-        scale,
-        tiles_of(out, CAST_ROWS, CAST_COLUMNS),
-        tiles_of(transposed, CAST_COLUMNS, CAST_ROWS),
-        *(M, len(scale) > 1, CAST_ROWS, CAST_COLUMNS),
-    )
+    cast_into(x, scale, out, transposed, 0)
     return out, transposed
 
 
@@ -62,9 +59,21 @@ def _(x, scale, dtype):
     return x.new_empty(M, N, dtype=dtype), x.new_empty(N, M, dtype=dtype)
 
 
+def cast_into(x, scale, out, transposed, column) -> None:
+    """Write x (M, N) into out from that column on, and into transposed from that row on."""
+    M, N = x.shape
+    cast_both_kernel[(triton.cdiv(M, CAST_ROWS), triton.cdiv(N, CAST_COLUMNS))](
+        tiles_of(x.contiguous(), CAST_ROWS, CAST_COLUMNS),
+        scale,
+        tiles_of(out, CAST_ROWS, CAST_COLUMNS),
+        tiles_of(transposed, CAST_COLUMNS, CAST_ROWS),
+        *(M, column, len(scale) > 1, CAST_ROWS, CAST_COLUMNS),
+    )
+
+
 @jit
 def cast_both_kernel(
-    x, scale, out, transposed, M,
+    x, scale, out, transposed, M, column,
     PER_ROW: "tl.constexpr", BM: "tl.constexpr", BN: "tl.constexpr",
 ):  # fmt: skip
     m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
@@ -75,8 +84,8 @@ def cast_both_kernel(
     else:
         tile *= tl.load(scale)
     tile = tile.to(out.dtype)
-    out.store([m, n], tile)
-    transposed.store([n, m], tile.T)
+    out.store([m, column + n], tile)
+    transposed.store([column + n, m], tile.T)
 
 
 # ---- ReLU^2 -------------------------------------------------------------------------------------
@@ -150,6 +159,191 @@ def matmul_kernel(
         result = total.to(out.dtype)
         out.store([m, n], result)
         transposed.store([n, m], result.T)
+
+
+# ---- Queries, keys, values ----------------------------------------------------------------------
+# A head is four quarters of D / 4 channels: fast and slow angles of its first half, then of its
+# second. With an offset, the slow quarters of a key are those of the token before.
+@torch.library.custom_op("autoresearch::rotate", mutates_args=())
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, part: int, offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the queries or keys of x (B, T, 3, H, D), part 0 or 1, turned and normalised.
+
+    In x's dtype, (B, T, H, D), and 1 / root mean square, float32, (B, T, H). cos and sin are
+    (T, 1, D), of each angle twice, the second sine with the other sign; D is a power of 2.
+    """
+    B, T, _, H, D = x.shape
+    y, rstd = x.new_empty(B, T, H, D), x.new_empty(B, T, H, dtype=torch.float32)
+    rotate_kernel[(triton.cdiv(B * T, HEAD_ROWS),)](
+        *(x.contiguous(), cos.contiguous(), sin.contiguous(), y, rstd),
+        *(B * T, T, H, part, EPS, offset, HEAD_ROWS, D // 4),
+    )
+    return y, rstd
+
+
+@rotate.register_fake
+def _(x, cos, sin, part, offset):
+    B, T, _, H, D = x.shape
+    return x.new_empty(B, T, H, D), x.new_empty(B, T, H, dtype=torch.float32)
+
+
+@torch.library.custom_op("autoresearch::qkv_gradient", mutates_args=())
+def qkv_gradient(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+    q_rstd: torch.Tensor, k_rstd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    offset: bool, scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return scale * the gradient of x (B T, 3 H D) in e5m2, both ways, for those of `rotate`.
+
+    dq, dk, dv, q, k: (B, T, H, D); scale: float32, (1,); D is a power of 2 from 64 on.
+    """
+    B, T, H, D = q.shape
+    N, C = B * T, H * D
+    out, transposed = q.new_empty(N, 3 * C, dtype=E5M2), q.new_empty(3 * C, N, dtype=E5M2)
+    tables = (cos.contiguous(), sin.contiguous())
+    tiles = (tiles_of(out, HEAD_ROWS, D // 4), tiles_of(transposed, D // 4, HEAD_ROWS))
+    for part, (grad, y, rstd) in enumerate(((dq, q, q_rstd), (dk, k, k_rstd))):
+        rotate_gradient_kernel[(triton.cdiv(N, HEAD_ROWS),)](
+            *(
+                grad.contiguous(),
+                y.contiguous(),
+                rstd.contiguous(),
+                *tables,
+                *tiles,
+                scale,
+            ),
+            *(N, T, H, part * C, offset and part == 1, HEAD_ROWS, D // 4),
+        )
+    cast_into(dv.reshape(N, C), scale, out, transposed, 2 * C)
+    return out, transposed
+
+
+@qkv_gradient.register_fake
+def _(dq, dk, dv, q, k, q_rstd, k_rstd, cos, sin, offset, scale):
+    B, T, H, D = q.shape
+    shape = (B * T, 3 * H * D)
+    return q.new_empty(shape, dtype=E5M2), q.new_empty(shape[::-1], dtype=E5M2)
+
+
+@jit
+def load_pair(x, at, inside, Q: "tl.constexpr"):
+    """Return a quarter of some rows and the one that its angles turn it with, float32."""
+    a = tl.load(x + at, mask=inside, other=0.0)
+    b = tl.load(x + at + 2 * Q, mask=inside, other=0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@jit
+def rotate_kernel(
+    x, cos, sin, y, rstd, N, T, H, part, eps,
+    OFFSET: "tl.constexpr", BM: "tl.constexpr", Q: "tl.constexpr",
+):  # fmt: skip
+    """BM rows, one head after another."""
+    first = tl.program_id(0).to(tl.int64) * BM
+    row, d = tl.arange(0, BM), tl.arange(0, Q)
+    position = (first + row) % T
+    inside = first + row < N
+    slow_inside = inside & (position > 0) if OFFSET else inside
+    angle = position[:, None] * (4 * Q) + d[None]
+    c_fast, s_fast = tl.load(cos + angle), tl.load(sin + angle)
+    c_slow, s_slow = tl.load(cos + angle + Q), tl.load(sin + angle + Q)
+    width = H * 4 * Q
+    x += first * 3 * width + part * width
+    y += first * width
+    for h in range(0, H):
+        at = row[:, None] * (3 * width) + h * 4 * Q + d[None]
+        a, b = load_pair(x, at, inside[:, None], Q)
+        at += Q - 3 * width if OFFSET else Q
+        c, d_ = load_pair(x, at, slow_inside[:, None], Q)
+        square = tl.sum(a * a + b * b, 1) + tl.sum(c * c + d_ * d_, 1)
+        r = tl.rsqrt(square / (4 * Q) + eps)
+        tl.store(rstd + (first + row) * H + h, r, mask=inside)
+        at, r = row[:, None] * width + h * 4 * Q + d[None], r[:, None]
+        tl.store(y + at, r * (a * c_fast + b * s_fast), mask=inside[:, None])
+        tl.store(y + at + Q, r * (c * c_slow + d_ * s_slow), mask=inside[:, None])
+        tl.store(y + at + 2 * Q, r * (b * c_fast - a * s_fast), mask=inside[:, None])
+        tl.store(y + at + 3 * Q, r * (d_ * c_slow - c * s_slow), mask=inside[:, None])
+
+
+@jit
+def rotate_gradient_kernel(
+    grad, y, rstd, cos, sin, out, transposed, scale, N, T, H, column,
+    OFFSET: "tl.constexpr", BM: "tl.constexpr", Q: "tl.constexpr",
+):  # fmt: skip
+    """BM rows, one head after another. With OFFSET, slow quarters go to the token before."""
+    first = tl.program_id(0).to(tl.int64) * BM
+    row, d = tl.arange(0, BM), tl.arange(0, Q)
+    slow_row = row + 1 if OFFSET else row
+    inside, slow_inside = first + row < N, first + slow_row < N
+    if OFFSET:
+        slow_inside = slow_inside & ((first + slow_row) % T > 0)
+    angle = ((first + row) % T)[:, None] * (4 * Q) + d[None]
+    c_fast, s_fast = tl.load(cos + angle), tl.load(sin + angle)
+    angle = ((first + slow_row) % T)[:, None] * (4 * Q) + d[None] + Q
+    c_slow, s_slow = tl.load(cos + angle), tl.load(sin + angle)
+    width, factor = H * 4 * Q, tl.load(scale)
+    grad += first * width
+    y += first * width
+    rstd += first * H
+    for h in range(0, H):
+        at = row[:, None] * width + h * 4 * Q + d[None]
+        slow_at = slow_row[:, None] * width + h * 4 * Q + d[None] + Q
+        here, there = inside[:, None], slow_inside[:, None]
+        fast_a, fast_b = load_pair(grad, at, here, Q)
+        slow_a, slow_b = load_pair(grad, slow_at, there, Q)
+        y_fast_a, y_fast_b = load_pair(y, at, here, Q)
+        y_slow_a, y_slow_b = load_pair(y, slow_at, there, Q)
+        # The norm's gradient is at right angles to its result, over all quarters of a row.
+        along = tl.sum(fast_a * y_fast_a + fast_b * y_fast_b, 1)
+        slow_along = tl.sum(slow_a * y_slow_a + slow_b * y_slow_b, 1)
+        if OFFSET:
+            a, b = load_pair(grad, at + Q, here, Q)
+            y_a, y_b = load_pair(y, at + Q, here, Q)
+            along += tl.sum(a * y_a + b * y_b, 1)
+            a, b = load_pair(grad, slow_at - Q, there, Q)
+            y_a, y_b = load_pair(y, slow_at - Q, there, Q)
+            slow_along += tl.sum(a * y_a + b * y_b, 1)
+        else:
+            along += slow_along
+            slow_along = along
+        r = factor * tl.load(rstd + row * H + h, mask=inside, other=0.0)
+        slow_r = factor * tl.load(rstd + slow_row * H + h, mask=slow_inside, other=0.0)
+        n = column + h * 4 * Q
+        a, b = turn_back(
+            fast_a, fast_b, y_fast_a, y_fast_b, along / (4 * Q), r, c_fast, s_fast
+        )
+        store_both(out, transposed, first.to(tl.int32), n, a)
+        store_both(out, transposed, first.to(tl.int32), n + 2 * Q, b)
+        a, b = turn_back(
+            slow_a,
+            slow_b,
+            y_slow_a,
+            y_slow_b,
+            slow_along / (4 * Q),
+            slow_r,
+            c_slow,
+            s_slow,
+        )
+        store_both(out, transposed, first.to(tl.int32), n + Q, a)
+        store_both(out, transposed, first.to(tl.int32), n + 3 * Q, b)
+
+
+@jit
+def turn_back(a, b, y_a, y_b, mean, rstd, c, s):
+    """Return the gradients of two quarters before norm and rotation."""
+    mean, rstd = mean[:, None], rstd[:, None]
+    a, b = rstd * (a - y_a * mean), rstd * (b - y_b * mean)
+    return a * c - b * s, b * c + a * s
+
+
+@jit
+def store_both(out, transposed, m, n, tile):
+    """Store a float32 tile as it is, and transposed."""
+    out.store([m, n], tile.to(out.dtype))
+    # Cast a second time, of sums that no compiler takes for the tile: of one cast, ptxas 12.8
+    # (Triton 3.6.0) reads every fourth byte before it is written.
+    transposed.store([n, m], (tile + 0.0).T.to(out.dtype))
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------

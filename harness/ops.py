@@ -1,6 +1,6 @@
 """Fused operations of the model, each with its plain form inside. Not edited; a part of the rules.
 
-Each is the kernel where that runs, plain torch elsewhere.
+Each is the kernel where that runs (fp8.py, on Hopper), plain torch elsewhere.
 To change what one computes, write plain torch in its place in train.py.
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from harness import kernels
-from harness.gpu import compute_capability
+from harness import fp8, kernels
+from harness.fp8 import runs_fp8
+from harness.kernels import EPS
 
 
 def compiled(function: Callable) -> Callable:
@@ -51,43 +52,7 @@ def prepare_compiler() -> None:
     torch._dynamo.config.recompile_limit = 64
     # A forward hook on a layer fires inside what is compiled too, as on a CPU.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch.compiler.assume_constant_result(has_tensor_memory_access)
-
-
-# ---- fp8 ----------------------------------------------------------------------------------------
-EPS = 1e-7  # added to a mean square, so that a vector of zeros has a norm
-E4M3_MAX = 448.0
-GRAD_TOP = 1024.0  # of a gradient's scaled entries, about; e5m2 ends at 57344
-GRAD_ROWS = 2048  # of a gradient, whose largest entry sets its scale
-
-
-def runs_fp8(x: torch.Tensor, *lengths: int) -> bool:
-    """Return whether products of x (..., C) run in fp8: in bf16, where kernels.py runs."""
-    fits = all(n % 16 == 0 for n in (x[..., 0].numel(), x.size(-1), *lengths))
-    return x.is_cuda and x.dtype == torch.bfloat16 and fits and has_tensor_memory_access()
-
-
-def has_tensor_memory_access() -> bool:
-    """Return whether the GPU copies tiles by descriptors: Hopper, server Blackwell."""
-    return compute_capability()[0] in (9, 10)
-
-
-def normed_scale(x: torch.Tensor) -> float:
-    """Return the factor on the entries of normed rows x (N, C), at most sqrt(C)."""
-    return E4M3_MAX / x.size(1) ** 0.5
-
-
-def to_fp8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return w in e4m3, up to its largest number, and what to multiply that by, (1,)."""
-    scale = (w.abs().amax().float() / E4M3_MAX).clamp_min(1e-12)
-    return (w / scale).to(kernels.E4M3), scale.view(1)
-
-
-def matmul_fp8(
-    a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, dtype=torch.float32
-) -> torch.Tensor:
-    """Return a (M, K) @ b.T * scale, of b (N, K) and scale (1,)."""
-    return torch._scaled_mm(a, b.T, scale, torch.ones_like(scale), out_dtype=dtype)
+    torch.compiler.assume_constant_result(fp8.has_tensor_memory_access)
 
 
 # ---- ReLU^2 MLP ---------------------------------------------------------------------------------
@@ -101,44 +66,73 @@ def norm_relu2_mlp(
     activation above 21 counts as 21, one below 0.03 as 0.
     """
     if runs_fp8(x, len(w_fc)):
-        return FP8MLP.apply(x.flatten(0, -2), w_fc, w_proj).view_as(x)
+        return fp8.MLP.apply(x.flatten(0, -2), w_fc, w_proj).view_as(x)
     x = F.rms_norm(x, x.shape[-1:], eps=EPS)
     w_fc, w_proj = w_fc.to(x.dtype), w_proj.to(x.dtype)
     return F.linear(F.relu(F.linear(x, w_fc)).square(), w_proj)
 
 
-class FP8MLP(torch.autograd.Function):
-    """norm_relu2_mlp of x (N, C). Each operand is cast once, both ways.
+# ---- Queries, keys, values ----------------------------------------------------------------------
+def norm_qkv(
+    x: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    offset: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return q, k, v (B, T, heads, D): norm(x) times each matrix, q and k by `rotary_norm`.
 
-    The scale of the normed x is fixed, so that no token has a part in another's rounding.
+    x (B, T, C), matrices (heads * D, C), cos and sin (T, 1, D); norm: RMSNorm without weights.
+    With `offset`, the half of a key that has the slow angles is taken from the token before, of
+    a row's first token 0. In fp8 on Hopper, forward and backward, if all have the same heads.
     """
+    D = cos.size(-1)
+    w = torch.cat([w_q, w_k, w_v])  # one product
+    if runs_fp8(x, len(w)) and len(w_q) == len(w_k) == len(w_v) and D in (64, 128, 256):
+        return fp8.QKV.apply(x, w, cos, sin, offset)
+    qkv = F.linear(F.rms_norm(x, x.shape[-1:], eps=EPS), w.to(x.dtype))
+    heads = [len(part) // D for part in (w_q, w_k, w_v)]
+    q, k, v = qkv.unflatten(-1, (-1, D)).split(heads, dim=2)
+    if offset:
+        slow = torch.arange(D, device=x.device) % (D // 2) >= D // 4
+        k = torch.where(slow, F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)), k)
+    return rotary_norm(q, cos, sin), rotary_norm(k, cos, sin), v
+
+
+def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x (B, T, H, D) turned by its position, then RMS-normalised per head.
+
+    cos and sin (T, 1, D) hold each angle twice, for both halves of x; the second sin is negative.
+    The gradient takes them for a rotation. Computed in float32. Sources: RoPE arXiv:2104.09864,
+    QK-norm arXiv:2010.04245.
+    """
+    return RotaryNorm.apply(x, cos, sin)
+
+
+class RotaryNorm(torch.autograd.Function):
+    """Its gradient is computed from its result, which attention keeps anyway."""
 
     @staticmethod
-    def forward(ctx, x, w_fc, w_proj):
-        rstd = (x.float().square().mean(-1) + EPS).rsqrt()  # (N,)
-        x8, x8_t = kernels.cast_both(x, rstd * normed_scale(x), kernels.E4M3)
-        fc8, fc_scale = to_fp8(w_fc)
-        proj8, proj_scale = to_fp8(w_proj)
-        squares, squares_t = kernels.relu_square(x8, fc8, fc_scale / normed_scale(x))
-        saved = (x, rstd, x8_t, squares_t, fc8, fc_scale, proj8, proj_scale)
-        ctx.save_for_backward(*saved)
-        return matmul_fp8(squares, proj8, proj_scale, x.dtype)
+    def forward(ctx, x, cos, sin):
+        wide = x.float()
+        rstd = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        y = rstd * (wide * cos + wide.roll(x.size(-1) // 2, -1) * sin)
+        if x.dtype != torch.float32:
+            # Compiled (torch 2.11), a cast that changes nothing, of a result that is saved
+            # as well, makes the whole gradient zero.
+            y = y.to(x.dtype)
+        ctx.save_for_backward(y, rstd, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, rstd, x8_t, squares_t, fc8, fc_scale, proj8, proj_scale = ctx.saved_tensors
-        some = grad[:: len(grad) // GRAD_ROWS | 1]  # odd: of all positions
-        scale = (some.abs().amax().float() / GRAD_TOP).clamp_min(1e-30).view(1)
-        grad8, grad8_t = kernels.cast_both(grad, 1 / scale, kernels.E5M2)
-        proj8_t, fc8_t = proj8.T.contiguous(), fc8.T.contiguous()
-        pre = kernels.relu_square_gradient(grad8, proj8_t, squares_t, proj_scale)
-        d_proj = matmul_fp8(grad8_t, squares_t, scale)
-        d_fc = matmul_fp8(pre[1], x8_t, scale / normed_scale(x))
-        d_normed = matmul_fp8(pre[0], fc8_t, scale * fc_scale, grad.dtype).float()
-        rstd = rstd[:, None]
-        normed = x.float() * rstd
-        dx = rstd * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-        return dx.to(grad.dtype), d_fc, d_proj
+        y, rstd, cos, sin = ctx.saved_tensors
+        dtype, grad, y = grad.dtype, grad.float(), y.float()
+        dx = rstd * (grad - y * (grad * y).mean(-1, keepdim=True))
+        dx = dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin
+        return dx.to(dtype), None, None
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
@@ -177,38 +171,3 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad = grad / len(x)
         dx = (slope @ w.to(x.dtype)) * grad
         return dx.to(x.dtype), ((slope.T @ x) * grad).to(w.dtype), None, None
-
-
-# ---- QK-norm of a rotary embedding --------------------------------------------------------------
-def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return x (B, T, H, D) turned by its position, then RMS-normalised per head.
-
-    cos and sin (T, 1, D) hold each angle twice, for both halves of x; the second sin is negative.
-    The gradient takes them for a rotation. Computed in float32. Sources: RoPE arXiv:2104.09864,
-    QK-norm arXiv:2010.04245.
-    """
-    return RotaryNorm.apply(x, cos, sin)
-
-
-class RotaryNorm(torch.autograd.Function):
-    """Its gradient is computed from its result, which attention keeps anyway."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        wide = x.float()
-        scale = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        y = scale * (wide * cos + wide.roll(x.size(-1) // 2, -1) * sin)
-        if x.dtype != torch.float32:
-            # Compiled (torch 2.11), a cast that changes nothing, of a result that is saved
-            # as well, makes the whole gradient zero.
-            y = y.to(x.dtype)
-        ctx.save_for_backward(y, scale, cos, sin)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale, cos, sin = ctx.saved_tensors
-        dtype, grad, y = grad.dtype, grad.float(), y.float()
-        dx = scale * (grad - y * (grad * y).mean(-1, keepdim=True))
-        dx = dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin
-        return dx.to(dtype), None, None

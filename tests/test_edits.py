@@ -359,7 +359,7 @@ def test_a_tied_head_begins_with_a_high_loss(run, honest):
     put("    n_kv_head: int\n", after="    head_dim: int\n"),
     put("        n_kv_head=N_KV_HEAD,\n", after="        head_dim=HEAD_DIM,\n"),
     put(
-        "\n        self.n_kv_head = K = config.n_kv_head",
+        "\n        K = config.n_kv_head",
         after="        C, H, std = config.n_embd, config.n_head, config.init_std",
     ),
     ("self.c_k = Linear(C, C, std)", "self.c_k = Linear(C, K * config.head_dim, std)"),
@@ -373,18 +373,33 @@ def test_a_tied_head_begins_with_a_high_loss(run, honest):
         "self.value_gate = Linear(GATE_CHANNELS, K,",
     ),
     (
-        "q, k, v = qkv.chunk(3, dim=2)",
-        "K = self.n_kv_head\n        q, k, v = qkv.split([qkv.size(2) - 2 * K, K, K], dim=2)",
-    ),
-    (
         "        return q, k, v, 2 * torch",
-        "        k, v = (t.repeat_interleave(q.size(2) // K, 2) for t in (k, v))\n"
+        "        k, v = (t.repeat_interleave(q.size(2) // k.size(2), 2) for t in (k, v))\n"
         "        return q, k, v, 2 * torch",
     ),
 )
 def test_fewer_heads_of_keys_and_values(run, honest):
     honoured(run, honest)
     assert run.shown["params"] < honest.shown["params"]
+
+
+PLAIN_QKV = """q, k, v = (
+            f(norm(x)).unflatten(-1, (-1, self.head_dim))
+            for f in (self.c_q, self.c_k, self.c_v)
+        )
+        slow = torch.arange(self.head_dim, device=x.device) % (self.head_dim // 2)
+        k_before = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0))
+        k = torch.where(slow >= self.head_dim // 4, k_before, k)
+        q, k = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin)"""
+
+
+@edit(
+    ("q, k, v = norm_qkv(x, *weights, cos, sin, offset=True)", PLAIN_QKV),
+    ("    norm_relu2_mlp,\n", "    norm_relu2_mlp,\n    rotary_norm,\n"),
+)
+def test_queries_keys_and_values_in_plain_torch(run, honest):
+    honoured(run, honest)
+    assert run.shown["params"] == honest.shown["params"]
 
 
 DOCUMENTS = '''def document_attention(q, k, v, window, scale, idx):

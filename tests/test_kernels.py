@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from harness import kernels
+from harness import kernels, ops
 
 HOPPER, BLACKWELL = 90, 100
 SHARED_MEMORY = 227 * 1024  # bytes of a block, on both
@@ -53,11 +54,29 @@ def test_the_products_compile_for_tensor_cores_and_fit_shared_memory(
 @pytest.mark.parametrize("capability", [HOPPER, BLACKWELL])
 def test_the_casts_compile(capability):
     m, n = kernels.CAST_ROWS, kernels.CAST_COLUMNS
-    types = {"x": tile("bf16", m, n), "scale": "*fp32", "M": "i32"}
+    types = {"x": tile("bf16", m, n), "scale": "*fp32", "M": "i32", "column": "i32"}
     types |= {"out": tile("fp8e4nv", m, n), "transposed": tile("fp8e4nv", n, m)}
     constants = {"PER_ROW": True, "BM": m, "BN": n}
     code = compile_for(capability, kernels.cast_both_kernel, types, constants)
     assert "satfinite" in code.asm["ptx"]  # what is too large is the largest number
+
+
+@pytest.mark.parametrize("capability", [HOPPER, BLACKWELL])
+@pytest.mark.parametrize("size", [64, 128, 256])  # of a head
+@pytest.mark.parametrize("offset", [False, True])
+def test_queries_and_keys_and_their_gradients_compile(capability, size, offset):
+    m, quarter = kernels.HEAD_ROWS, size // 4
+    constants = {"OFFSET": offset, "BM": m, "Q": quarter}
+    numbers = dict.fromkeys(("N", "T", "H"), "i32")
+    tables = dict.fromkeys(("rstd", "cos", "sin"), "*fp32")
+    types = {"x": "*bf16", "y": "*bf16", "part": "i32", "eps": "fp32"} | tables | numbers
+    assert compile_for(capability, kernels.rotate_kernel, types, constants).asm["ptx"]
+    types = {"grad": "*bf16", "y": "*bf16", "scale": "*fp32"} | tables | numbers
+    types |= {"out": tile("fp8e5", m, quarter), "transposed": tile("fp8e5", quarter, m)}
+    types |= {"column": "i32"}
+    kernel = kernels.rotate_gradient_kernel
+    code = compile_for(capability, kernel, types, constants)
+    assert code.metadata.shared <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("capability", [80, 89, HOPPER, BLACKWELL, 120])
@@ -72,7 +91,7 @@ def test_the_loss_compiles_for_every_gpu(capability):
 SIZES = [(80, 336, 48), (2048, 2560, 640), (2064, 144, 80)]  # M, N, K
 
 
-def fp8(*shape: int, dtype=kernels.E4M3) -> torch.Tensor:
+def random_fp8(*shape: int, dtype=kernels.E4M3) -> torch.Tensor:
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
@@ -107,12 +126,43 @@ def test_a_cast_rounds_as_torch_does_and_is_given_both_ways(dtype, per_row):
 def test_squares_and_their_gradient_are_those_of_float32(M, N, K):
     torch.backends.cuda.matmul.allow_tf32 = False
     scale = torch.full((1,), K**-0.5, device="cuda")
-    a, b = fp8(M, K), fp8(N, K)
+    a, b = random_fp8(M, K), random_fp8(N, K)
     result = kernels.relu_square(a, b, scale)
     squares = same_both_ways(result)
     exact = torch.relu(a.float() @ b.float().T * scale).square()
     assert rounded(squares, exact.clamp_max(448), bits=3, near=2e-3)
-    grad = fp8(M, K, dtype=kernels.E5M2)
+    grad = random_fp8(M, K, dtype=kernels.E5M2)
     got = same_both_ways(kernels.relu_square_gradient(grad, b, result[1], scale))
     exact = grad.float() @ b.float().T * scale * 2 * squares.sqrt()
     assert rounded(got, exact, bits=2, near=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("rows, heads, size", [(48, 3, 64), (2048, 5, 128), (17, 2, 256)])
+def test_queries_and_keys_and_their_gradient_are_those_of_autograd(
+    rows, heads, size, offset
+):
+    x = torch.randn(16, rows, 3, heads, size, device="cuda").requires_grad_()
+    angle = torch.rand(rows, 1, size // 2, device="cuda")
+    cos = torch.cat([angle, angle], -1).cos()
+    sin = torch.cat([angle, -angle], -1).sin()
+    q, k, v = x.unbind(2)
+    if offset:
+        slow = torch.arange(size, device="cuda") % (size // 2) >= size // 4
+        k = torch.where(slow, F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)), k)
+    exact = [ops.rotary_norm(q, cos, sin), ops.rotary_norm(k, cos, sin)]
+    got, rstd = zip(
+        kernels.rotate(x.detach(), cos, sin, 0, False),
+        kernels.rotate(x.detach(), cos, sin, 1, offset),
+        strict=True,
+    )
+    torch.testing.assert_close(
+        list(got), [t.detach() for t in exact], rtol=1e-4, atol=1e-4
+    )
+    grads = [torch.randn_like(v) for _ in range(3)]
+    (wanted,) = torch.autograd.grad([*exact, v], [x], grads)
+    scale = torch.full((1,), 4.0, device="cuda")
+    made = kernels.qkv_gradient(*grads, *got, *rstd, cos, sin, offset, scale)
+    made = same_both_ways(made).view_as(wanted) / scale
+    assert rounded(made, wanted, bits=2, near=2e-5)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness import ops
+from harness import fp8, ops
+from harness.kernels import EPS
 
 ROOT = Path(ops.__file__).parent.parent
 T, H, D = 16, 4, 8  # positions, heads, head size
@@ -65,7 +66,7 @@ def operands(
 
 
 def exact_mlp(x, fc, proj):
-    x = x / (x.square().mean(-1, keepdim=True) + ops.EPS).sqrt()
+    x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
     return F.relu(x @ fc.T).square() @ proj.T
 
 
@@ -178,8 +179,8 @@ def plain_kernels(monkeypatch):
     def matmul(a, b, scale, dtype=torch.float32):
         return (a.float() @ b.float().T * scale).to(dtype)
 
-    monkeypatch.setattr(ops, "kernels", PlainKernels())
-    monkeypatch.setattr(ops, "matmul_fp8", matmul)
+    monkeypatch.setattr(fp8, "kernels", PlainKernels())
+    monkeypatch.setattr(fp8, "matmul_fp8", matmul)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
@@ -192,7 +193,7 @@ def test_a_loss_of_every_second_token_reaches_the_fp8_mlp(
     fc, proj = fc.to(weights), proj.to(weights)
     if trained == "odd":
         gradient[::2] = 0
-    found = errors(ops.FP8MLP.apply, exact_mlp, [x, fc, proj], gradient)
+    found = errors(fp8.MLP.apply, exact_mlp, [x, fc, proj], gradient)
     assert max(found) < 0.1, found
 
 
@@ -263,10 +264,10 @@ def test_a_nan_among_the_logits_is_one_in_the_loss_and_large_ones_are_none():
     assert ops.linear_cross_entropy(x, w, y, 15.0).isnan()
 
 
-# ---- QK-norm of a rotary embedding --------------------------------------------------------------
-def tables() -> tuple[torch.Tensor, torch.Tensor]:
+# ---- Queries, keys, values ----------------------------------------------------------------------
+def tables(size: int = D) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin (T, 1, D) of angles t * BASE^(-d / (D / 2)), as rotary_norm wants them."""
-    frequency = BASE ** -(torch.arange(D // 2, dtype=torch.float64) / (D // 2))
+    frequency = BASE ** -(torch.arange(size // 2, dtype=torch.float64) / (size // 2))
     angle = torch.outer(torch.arange(T, dtype=torch.float64), frequency)
     cos, sin = torch.cat([angle, angle], 1).cos(), torch.cat([angle, -angle], 1).sin()
     return cos.float()[:, None], sin.float()[:, None]
@@ -274,15 +275,93 @@ def tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 def rotated_by_complex_numbers(x: torch.Tensor) -> torch.Tensor:
     """Return x (B, T, H, D) turned by its position: a half each for real and imaginary part."""
-    frequency = BASE ** -(torch.arange(D // 2, dtype=torch.float64) / (D // 2))
-    angle = torch.arange(T)[:, None, None] * frequency
-    number = torch.complex(x[..., : D // 2], x[..., D // 2 :])
+    half = x.size(-1) // 2
+    frequency = BASE ** -(torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angle = torch.arange(T, device=x.device)[:, None, None] * frequency
+    number = torch.complex(x[..., :half], x[..., half:])
     turned = number * torch.polar(torch.ones_like(angle), -angle)
     return torch.cat([turned.real, turned.imag], -1)
 
 
 def normed(x: torch.Tensor) -> torch.Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + ops.EPS).sqrt()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def exact_qkv(x: torch.Tensor, w: torch.Tensor, size: int, offset: bool):
+    """Return q, k and v side by side, of x (B, T, C), token by token."""
+    q, k, v = (normed(x) @ part.T for part in w.chunk(3))  # (B, T, H D)
+    q, k, v = (t.unflatten(-1, (-1, size)) for t in (q, k, v))
+    if offset:
+        quarter = size // 4
+        slow = [*range(quarter, 2 * quarter), *range(3 * quarter, size)]
+        rows = [torch.zeros_like(k[:, 0]), *k.unbind(1)]
+        moved = []
+        for before, row in zip(rows, rows[1:], strict=False):
+            row = row.clone()
+            row[..., slow] = before[..., slow]
+            moved.append(row)
+        k = torch.stack(moved, 1)
+    q, k = (rotated_by_complex_numbers(normed(t)) for t in (q, k))
+    return torch.stack([q, k, v])
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(
+    "device, dtype, size, tolerance",
+    [
+        ("cpu", torch.float32, 8, 1e-5),
+        ("cpu", torch.bfloat16, 8, 3e-2),
+        pytest.param("cuda", torch.bfloat16, 32, 3e-2, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, 64, 0.1, marks=pytest.mark.gpu),  # fp8
+        pytest.param("cuda", torch.bfloat16, 128, 0.1, marks=pytest.mark.gpu),
+    ],
+)
+def test_queries_keys_and_values_and_their_gradients_are_those_of_float64(
+    call, device, dtype, size, tolerance, offset
+):
+    torch.manual_seed(0)
+    heads, width = 3, 96
+    x = 5 * torch.randn(4, T, width, device=device, dtype=dtype)
+    w = torch.randn(3 * heads * size, width, device=device) * width**-0.5
+    cos, sin = (t.to(device) for t in tables(size))
+    weights = torch.randn(3, 4, T, heads, size, device=device, dtype=dtype)
+
+    def op(x, w):
+        return torch.stack(call(ops.norm_qkv, x, *w.chunk(3), cos, sin, offset))
+
+    def exact(x, w):
+        return exact_qkv(x, w, size, offset)
+
+    found = errors(op, exact, [x, w], weights)
+    assert max(found) < tolerance, found
+
+
+def test_fewer_heads_of_keys_and_values_than_of_queries():
+    x, w = torch.randn(2, T, 24), torch.randn(8 * D, 24)
+    parts = w.split([4 * D, 2 * D, 2 * D])
+    q, k, v = ops.norm_qkv(x, *parts, *tables(), True)
+    assert (q.size(2), k.size(2), v.size(2)) == (4, 2, 2)
+    twice = [
+        part.view(2, D, 24).repeat_interleave(2, 0).flatten(0, 1) for part in parts[1:]
+    ]
+    all_heads = ops.norm_qkv(x, parts[0], *twice, *tables(), True)
+    assert torch.allclose(all_heads[1][:, :, ::2], k, atol=1e-5)
+    assert torch.allclose(all_heads[2][:, :, ::2], v, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_no_row_of_fused_queries_and_keys_depends_on_a_later_one():
+    x = torch.randn(1, 2048, 640, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(3, 640, 640, device="cuda") * 640**-0.5
+    angle = torch.rand(2048, 1, 64, device="cuda")
+    cos = torch.cat([angle, angle], -1).cos()
+    sin = torch.cat([angle, -angle], -1).sin()
+    before = ops.norm_qkv(x, *w, cos, sin, True)
+    x[:, 1000:] *= 100
+    x[:, 1000:] += 1
+    after = ops.norm_qkv(x, *w, cos, sin, True)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :1000], b[:, :1000]) and not torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
