@@ -397,9 +397,9 @@ PLAIN_QKV = """q, k, v = (
     ("q, k, v = norm_qkv(x, *weights, cos, sin, offset=True)", PLAIN_QKV),
     ("    norm_relu2_mlp,\n", "    norm_relu2_mlp,\n    rotary_norm,\n"),
 )
-def test_queries_keys_and_values_in_plain_torch(run, honest):
-    honoured(run, honest)
-    assert run.shown["params"] == honest.shown["params"]
+def test_queries_keys_and_values_in_plain_torch_are_the_same(run, honest):
+    assert run.status == 0, run.log
+    assert run.val_bpb == pytest.approx(honest.val_bpb, abs=1e-3)
 
 
 DOCUMENTS = '''def document_attention(q, k, v, window, scale, idx):
