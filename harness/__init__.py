@@ -8,7 +8,8 @@ In the order of the data:
     documents      a shard's documents; shards for a smoke run, or of one's own
     tokenizer      documents to ids: the byte-level BPE, trained once
     packing        ids to rows of T + 1
-    data           all of that in order, the manifest, and the check of what is there
+    manifest       what is prepared, with sizes and hashes
+    data           all of that in order, and the check of what is there
     rules          hashes of all that a run rests on, and what changed since the last
     loader         rows to batches on the device
     run            one experiment: clock, steps, checks, summary

@@ -15,12 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants as hub_constants
 
 import constants as C
 from harness import gpu
-from harness.download import NETWORK_ERRORS, clean, hub_endpoint, open_session, tell
 from harness.files import PREPARE, atomic_write, content_key, data_dir
+from harness.output import clean
 
 # Seconds that fetching the kernel may take: in preparation, and in the start of a run.
 PREPARE_SECONDS = 600
@@ -86,15 +85,19 @@ def fetch_build(seconds: float) -> Path:
 
     ConnectionError if that fails or takes over `seconds`.
     """
+    # Here, for a run rarely fetches, and this loads all of `requests`.
+    from harness import download
+
     limit = f"for {seconds:.0f} s at most"
     print(f"attention: fetching {C.FLASH_ATTENTION_REPO} {limit}", flush=True)
-    if not hub_constants.HF_HUB_OFFLINE:
+    if not download.hub_constants.HF_HUB_OFFLINE:
         # A hub that cannot be reached is known in seconds, each address in its turn.
-        session = open_session(1)
+        session = download.open_session(1)
+        endpoint = download.hub_endpoint()
         try:
-            session.head(hub_endpoint(), timeout=(3, 10), allow_redirects=False)
-        except NETWORK_ERRORS as error:
-            raise ConnectionError(tell(error)) from error
+            session.head(endpoint, timeout=(3, 10), allow_redirects=False)
+        except download.NETWORK_ERRORS as error:
+            raise ConnectionError(download.tell(error)) from error
     arguments = [C.FLASH_ATTENTION_REPO, str(C.FLASH_ATTENTION_VERSION)]
     process = subprocess.Popen(
         [sys.executable, "-c", FETCH, *arguments],

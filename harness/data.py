@@ -7,26 +7,13 @@ from pathlib import Path
 import constants as C
 from harness.documents import list_source, write_smoke_shards
 from harness.download import ANSWERS, DOWNLOADS, ensure_shards
-from harness.files import PREPARE, atomic_write, content_key, lock, remove_temporaries
+from harness.files import atomic_write, content_key, lock, remove_temporaries
 from harness.jobs import describe_all
+from harness.manifest import load_manifest, require_manifest
 from harness.packing import ensure_rows, row_names
 from harness.tokenizer import Tokenizer, ensure_tokenizer
 
 VAL_NAME = C.SHARD_NAME.format(C.VAL_SHARD)
-
-
-def load_manifest(folder: Path) -> dict:
-    """Return the manifest of `folder`, or {} if there is none that can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        body = {key: value for key, value in manifest.items() if key != "key"}
-        good = manifest.get("key", content_key(body)) == content_key(body)
-        for entry in (*manifest["rows"].values(), *manifest["shards"].values()):
-            good = good and {"size", "sha256"} <= {*entry}
-        good = good and all("split" in entry for entry in manifest["rows"].values())
-        return manifest if good else {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
 
 
 def drop_copies(shards: dict[str, dict]) -> dict[str, dict]:
@@ -153,10 +140,7 @@ def check(folder: Path) -> list[str]:
 
     Reads everything, writes nothing. ValueError if there is no manifest to go by.
     """
-    manifest = load_manifest(folder)
-    if manifest.get("rules") != C.DATA_RULES:
-        path = folder / "manifest.json"
-        raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
+    manifest = require_manifest(folder)
     place = Path(manifest.get("source", folder / "shards"))
     own = "source" in manifest
     problems = []

@@ -30,6 +30,7 @@ from huggingface_hub import constants as hub_constants
 import constants as C
 from harness.files import PREPARE, content_key, describe, naming
 from harness.jobs import Progress, describe_all, metric, run_jobs
+from harness.output import clean
 
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
 DOWNLOADS = 8  # side by side
@@ -254,11 +255,6 @@ def check_status(session: Session, answer: requests.Response) -> None:
 def host_of(url: str) -> str:
     """Return host and port of an address, and nothing of it that may be a secret."""
     return urlsplit(url).netloc.rpartition("@")[2]
-
-
-def clean(text: str) -> str:
-    """Return one line of `text` without addresses, which may be signed."""
-    return re.sub(r"\w+://\S+|url: \S+", "...", " ".join(text.split()))
 
 
 def tell(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Lines of the log that tools read: warnings and steps. The summary's text is in constants.py."""
 
+import re
+
 import constants as C
 
 
@@ -18,3 +20,8 @@ def step_line(step, remaining: float) -> str:
         f"tok/sec: {step.tokens / step.seconds:,.0f} | epoch: {step.epoch} | "
         f"remaining: {max(0.0, remaining):.0f}s"
     )
+
+
+def clean(text: str) -> str:
+    """Return one line of `text` without addresses, which may be signed."""
+    return re.sub(r"\w+://\S+|url: \S+", "...", " ".join(text.split()))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import constants as C
-from harness.data import load_manifest
 from harness.files import PREPARE, atomic_write, content_key, describe
+from harness.manifest import require_manifest
 from harness.tokenizer import Tokenizer
 
 LAST_RUN = "last_run.json"  # beside the manifest: what the run before rested on
@@ -36,9 +36,7 @@ def open_basis(root: Path, folder: Path) -> Basis:
     Validation rows and tokenizer are read; of training rows the size is checked, and the
     manifest's hashes are taken. ValueError says what is amiss and what to do.
     """
-    manifest, path = load_manifest(folder), folder / "manifest.json"
-    if manifest.get("rules") != C.DATA_RULES:
-        raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
+    manifest = require_manifest(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if manifest.get("tokenizer") != tokenizer.sha256:
         problem = f"the rows in {folder} are of another tokenizer"

@@ -14,7 +14,6 @@ import rustbpe
 import tiktoken
 
 import constants as C
-from harness.documents import read_documents
 from harness.files import PREPARE, atomic_write, content_key
 from harness.jobs import Progress, run_jobs
 
@@ -97,6 +96,9 @@ def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
 
     shards: path -> what `describe` returns. ValueError if they hold too little text.
     """
+    # Here, for a run, which trains no tokenizer, has no need of pyarrow.
+    from harness.documents import read_documents
+
     shards = dict(itertools.islice(shards.items(), C.TOKENIZER_SHARDS))
     rules = (C.SPLIT_PATTERN, C.SPECIAL_TOKENS, C.VOCAB_SIZE, C.TOKENIZER_CHARS)
     hashes = [about["sha256"] for about in shards.values()]

@@ -16,7 +16,7 @@ import pytest
 
 import constants as C
 import prepare
-from harness import download, jobs, packing, tokenizer
+from harness import documents, download, jobs, packing
 from harness.documents import read_documents
 
 
@@ -50,7 +50,7 @@ def _run(
             time.sleep(slow)
             yield batch
 
-    packing.read_documents = tokenizer.read_documents = read_slowly
+    packing.read_documents = documents.read_documents = read_slowly
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     prepare.main(argv)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
-from harness import attention
+from harness import attention, download
 
 CPU = torch.device("cpu")
 
@@ -317,7 +317,7 @@ def test_a_fetch_that_fails_names_the_cause_and_no_address(monkeypatch, hopper):
 
 
 def test_a_hub_that_cannot_be_reached_is_known_without_the_package(monkeypatch, hopper):
-    monkeypatch.setattr(attention.hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download.hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("subprocess.Popen", None)  # is not called
     with pytest.raises(RuntimeError, match="could not be loaded .*refused"):

@@ -27,7 +27,7 @@ from runs import (
 )
 
 import constants as C
-from harness.data import load_manifest
+from harness.manifest import load_manifest
 from harness.tokenizer import Tokenizer
 from loop.ledger import read_run
 

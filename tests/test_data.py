@@ -19,8 +19,9 @@ from hub import Hub
 import constants as C
 import prepare
 from harness import data
-from harness.data import VAL_NAME, load_manifest
+from harness.data import VAL_NAME
 from harness.download import ANSWERS
+from harness.manifest import load_manifest
 from harness.packing import build_rows, pack_rows
 from harness.run import Run
 from harness.tokenizer import Tokenizer

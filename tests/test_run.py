@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 import constants as C
 import prepare
 from harness import download, gpu
-from harness.data import load_manifest
 from harness.files import PREPARE, data_dir
 from harness.guard import MAX_LATE_GRAPHS
 from harness.loader import Rows
+from harness.manifest import load_manifest
 from harness.run import LOG_EVERY, Clock, Run, Step, open_run
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import pytest
 from conftest import STEP_LINE, copy_checkout
 
 import constants as C
-from harness.data import load_manifest
+from harness.manifest import load_manifest
 from harness.tokenizer import Tokenizer
 
 ROOT = Path(C.__file__).parent

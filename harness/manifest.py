@@ -1,0 +1,33 @@
+"""The manifest of what is prepared, as preparations and runs read it."""
+
+import json
+from pathlib import Path
+
+import constants as C
+from harness.files import PREPARE, content_key
+
+
+def load_manifest(folder: Path) -> dict:
+    """Return the manifest of `folder`, or {} if it is missing or damaged.
+
+    OSError if it cannot be read.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        body = {key: value for key, value in manifest.items() if key != "key"}
+        good = manifest.get("key", content_key(body)) == content_key(body)
+        for entry in (*manifest["rows"].values(), *manifest["shards"].values()):
+            good = good and {"size", "sha256"} <= {*entry}
+        good = good and all("split" in entry for entry in manifest["rows"].values())
+        return manifest if good else {}
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def require_manifest(folder: Path) -> dict:
+    """Return the manifest of `folder`; ValueError if there is none of the rules in force."""
+    manifest = load_manifest(folder)
+    if manifest.get("rules") != C.DATA_RULES:
+        path = folder / "manifest.json"
+        raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
+    return manifest
