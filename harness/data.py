@@ -7,7 +7,7 @@ from pathlib import Path
 import constants as C
 from harness.documents import list_source, write_smoke_shards
 from harness.download import ANSWERS, DOWNLOADS, ensure_shards
-from harness.files import atomic_write, content_key, lock, remove_temporaries
+from harness.files import PREPARE, atomic_write, content_key, lock, remove_temporaries
 from harness.jobs import describe_all
 from harness.manifest import load_manifest, require_manifest
 from harness.packing import ensure_rows, row_names
@@ -50,6 +50,19 @@ def list_changes(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     return changes
 
 
+def describe_source(
+    source: Path, num_shards: int | None, manifest: dict
+) -> dict[str, dict]:
+    """Return size + SHA-256 by name of the user's shards that a preparation takes.
+
+    Arguments and errors are those of `prepare`.
+    """
+    *train, val = list_source(source, None if num_shards == -1 else num_shards)
+    if num_shards is None:  # no more than before
+        train = train[: manifest.get("num_shards")]
+    return drop_copies(describe_all(source, [*train, val]))
+
+
 def ensure_source(
     folder: Path, source: str, num_shards: int | None, manifest: dict, downloads: int
 ) -> tuple[Path, str, dict[str, dict]]:
@@ -61,11 +74,7 @@ def ensure_source(
         advice = "--source hub goes back to the hub's"
         print(f"shards: those of {source}; {advice}", flush=True)
         place = Path(source)
-        *train, val = list_source(place, None if num_shards == -1 else num_shards)
-        if num_shards is None:  # no more than before
-            train = train[: manifest.get("num_shards")]
-        names = [*train, val]
-        shards = drop_copies(describe_all(place, names))
+        shards = describe_source(place, num_shards, manifest)
         for line in list_changes(manifest.get("shards", {}), shards):
             print(f"shards: since the last preparation {line}", flush=True)
         return place, source, shards
@@ -82,6 +91,21 @@ def ensure_source(
         return place, revision, write_smoke_shards(place, names)
     revision, shards = ensure_shards(place, names, manifest, downloads)
     return place, revision, shards
+
+
+def refuse_to_guess(folder: Path, source: str | None) -> None:
+    """Raise ValueError if a damaged manifest alone knew the source, and none is given."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return
+    if source:
+        print(f"{path} is damaged: all that it described is checked again", flush=True)
+        return
+    count = len([*folder.glob("rows/*.u16")]) - 1  # of training
+    number = f" --num-shards {count}" if count > 0 else ""
+    problem = f"{path} is damaged, and it alone says where the shards are from"
+    advice = f"{PREPARE} --source hub{number}, or --source DIR if they are your own"
+    raise ValueError(f"{problem}; run {advice}")
 
 
 def prepare(
@@ -102,6 +126,8 @@ def prepare(
     with lock(folder):
         remove_temporaries(folder)
         manifest = load_manifest(folder)
+        if not manifest:
+            refuse_to_guess(folder, source)
         source = source or manifest.get("source", "hub")
         if manifest.get("source", "hub") != source:
             manifest = {}
@@ -141,21 +167,25 @@ def check(folder: Path) -> list[str]:
     Reads everything, writes nothing. ValueError if there is no manifest to go by.
     """
     manifest = require_manifest(folder)
-    place = Path(manifest.get("source", folder / "shards"))
     own = "source" in manifest
     problems = []
-    for part, where in (("shards", place), ("rows", folder / "rows")):
+    places = {"shards": folder / "shards", "rows": folder / "rows"}
+    if own:
+        place = Path(manifest["source"])
+        try:
+            shards = describe_source(place, None, manifest)
+            for line in list_changes(manifest["shards"], shards):
+                what = "since the last preparation; a new run goes by that"
+                problems.append(f"{place}: {line} {what}")
+        except ValueError as error:
+            problems.append(str(error))
+        del places["shards"]
+    for part, where in places.items():
         found = describe_all(where, list(manifest[part]))
         for name, entry in manifest[part].items():
             path = where / name
             if not path.is_file():
-                more = (
-                    "; a new run goes on without it" if own and part == "shards" else ""
-                )
-                problems.append(f"{path} is missing{more}")
-            elif own and part == "shards" and found[name] != entry:
-                what = "since it was prepared; a new run takes it as it is"
-                problems.append(f"{path} has changed {what}")
+                problems.append(f"{path} is missing")
             elif found[name]["size"] != entry["size"]:
                 sizes = f"{found[name]['size']} bytes, not {entry['size']}"
                 problems.append(f"{path} is damaged: it has {sizes}")

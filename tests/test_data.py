@@ -1,5 +1,6 @@
 """Prepared folder: made once, the same bytes every time, repaired when damaged, never half."""
 
+import errno
 import hashlib
 import json
 import os
@@ -219,7 +220,7 @@ def test_preparing_again_repairs_a_missing_or_damaged_manifest(folder, original,
         (folder / "manifest.json").write_text(text)
     assert load_manifest(folder) == {}
     before = stamps(folder / "rows") | stamps(folder / "tokenizer")
-    data.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2, source="hub")
     assert listing(folder) == listing(original)
     assert stamps(folder / "rows") | stamps(folder / "tokenizer") == before
 
@@ -246,7 +247,7 @@ def test_damaged_manifest_costs_no_download_and_no_packing(folder, original, hub
     before = (
         stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
     )
-    data.prepare(folder, num_shards=2, workers=2)
+    data.prepare(folder, num_shards=2, workers=2, source="hub")
     assert listing(folder) == listing(original)
     after = (
         stamps(folder / "rows") | stamps(folder / "tokenizer") | stamps(folder / "shards")
@@ -755,9 +756,9 @@ def test_check_names_what_is_damaged_and_prepare_repairs_it(
     damage(path)
     assert "1 damaged; run" in sentence(prepare.main, ["--check"])
     line = capsys.readouterr().out.splitlines()[-1]
-    if "own" in pattern and damage is not Path.unlink:
-        what = "has changed since it was prepared"
-    if "tokenizer" in pattern:
+    if "own" in pattern:  # as the next run says it; it may be no parquet any more
+        assert re.search("a.parquet (has changed|is gone|holds no good column)", line)
+    elif "tokenizer" in pattern:
         assert str(path.parent) in line and "missing or damaged" in line
     else:
         assert path.name in line and what in line
@@ -768,7 +769,7 @@ def test_check_names_what_is_damaged_and_prepare_repairs_it(
     prepare.main(["--check"])
 
 
-@pytest.mark.parametrize("damage", ["removed", "altered"])
+@pytest.mark.parametrize("damage", ["removed", "altered", "added"])
 @pytest.mark.parametrize("name", ["a.parquet", "z.parquet"])
 def test_check_and_the_next_run_both_say_that_an_own_shard_changed(
     whole, own, capsys, damage, name
@@ -779,19 +780,45 @@ def test_check_and_the_next_run_both_say_that_an_own_shard_changed(
     if damage == "removed":
         (own / name).unlink()
     else:
+        name = f"{name[0]}{name}" if damage == "added" else name
         write_shard(own / name, make_documents(seed=12, count=3000))
-    assert "1 damaged; run" in sentence(prepare.main, ["--check"])
-    what = {"removed": "is missing", "altered": "has changed since"}[damage]
-    assert f"{own / name} {what}" in capsys.readouterr().out
+    assert "damaged; run" in sentence(prepare.main, ["--check"])
+    what = {"removed": "is gone", "altered": "has changed", "added": "is new"}[damage]
+    checked = capsys.readouterr().out
+    assert f"{own}: {name} {what} since the last preparation" in checked
     prepare.main([])
     said = capsys.readouterr().out
-    what = {"removed": "is gone", "altered": "has changed"}[damage]
     assert f"shards: since the last preparation {name} {what}" in said
-    becomes = "the validation shard is m.parquet, not z.parquet"
-    assert (becomes in said) == (damage == "removed" and name == "z.parquet")
+    becomes = "the validation shard is "
+    other_validates = damage != "altered" and name[0] == "z"
+    assert (becomes in checked) == (becomes in said) == other_validates
     prepare.main(["--check"])
     prepare.main([])
     assert "since the last" not in capsys.readouterr().out
+
+
+def test_a_damaged_manifest_does_not_send_own_shards_to_the_hub(whole, own, capsys):
+    good = listing(whole)
+    flip(whole / "manifest.json")
+    before = listing(whole)
+    said = sentence(prepare.main, [])
+    assert f"{whole / 'manifest.json'} is damaged" in said
+    hub = "run uv run prepare.py --source hub --num-shards 2, or --source DIR"
+    assert hub in said
+    assert listing(whole) == before
+    prepare.main(["--source", str(own)])
+    assert "manifest.json is damaged: all that" in capsys.readouterr().out
+    assert listing(whole) == good
+
+
+def test_a_manifest_that_cannot_be_read_is_not_one_that_is_damaged(whole, monkeypatch):
+    def fail(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        said = sentence(prepare.main, [])
+    assert re.search("denied: '.*manifest.json'; make it writable", said)
 
 
 def test_a_limited_number_of_own_shards_stays_in_later_runs(own, cache):
