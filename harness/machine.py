@@ -21,6 +21,10 @@ def set_environment(smoke: bool) -> None:
     if smoke:  # threads that wait do not spin
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    cache = os.environ.get("AUTORESEARCH_CACHE", "~")
+    if os.path.expanduser("~") == "~" and not cache.startswith("~"):
+        # A user without a home: libraries would keep files in a folder named ~, right here.
+        os.environ["HOME"] = os.path.abspath(cache)
     try:
         getpass.getuser()
     except (KeyError, OSError, ImportError):

@@ -159,6 +159,21 @@ def test_a_user_without_a_passwd_entry_gets_a_name_for_torchs_folders(monkeypatc
     assert os.environ["USER"] == f"uid{os.getuid()}"
 
 
+@pytest.mark.parametrize("cache", ["cache", "~/cache", None])
+def test_without_a_home_libraries_keep_their_files_beside_the_data(
+    monkeypatch, tmp_path, cache
+):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as if nobody knew it
+    monkeypatch.setenv("HOME", "as it was")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AUTORESEARCH_CACHE", raising=False)
+    if cache:
+        monkeypatch.setenv("AUTORESEARCH_CACHE", cache)
+    machine.set_environment(False)
+    home = str(tmp_path / "cache") if cache == "cache" else "as it was"
+    assert os.environ["HOME"] == home
+
+
 def test_without_home_and_passwd_entry_the_data_folder_is_a_sentence(monkeypatch):
     def unknown(path):
         raise RuntimeError("Could not determine home directory.")
@@ -186,3 +201,13 @@ def test_a_container_with_user_and_neither_passwd_entry_nor_home_has_no_tracebac
     assert (done.returncode, done.stdout) == (1, "uid54321\n")
     assert done.stderr.startswith("this user has no home directory")
     assert done.stderr.count("\n") == 1
+    # With a folder for the data, the attention kernel and all the like go there too.
+    code = (
+        "import constants; from huggingface_hub.constants import HF_HUB_CACHE as cache;"
+    )
+    code += "print(cache)"
+    env = {k: v for k, v in env.items() if k not in ("HF_HOME", "XDG_CACHE_HOME")}
+    env["AUTORESEARCH_CACHE"] = str(tmp_path)
+    command = [*NAMELESS, sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/.cache/huggingface/hub\n"
