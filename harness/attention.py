@@ -146,8 +146,9 @@ def load_build(build: Path) -> Callable[..., torch.Tensor]:
 
 
 def pin_of_build() -> Path:
-    """Return the file that says where the fetched build for this torch and processor is."""
-    key = content_key(torch.__version__, platform.system(), platform.machine())
+    """Return the file that says where the build fetched for this torch and machine is."""
+    machine = platform.system(), platform.machine(), gpu.compute_capability()
+    key = content_key(torch.__version__, *machine)
     return data_dir() / f"flash_attention.{key}.txt"
 
 

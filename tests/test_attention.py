@@ -290,13 +290,15 @@ def test_a_stale_build_and_no_hub_are_both_named(monkeypatch, tmp_path, hopper):
         attention.load_flash_attention()
 
 
-def test_a_build_for_another_torch_or_processor_is_not_loaded(monkeypatch, hopper):
+def test_a_build_for_another_torch_processor_or_gpu_is_not_loaded(monkeypatch, hopper):
     pins = [attention.pin_of_build()]
     monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
     pins.append(attention.pin_of_build())
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     pins.append(attention.pin_of_build())
-    assert len(set(pins)) == 3
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    pins.append(attention.pin_of_build())
+    assert len(set(pins)) == 4
 
 
 def test_a_fetch_that_hangs_ends_at_its_limit_and_says_so(monkeypatch, hopper, capsys):
