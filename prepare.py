@@ -23,7 +23,7 @@ from pathlib import Path
 import constants as C
 from harness.attention import load_flash_attention
 from harness.data import check, prepare
-from harness.download import DOWNLOADS
+from harness.download import DOWNLOADS, with_socks
 from harness.files import (
     PREPARE,
     WINDOWS,
@@ -35,7 +35,9 @@ from harness.jobs import LastingOutput
 
 # What to do about an error of the operating system, by its number.
 NO_SPACE = "free some space or move AUTORESEARCH_CACHE"
-NO_FILES = "close programs or raise the limit of open files (ulimit -n 4096)"
+NO_FILES = "close programs"
+if not WINDOWS:
+    NO_FILES += " or raise the limit of open files (ulimit -n 4096)"
 NO_MEMORY = "free some memory, or write the file with smaller row groups"
 NOT_OURS = "make it readable, or take it out of its folder"
 FORBIDDEN = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
@@ -77,7 +79,8 @@ def explain(error: Exception, args: argparse.Namespace) -> str:
     command = command_of(args)
     advice = ADVICE.get(getattr(error, "errno", None))
     if advice is None:
-        return str(error).replace(PREPARE, command)
+        said = str(error).replace(PREPARE, command)
+        return said.replace(with_socks(PREPARE), with_socks(command))
     name = getattr(error, "filename", None)
     path, folder = Path(name or data_dir()).absolute(), data_dir()
     if advice == FORBIDDEN and folder not in (path, *path.parents):
@@ -128,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
             if not C.SMOKE:
                 load_flash_attention()
         except RuntimeError as error:
-            print(f"attention: FlashAttention-3 was not fetched here; {error}")
+            why = explain(error, args)
+            print(f"attention: FlashAttention-3 was not fetched here; {why}")
     except (OSError, ValueError) as error:
         sys.exit(f"prepare.py: {explain(error, args)}")
     except KeyboardInterrupt:

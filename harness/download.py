@@ -114,6 +114,11 @@ class Session(requests.Session):
         return max(self.resume_at - time.monotonic(), 0.0)
 
 
+def with_socks(command: str) -> str:
+    """Return a command with the package that SOCKS proxies need."""
+    return command.replace("uv run", "uv run --with pysocks", 1)
+
+
 def check_environment(endpoint: str) -> None:
     """Raise ValueError for what no try can get over: a certificate or a package missing."""
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
@@ -124,8 +129,8 @@ def check_environment(endpoint: str) -> None:
     proxy = requests.utils.select_proxy(endpoint, proxies) or ""
     if proxy.lower().startswith("socks") and not find_spec("socks"):
         text = "the proxy in HTTPS_PROXY or ALL_PROXY is a SOCKS proxy"
-        command = PREPARE.replace("uv run", "uv run --with pysocks")
-        raise ValueError(f"{text}, which needs the package pysocks: {command}")
+        advice = f"run {with_socks(PREPARE)}"
+        raise ValueError(f"{text}, which needs the package pysocks; {advice}")
 
 
 def find_token() -> tuple[str, str]:
