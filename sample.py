@@ -2,7 +2,7 @@
 
 Usage: uv run sample.py "The first thing to know about rivers is"
 
-On the GPU if there is one that can train; CUDA_VISIBLE_DEVICES= in front keeps it on the CPU.
+On the GPU if there is one that can train; CUDA_VISIBLE_DEVICES=-1 in front keeps it on the CPU.
 AUTORESEARCH_SMOKE=1 in front takes the model of the last smoke run. No part of the rules.
 """
 
@@ -19,7 +19,7 @@ import train
 from harness import checkpoint, gpu
 from harness.attention import masked_attention
 from harness.evaluation import Model, call_model
-from harness.files import data_dir
+from harness.files import TRAIN, command_with, data_dir
 from harness.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 300
@@ -35,7 +35,7 @@ def restore(device: torch.device) -> tuple[torch.nn.Module, Tokenizer, dict]:
     tokenizer = Tokenizer.load(data_dir() / "tokenizer")
     if about["tokenizer"] != tokenizer.sha256:
         problem = f"{checkpoint.MODEL} is of another tokenizer than that in {data_dir()}"
-        raise ValueError(f"{problem}; run uv run train.py again")
+        raise ValueError(f"{problem}; run {TRAIN} again")
     try:
         config = train.GPTConfig(**about["config"])
         model = train.build_model(config, masked_attention, device)
@@ -47,7 +47,7 @@ def restore(device: torch.device) -> tuple[torch.nn.Module, Tokenizer, dict]:
         commit = about["commit"]
         raise ValueError(
             f"{checkpoint.MODEL} is of another train.py, that of commit {commit} ({what}); "
-            "check that commit out or run uv run train.py"
+            f"check that commit out or run {TRAIN}"
         ) from error
     return model.eval(), tokenizer, about
 
@@ -112,9 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         if not gpu.is_out_of_memory(error):
             raise
         problem = "the model has no room on the GPU beside what else uses it"
-        sys.exit(
-            f"sample.py: {problem}; CUDA_VISIBLE_DEVICES= in front keeps it on the CPU"
-        )
+        command = command_with("CUDA_VISIBLE_DEVICES=-1", "uv run sample.py TEXT")
+        sys.exit(f"sample.py: {problem}; {command} keeps it on the CPU")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import constants as C
-from harness.files import atomic_write
+from harness.files import TRAIN, atomic_write, smoke_command
 from harness.run import Run
 
 MODEL = Path(__file__).parent.parent / ("smoke.npz" if C.SMOKE else "model.npz")
@@ -43,9 +43,10 @@ def save(run: Run, model: torch.nn.Module, config: object) -> None:
 
 def load() -> tuple[dict, dict[str, torch.Tensor]]:
     """Return what is known of the model in MODEL, and its weights; ValueError if it is no good."""
-    again = "run uv run train.py first, without AUTORESEARCH_SAVE=0"
+    again = f"run {TRAIN} first, without AUTORESEARCH_SAVE=0"
     if not MODEL.is_file():
-        smoke = "" if C.SMOKE else " (AUTORESEARCH_SMOKE=1 in front takes a smoke run's)"
+        smoke = f"; {smoke_command('uv run sample.py TEXT')} takes a smoke run's"
+        smoke = "" if C.SMOKE else smoke
         raise ValueError(f"there is no {MODEL}; {again}{smoke}")
     try:
         with np.load(MODEL, allow_pickle=False) as file:

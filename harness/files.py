@@ -18,18 +18,26 @@ except ImportError:  # Windows: no lock there
 WINDOWS = os.name == "nt"
 
 
+def command_with(setting: str, command: str, windows: bool = WINDOWS) -> str:
+    """Return a command with a variable set for it; windows: in PowerShell's form.
+
+    setting: such as "AUTORESEARCH_SMOKE=1".
+    """
+    return f"$env:{setting}; {command}" if windows else f"{setting} {command}"
+
+
 def smoke_command(command: str, windows: bool = WINDOWS) -> str:
     """Return a command under the smoke rules; windows: in PowerShell's form."""
-    return (
-        f"{'$env:AUTORESEARCH_SMOKE=1;' if windows else 'AUTORESEARCH_SMOKE=1'} {command}"
-    )
+    return command_with("AUTORESEARCH_SMOKE=1", command, windows)
 
 
-# The command that prepares under the rules in force, for the advice in errors; prepare.py
-# puts its own arguments to it.
+# The commands under the rules in force, for the advice in errors; prepare.py puts its own
+# arguments to its own.
 PREPARE = "uv run prepare.py"
+TRAIN = "uv run train.py"
 if C.SMOKE:
     PREPARE = smoke_command(PREPARE)
+    TRAIN = smoke_command(TRAIN)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import constants as C
+from harness.files import smoke_command
 from harness.machine import available_memory, is_wsl
 
 
@@ -38,8 +39,7 @@ def choose_device(training: bool = True) -> torch.device:
         major, minor = capability
         found = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"
         problem = f"{found}, and training in bf16 needs 8.0 (Ampere) or higher"
-    smoke = "AUTORESEARCH_SMOKE=1 uv run train.py"
-    advice = f"{smoke} tries the same code on a CPU in about a minute"
+    advice = f"{smoke_command('uv run train.py')} tries the same code on a CPU in about a minute"
     raise ValueError(f"{problem}; {advice}")
 
 

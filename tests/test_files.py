@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and lie where the environment says."""
 
+import ast
 import errno
 import hashlib
 import os
@@ -11,6 +12,7 @@ import pytest
 import constants as C
 from harness.files import (
     atomic_write,
+    command_with,
     content_key,
     data_dir,
     describe,
@@ -95,3 +97,26 @@ def test_cache_folder_can_be_moved_and_smoke_has_its_own(monkeypatch, tmp_path):
     assert data_dir().parent == tmp_path / "moved"
     monkeypatch.delenv("AUTORESEARCH_CACHE")
     assert data_dir().parent == tmp_path / ".cache" / "autoresearch"
+
+
+# ---- Commands in advice -------------------------------------------------------------------------
+def test_a_variable_is_set_in_the_form_of_the_shell():
+    said = command_with("CUDA_VISIBLE_DEVICES=-1", "uv run sample.py", windows=True)
+    assert said == "$env:CUDA_VISIBLE_DEVICES=-1; uv run sample.py"
+    said = command_with("CUDA_VISIBLE_DEVICES=-1", "uv run sample.py", windows=False)
+    assert said == "CUDA_VISIBLE_DEVICES=-1 uv run sample.py"
+
+
+def texts(path: Path) -> list[str]:
+    """Return the strings in a file of Python, docstrings left out."""
+    tree = ast.parse(path.read_text("utf-8"))
+    bare = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+    return [str(n.value) for n in constants if id(n) not in bare]
+
+
+def test_no_advice_sets_a_variable_in_the_posix_form_alone():
+    root = Path(C.__file__).parent
+    paths = [*root.glob("*.py"), *root.glob("harness/*.py")]
+    found = [text for path in paths for text in texts(path)]
+    assert [t for t in found if re.search(r"\b[A-Z_]{4,}=\S* (uv|in front)", t)] == []

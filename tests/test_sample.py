@@ -14,7 +14,7 @@ from tiny import TRAIN, Config, Model, build_model
 
 import constants as C
 import sample
-from harness import checkpoint
+from harness import checkpoint, files
 from harness.attention import masked_attention
 from harness.files import data_dir
 
@@ -145,7 +145,10 @@ def test_no_room_on_the_gpu_is_one_sentence_in_whoevers_words(
         sample, "train", types.SimpleNamespace(GPTConfig=Config, build_model=full)
     )
     said = sentence(sample.main, ["count: "])
-    assert "no room on the GPU" in said and "; CUDA_VISIBLE_DEVICES= in front" in said
+    assert (
+        "no room on the GPU" in said
+        and "; CUDA_VISIBLE_DEVICES=-1 uv run sample.py" in said
+    )
 
 
 def test_no_model_is_one_sentence_that_names_the_smoke_runs(
@@ -153,13 +156,14 @@ def test_no_model_is_one_sentence_that_names_the_smoke_runs(
 ):
     said = sentence(sample.main, ["a"])
     assert said.startswith(
-        f"sample.py: there is no {model_file}; run uv run train.py first"
+        f"sample.py: there is no {model_file}; run {files.TRAIN} first"
     )
-    assert "AUTORESEARCH_SMOKE=1" not in said  # these are the smoke rules
+    assert "takes a smoke run's" not in said  # these are the smoke rules
     monkeypatch.setattr(C, "SMOKE", False)
     monkeypatch.setattr("harness.gpu.compute_capability", lambda: (0, 0))
     said = sentence(sample.main, ["a"])
-    assert said.endswith("(AUTORESEARCH_SMOKE=1 in front takes a smoke run's)")
+    command = "AUTORESEARCH_SMOKE=1 uv run sample.py TEXT"
+    assert said.endswith(f"; {command} takes a smoke run's")
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "no json", "half"])
@@ -174,7 +178,7 @@ def test_a_damaged_model_is_one_sentence(ended_run, model_file, damage):
         np.savez(model_file, wte=np.zeros(3), **about)
     said = sentence(sample.main, ["a"])
     assert said.startswith(f"sample.py: {model_file} is damaged (")
-    assert "run uv run train.py" in said
+    assert f"run {files.TRAIN}" in said
 
 
 def test_nothing_is_unpickled_from_it(ended_run, model_file, tmp_path):
@@ -221,9 +225,7 @@ def test_a_model_of_another_tokenizer_is_one_sentence(ended_run, model_file):
     ended_run.tokenizer.sha256 = "of other rules"
     save(ended_run)
     said = sentence(sample.main, ["a"])
-    other = (
-        f"is of another tokenizer than that in {data_dir()}; run uv run train.py again"
-    )
+    other = f"is of another tokenizer than that in {data_dir()}; run {files.TRAIN} again"
     assert said == f"sample.py: {model_file} {other}"
 
 
