@@ -14,8 +14,10 @@ import os
 import re
 import shutil
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -33,6 +35,7 @@ from harness.jobs import Progress, describe_all, metric, run_jobs
 from harness.output import clean
 
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
+ANSWER_SECONDS = 120  # until the head of an answer is there, redirects included
 DOWNLOADS = 8  # side by side
 # Seconds to wait before each try for a shard, while no more of it comes.
 RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)
@@ -70,7 +73,7 @@ class Refused(ConnectionError):
 
 
 class Slow(ConnectionError):
-    """A body that came too slowly; what came does not count as progress."""
+    """An answer that came too slowly; what came of it does not count as progress."""
 
 
 class NoResume(ConnectionError):
@@ -102,6 +105,26 @@ class Session(requests.Session):
         self.login = ""  # where the login comes from, "" if there is none
         self.secrets = []  # what no message may show
         self.hooks["response"].append(self.heed_limit)
+
+    def request(self, method: str, url: str, **options) -> requests.Response:
+        """As of requests, but Slow if the answer's head takes over ANSWER_SECONDS.
+
+        The timeout of requests is between two bytes: a byte now and then is in time.
+        """
+        future = Future()
+
+        def ask() -> None:
+            try:
+                future.set_result(requests.Session.request(self, method, url, **options))
+            except BaseException as error:
+                future.set_exception(error)
+
+        # One that is given up ends with its connection, or with the process.
+        threading.Thread(target=ask, daemon=True).start()
+        if not wait([future], ANSWER_SECONDS).done:
+            problem = f"did not answer within {ANSWER_SECONDS} s"
+            raise Slow(f"{host_of(url)} {problem}")
+        return future.result()
 
     def heed_limit(self, answer: requests.Response, **_) -> None:
         """Note that no request is left, for all threads: else each has to be told."""

@@ -53,6 +53,7 @@ FAULTS = {
     "416 to a range": "cdn",
     "no total": "cdn",
     "drip": "cdn",
+    "dripping head": "hub",
     "wrong range": "cdn",
     "endless": "cdn",
 }
@@ -189,6 +190,7 @@ class Hub:
         sends it); "loop" (a redirect to itself); "moved" (to another name of the data set, once);
         "truncated" (the connection ends half-way); "unsized" (so it does, and no Content-Length);
         "changed" (one byte is another); "stall" (half, then silence); "reset" (half, then RST);
+        "dripping head" (a header without an end, a byte at a time);
         "no ranges" (all with status 200); "403 to a range", "416 to a range" (and all of the file
         without one); "no total" (a part with `*` for the size); "drip" (a byte at a time);
         "wrong range" (a part that was not asked for); "endless" (zeros without an end).
@@ -294,6 +296,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(401, b"Invalid username or password.\n", said)
         elif fault == "407":
             self.reply(407, b"")
+        elif fault == "dripping head":
+            self.close_connection = True
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Padding: ")
+            while not hub.closing.wait(0.05):
+                self.wfile.write(b"x")
         elif fault in ("loop", "moved"):
             owner = "/datasets/moved/" if fault == "moved" else "/datasets/karpathy/"
             place = self.path.replace("/datasets/karpathy/", owner)

@@ -311,6 +311,20 @@ def test_server_that_sends_a_byte_at_a_time_is_given_up(hub, tmp_path, monkeypat
     assert get(NAMES[0], tmp_path) == facts(hub.files[NAMES[0]])
 
 
+@pytest.mark.parametrize("server", ["hub", "cdn"])
+def test_head_of_an_answer_that_comes_a_byte_at_a_time_is_given_up(
+    hub, tmp_path, monkeypatch, server
+):
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
+    hub.fail("dripping head", times=math.inf, server=server)
+    with pytest.raises(ConnectionError, match="127.0.0.1:.* did not answer within 0.3"):
+        get(NAMES[0], tmp_path)
+    tries = [r for r in hub.requests if r.server == server]
+    assert len(tries) == len(download.RETRY_SECONDS)
+    hub.faults.clear()
+    assert get(NAMES[0], tmp_path) == facts(hub.files[NAMES[0]])
+
+
 def test_first_word_comes_before_a_blocked_network_is_waited_for(hub, tmp_path, capsys):
     def ask(*_):
         assert f"asking {download.host_of(hub.url)} for 1 of" in capsys.readouterr().out
