@@ -31,7 +31,7 @@ from harness.files import (
     remove_temporaries,
     smoke_command,
 )
-from harness.jobs import LastingOutput
+from harness.streams import keep_output
 
 # What to do about an error of the operating system, by its number.
 NO_SPACE = "free some space or move AUTORESEARCH_CACHE"
@@ -148,9 +148,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Nobody has to look on: the data is what counts.
-    if sys.stdout is not None:
-        sys.stdout = LastingOutput(sys.stdout)
-    if sys.stderr is not None:
-        sys.stderr = LastingOutput(sys.stderr)
+    keep_output()
     main()

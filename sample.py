@@ -8,11 +8,11 @@ AUTORESEARCH_SMOKE=1 in front takes the model of the last smoke run. No part of 
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 
 import torch
+from torch import compiler
 
 import constants as C
 import train
@@ -20,6 +20,7 @@ from harness import checkpoint, gpu
 from harness.attention import masked_attention
 from harness.evaluation import Model, call_model
 from harness.files import TRAIN, command_with, data_dir
+from harness.streams import drop, keep_output
 from harness.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 300
@@ -76,25 +77,22 @@ def continue_text(
 def write(text: str, pieces: Iterator[bytes]) -> None:
     """Write text and pieces to standard output, as bytes: a token may be a piece of a character.
 
-    Ctrl-C and a reader that has seen enough end it.
+    Ctrl-C and a reader that has seen enough end it; OSError for any other lost output.
     """
     out = sys.stdout.buffer
     try:
         # One length is drawn after the other: nothing is worth compiling.
-        with torch.compiler.set_stance("force_eager"):
+        with contextlib.suppress(KeyboardInterrupt), compiler.set_stance("force_eager"):
             out.write(text.encode(errors="replace"))
             for piece in pieces:
                 out.write(piece)
                 out.flush()
-    except KeyboardInterrupt:
-        pass
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nobody reads the rest
-    with contextlib.suppress(BrokenPipeError):
         out.write(b"\n")
         out.flush()
+    except OSError as error:
+        drop(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         result = f"model of commit {about['commit']}, val_bpb {about['val_bpb']:.6f}"
         print(result, file=sys.stderr)
         write(text, continue_text(model, tokenizer, text, device))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
     except RuntimeError as error:
         if not gpu.is_out_of_memory(error):
@@ -117,4 +115,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_output()
     main()

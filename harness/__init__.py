@@ -31,4 +31,5 @@ Beside them:
     health         how fast the GPU is before and after training, and whether it is alone
     peaks          peak speeds of GPUs, for MFU
     output         lines of the log that tools read
+    streams        standard output and error, which may be lost
 """

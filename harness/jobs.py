@@ -6,50 +6,12 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from harness.files import describe
-
-
-class LastingOutput:
-    """A stream whose loss ends nothing: a closed pipe, a dead terminal, a full log disk.
-
-    What cannot be written is dropped, as is all that comes after it.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write `text`; return its length, as streams do."""
-        with self.dropping():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush the stream."""
-        with self.dropping():
-            self.stream.flush()
-
-    @contextmanager
-    def dropping(self) -> Iterator[None]:
-        """Let what is written go nowhere once the stream fails."""
-        try:
-            yield
-        except OSError:
-            # Below the stream: what it still holds goes nowhere too, and the exit status
-            # is not that of a failed flush.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
-
 
 LOG_SECONDS = 10  # between two lines of progress where they are not on a terminal
 

@@ -28,6 +28,7 @@ from harness.ops import prepare_compiler
 from harness.output import step_line, warning
 from harness.peaks import peak_flops
 from harness.rules import compare_with_last, open_basis
+from harness.streams import keep_output
 from harness.warmup import check_first_loss, plan_batch, warm_up
 
 ROOT = Path(__file__).parent.parent
@@ -295,7 +296,7 @@ def open_run() -> Run | dry_run.DryRun:
 
     Ends the process with a sentence if there is no GPU or the data is not as it was prepared.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # a killed run leaves its log whole
+    keep_output()
     if C.DRY_RUN:
         return dry_run.DryRun()
     since = C.STARTED_AT

@@ -86,8 +86,9 @@ def train_py(val_bpb: float = 0.44, lines: int = 0, **knobs) -> str:
 
 def make_origin(folder: Path) -> Path:
     """Make a repository of the loop, with a train.py of `train_py`."""
-    folder.mkdir()
-    for name in ("experiment.py", "constants.py", "program.md", ".gitignore", "loop"):
+    (folder / "harness").mkdir(parents=True)
+    names = ("experiment.py", "constants.py", "program.md", ".gitignore", "loop")
+    for name in (*names, "harness/__init__.py", "harness/streams.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     for name, old, new in FASTER:

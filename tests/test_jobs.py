@@ -1,18 +1,12 @@
 """Jobs on threads under one line of progress: what is shown, what a failure does to the others."""
 
-import os
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-import constants as C
 from harness.jobs import Progress, Stopped, metric, run_jobs
-
-ROOT = Path(C.__file__).parent
 
 
 def quiet(total: float = 10) -> Progress:
@@ -87,31 +81,6 @@ def test_line_fits_a_narrow_terminal(monkeypatch, capsys):
     progress.show()
     assert capsys.readouterr().out == "\rdoing: 0 of 3 thing\x1b[K"
     assert len("doing: 0 of 3 thing") == 19
-
-
-LINES = """
-import sys
-from harness.jobs import LastingOutput
-sys.stdout = LastingOutput(sys.stdout)
-for line in range(3):
-    print("x" * 9000, flush=line < 2)
-sys.stderr.write("done")
-"""
-
-
-def test_lost_output_ends_nothing_and_the_status_is_right():
-    reading, writing = os.pipe()
-    os.close(reading)  # a pipe that nobody reads
-    full = os.open("/dev/full", os.O_WRONLY)  # as a log on a full disk
-    leader, terminal = os.openpty()
-    os.close(leader)  # a terminal that is gone: EIO
-    for output in (writing, full, terminal):
-        command = [sys.executable, "-c", LINES]
-        run = subprocess.run(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True
-        )
-        os.close(output)
-        assert (run.returncode, run.stderr) == (0, "done")
 
 
 # ---- Jobs ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import types
 from pathlib import Path
 
@@ -130,6 +131,14 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(tmp_path):
     with open(out, "rb") as pipe:  # which is closed as `| head -n 1` does
         assert pipe.readline() == b"a text: more and more\n"
     assert forks.finish() == [0] and Path(err).read_bytes() == b""
+
+
+def test_a_text_that_cannot_be_written_is_one_sentence(ended_run, monkeypatch):
+    save(ended_run)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        said = sentence(sample.main, ["count: "])
+    assert said == "sample.py: [Errno 28] No space left on device"
 
 
 # ---- What cannot be had -------------------------------------------------------------------------

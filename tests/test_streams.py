@@ -1,0 +1,54 @@
+"""A command whose output is lost goes on, or ends in a sentence; its exit status is right."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import constants as C
+
+ROOT = Path(C.__file__).parent
+LINES = """
+import sys
+for line in range(3):
+    print("x" * 9000, flush=line < 2)
+sys.stderr.write("done")
+"""
+
+
+def run_into(output: int, code: str, **env: str) -> tuple[int, str]:
+    """Run `code` with its standard output there; return the exit status and the errors."""
+    how = {"cwd": ROOT, "env": os.environ | env, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], stdout=output, **how)
+    os.close(output)
+    return done.returncode, done.stderr
+
+
+def unread_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+def test_lost_output_ends_nothing_and_the_status_is_right():
+    full = os.open("/dev/full", os.O_WRONLY)  # as a log on a full disk
+    leader, terminal = os.openpty()
+    os.close(leader)  # a terminal that is gone: EIO
+    code = "from harness.streams import keep_output; keep_output()" + LINES
+    for output in (unread_pipe(), full, terminal):
+        assert run_into(output, code) == (0, "done")
+
+
+def test_a_run_whose_output_nobody_reads_goes_on():
+    code = "from harness.run import open_run; open_run()" + LINES
+    status = run_into(unread_pipe(), code, AUTORESEARCH_DRY_RUN="1")
+    assert status == (0, "done")
+
+
+@pytest.mark.parametrize("script", ["prepare.py", "sample.py", "experiment.py"])
+def test_help_that_nobody_reads_is_no_error(script):
+    code = f"import runpy, sys; sys.argv = ['{script}', '--help'];"
+    code += f"runpy.run_path('{script}', run_name='__main__')"
+    assert run_into(unread_pipe(), code) == (0, "")
