@@ -28,6 +28,7 @@ import time
 import traceback
 from pathlib import Path
 
+from harness.streams import keep_output
 from loop import ledger
 from loop.git import (
     ROOT,
@@ -78,20 +79,20 @@ def wait(minutes: float, ours: bool = False) -> int:
     ours: the process at work is of this command; it is not started a second time.
     """
     end, idle, seen = time.monotonic() + 60 * minutes, 0, ours
-    while not (night := Night.locked()) or (night.open and not ours):
-        there = night or Night.load()
-        idle, seen = 0 if there.open else idle + 1, seen or bool(there.open)
-        if night:
-            print(f"going on with {night.open['commit'][:8]}, {night.open['idea']}")
-            work(night)
-            ours = True
-        elif idle > IDLE:
+    while not (night := Night.locked()):
+        there = Night.load()
+        seen, idle = seen or bool(there.open), 0 if there.open else idle + 1
+        if idle > IDLE:
             break
-        elif time.monotonic() > end:
+        if time.monotonic() > end:
             print(there.busy())
             return 3
         time.sleep(POLL)
-    there = night or Night.load()
+    if night and night.open and not ours:
+        print(f"going on with {night.open['commit'][:8]}, {night.open['idea']}")
+        work(night)
+        return wait((end - time.monotonic()) / 60, ours=True)
+    there = night or there
     if not seen:
         print("nothing is open; what was done last:")
     print("\n".join(there.said))
@@ -319,6 +320,7 @@ def report() -> int:
 
 
 def main() -> int:
+    keep_output(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     words = {start: "tag --gpus --budget", run: "idea", void: "commit why"}
@@ -329,16 +331,14 @@ def main() -> int:
             add(name, **({"default": ""} if name.startswith("--") else {}))
         if function not in (status, report):
             add("--minutes", type=float, default=8, help="to wait at most (%(default)s)")
-    args = vars(parser.parse_args())
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    # An idea such as "-x" is no option: a blank hides it from argparse.
+    dash = r"^-(?!h$|-(help|minutes|gpus|budget)(=|$))"
+    argv = [re.sub(dash, " -", word) for word in sys.argv[1:]]
+    args = vars(parser.parse_args(argv))
     try:
         if fcntl is None:
             raise Refused("Windows has no locks of this kind; use WSL")
         return globals()[args.pop("command")](**args)
-    except BrokenPipeError:  # status | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except (Refused, OSError, KeyboardInterrupt) as error:
         said = str(error) or f"interrupted; `{ME} wait` goes on with what is open"
         print(f"experiment.py: {said}", file=sys.stderr)

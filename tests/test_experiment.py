@@ -156,7 +156,9 @@ def test_any_words_will_do_for_an_idea(clone):
     assert "experiment.py: say" in clone.do("run", " \n ", status=1)
 
 
-@pytest.mark.parametrize("idea", ["#3 of the list", "-5 layers", "x" * 10_000])
+@pytest.mark.parametrize(
+    "idea", ["#3 of the list", "-5 layers", "-x", "--x", "x" * 10_000]
+)
 def test_an_idea_is_the_commits_subject_whatever_git_cleans_up(clone, idea):
     clone.git("config", "commit.cleanup", "strip")
     clone.experiment(idea, 0.43)
@@ -506,6 +508,18 @@ def test_a_hung_run_that_nobody_is_there_to_end_ends_by_itself(clone):
     said = clone.do("wait")  # the run is ended, run again, and ended as too slow
     assert "crash: " in said and clone.said()[-1] == "crash slow, seed 42"
     assert goes_on(clone)
+
+
+def test_a_command_whose_output_nobody_reads_does_its_work(clone):
+    clone.edit(0.43)
+    reading, writing = os.pipe()
+    os.close(reading)
+    call = [sys.executable, "experiment.py", "run", "unseen"]
+    how = {"cwd": clone.folder, "env": clone.env, "stderr": subprocess.PIPE}
+    done = subprocess.run(call, stdout=writing, **how)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert clone.said()[-1] == "keep unseen, seed 42"
 
 
 def test_ctrl_c_ends_the_command_and_not_the_experiment(clone):
