@@ -117,15 +117,15 @@ class Run:
         A line `warning: edit: ...`: a first loss above 1.05 ln V, a parameter that does not move.
         """
         batch = plan_batch(total_batch_size, device_batch_size)
-        if self.dry_run is not None:  # first, since it takes less time than the warm-up
-            start = time.perf_counter()
-            print(dry_run.finish(self.dry_run), flush=True)
-            self.dry_run_seconds = time.perf_counter() - start
         with self.guard.warm_up():
             self.batch_size, self.micro_steps = warm_up(
                 *(self.random_batch, model, optimizers, train_step, batch),
                 *(row_bytes, self.device, may_stand_still),
             )
+        if self.dry_run is not None:  # it worked beside the warm-up
+            start = time.perf_counter()
+            print(dry_run.finish(self.dry_run), flush=True)
+            self.dry_run_seconds = time.perf_counter() - start
         self.num_params = sum(p.numel() for p in model.parameters())
         rows = f"{self.batch_size} rows of {C.MAX_SEQ_LEN} tokens"
         print(f"batch: {self.micro_steps} micro-steps of {rows}", flush=True)

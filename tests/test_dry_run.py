@@ -7,9 +7,11 @@ from pathlib import Path
 
 import forks
 import pytest
+import torch
 from conftest import copy_checkout
 
-from harness import dry_run
+import constants as C
+from harness import dry_run, run
 
 SCRIPT = """import constants as C
 import torch
@@ -83,6 +85,24 @@ def test_what_shapes_cannot_tell_is_left_to_the_real_run(tmp_path):
     done = run_dry(tmp_path, line="print(loss.item())")
     assert done.returncode == 0, done.stderr
     assert "the full model's step was not tried" in done.stdout
+
+
+def test_it_does_not_wait_for_the_end_of_python(tmp_path):
+    done = run_dry(tmp_path, line="import atexit; atexit.register(print, 'the end')")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("full rules: ") and "the end" not in done.stdout
+
+
+def test_it_works_beside_the_warm_up_which_does_not_wait_for_it(prepared, monkeypatch):
+    calls = []
+    monkeypatch.setattr(run, "warm_up", lambda *_: calls.append("warm-up") or (1, 1))
+    monkeypatch.setattr(dry_run, "finish", lambda _: calls.append("dry run") or "fine")
+    ours = run.Run(prepared, torch.device("cpu"))
+    ours.dry_run = object()
+    model = torch.nn.Linear(1, 1)
+    batch = {"total_batch_size": C.FULL_SEQ_LEN, "device_batch_size": 1}
+    ours.warm_up(model, [], None, **batch)
+    assert calls == ["warm-up", "dry run"]
 
 
 def finish(code: str) -> str:
