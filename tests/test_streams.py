@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import constants as C
 
 ROOT = Path(C.__file__).parent
@@ -45,10 +43,3 @@ def test_a_run_whose_output_nobody_reads_goes_on():
     code = "from harness.run import open_run; open_run()" + LINES
     status = run_into(unread_pipe(), code, AUTORESEARCH_DRY_RUN="1")
     assert status == (0, "done")
-
-
-@pytest.mark.parametrize("script", ["prepare.py", "sample.py", "experiment.py"])
-def test_help_that_nobody_reads_is_no_error(script):
-    code = f"import runpy, sys; sys.argv = ['{script}', '--help'];"
-    code += f"runpy.run_path('{script}', run_name='__main__')"
-    assert run_into(unread_pipe(), code) == (0, "")
