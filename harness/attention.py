@@ -149,7 +149,8 @@ def pin_of_build() -> Path:
     """Return the file that says where the build fetched for this torch and machine is."""
     machine = platform.system(), platform.machine(), gpu.compute_capability()
     key = content_key(torch.__version__, *machine)
-    return data_dir() / f"flash_attention.{key}.txt"
+    # Beside the data: what lies in its folder, a run may not open.
+    return data_dir().parent / f"flash_attention.{key}.txt"
 
 
 def load_flash_attention(seconds: float = PREPARE_SECONDS) -> Callable[..., torch.Tensor]:

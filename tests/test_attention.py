@@ -1,8 +1,12 @@
 """Attention against its definition, written out; the kernels against each other; who is chosen."""
 
 import math
+import os
+import subprocess
+import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.nn.attention import flex_attention
 from harness import attention, download
 
 CPU = torch.device("cpu")
+ROOT = Path(attention.__file__).parent.parent
 
 
 def qkv(B: int, T: int, H: int, D: int, dtype=torch.float32, device=CPU):
@@ -258,6 +263,44 @@ def test_a_kernel_that_was_fetched_is_loaded_again_without_the_hub(
     assert attention.load_flash_attention()() == "fetched"
 
 
+IN_A_RUN = """
+import os, sys
+from pathlib import Path
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+from harness import attention
+from harness.files import data_dir
+from harness.guard import refuse_to_open
+refuse_to_open(data_dir(), Path.cwd())
+print(attention.load_flash_attention()())
+del os.environ["LOCAL_KERNELS"]
+attention.fetch_build = None  # is not called
+print(attention.load_flash_attention()())
+"""
+
+
+def test_a_run_keeps_and_loads_the_kernel_though_it_may_not_open_prepared_files(
+    tmp_path,
+):
+    """Else every run on a Hopper falls back to FlexAttention."""
+    build = write_build(tmp_path / "repository", GOOD)
+    variables = {
+        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
+        "LOCAL_KERNELS": f"kernels-community/flash-attn3={build.parent.parent}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_RUN],
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-2:] == ["fetched", "fetched"]
+
+
 @pytest.mark.parametrize("fault", ["gone", "broken"])
 def test_a_build_that_no_longer_loads_is_fetched_again(
     monkeypatch, tmp_path, hopper, capsys, fault
@@ -268,7 +311,7 @@ def test_a_build_that_no_longer_loads_is_fetched_again(
     new = write_build(tmp_path / "new", GOOD)
     place = old if fault == "broken" else tmp_path / "pruned"
     pin = attention.pin_of_build()
-    pin.parent.mkdir(parents=True)
+    pin.parent.mkdir(parents=True, exist_ok=True)
     pin.write_text(str(place))
     monkeypatch.setattr(attention, "fetch_build", lambda seconds: new)
     assert attention.load_flash_attention()() == "fetched"
@@ -279,7 +322,7 @@ def test_a_build_that_no_longer_loads_is_fetched_again(
 
 def test_a_stale_build_and_no_hub_are_both_named(monkeypatch, tmp_path, hopper):
     pin = attention.pin_of_build()
-    pin.parent.mkdir(parents=True)
+    pin.parent.mkdir(parents=True, exist_ok=True)
     pin.write_text(str(tmp_path / "pruned"))
 
     def fail(seconds):
