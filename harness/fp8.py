@@ -102,17 +102,20 @@ class QKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, cos, sin, offset):
-        B, T, C = x.shape
+        (B, T, C), D = x.shape, cos.size(-1)
         x8, x8_t, ctx.x_scale, rstd = cast_normed(x.view(B * T, C))
         w8, w_scale = to_fp8(w)
-        qkv = matmul_fp8(x8, w8, w_scale * ctx.x_scale, x.dtype)
-        qkv = qkv.view(B, T, 3, -1, cos.size(-1))
-        q, q_rstd = kernels.rotate(qkv, cos, sin, 0, False)
-        k, k_rstd = kernels.rotate(qkv, cos, sin, 1, offset)
+        HD = len(w) // 3
+        # v apart: attention keeps it, and would keep what is below q and k with it.
+        qk = matmul_fp8(x8, w8[: 2 * HD], w_scale * ctx.x_scale, x.dtype)
+        v = matmul_fp8(x8, w8[2 * HD :], w_scale * ctx.x_scale, x.dtype)
+        qk, v = qk.view(B, T, 2, -1, D), v.view(B, T, -1, D)
+        q, q_rstd = kernels.rotate(qk, cos, sin, 0, False)
+        k, k_rstd = kernels.rotate(qk, cos, sin, 1, offset)
         ctx.offset = offset
         saved = (x, rstd, x8_t, w8, w_scale, q, k, q_rstd, k_rstd, cos, sin)
         ctx.save_for_backward(*saved)
-        return q, k, qkv[:, :, 2]
+        return q, k, v
 
     @staticmethod
     def backward(ctx, dq, dk, dv):

@@ -83,9 +83,16 @@ def cast_both_kernel(
         tile *= tl.load(scale + rows, mask=rows < M, other=0.0)[:, None]
     else:
         tile *= tl.load(scale)
-    tile = tile.to(out.dtype)
-    out.store([m, column + n], tile)
-    transposed.store([column + n, m], tile.T)
+    store_both(out, transposed, m, column + n, tile)
+
+
+@jit
+def store_both(out, transposed, m, n, tile):
+    """Store a float32 tile as it is, and transposed."""
+    out.store([m, n], tile.to(out.dtype))
+    # Cast a second time, of sums that no compiler takes for the tile: of one cast, ptxas 12.8
+    # (Triton 3.6.0) reads every fourth byte before it is written.
+    transposed.store([n, m], (tile + 0.0).T.to(out.dtype))
 
 
 # ---- ReLU^2 -------------------------------------------------------------------------------------
@@ -168,7 +175,7 @@ def matmul_kernel(
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, part: int, offset: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the queries or keys of x (B, T, 3, H, D), part 0 or 1, turned and normalised.
+    """Return the queries or keys of x (B, T, 2, H, D), part 0 or 1, turned and normalised.
 
     In x's dtype, (B, T, H, D), and 1 / root mean square, float32, (B, T, H). cos and sin are
     (T, 1, D), of each angle twice, the second sine with the other sign; D is a power of 2.
@@ -249,21 +256,25 @@ def rotate_kernel(
     c_fast, s_fast = tl.load(cos + angle), tl.load(sin + angle)
     c_slow, s_slow = tl.load(cos + angle + Q), tl.load(sin + angle + Q)
     width = H * 4 * Q
-    x += first * 3 * width + part * width
+    x += first * 2 * width + part * width
     y += first * width
     for h in range(0, H):
-        at = row[:, None] * (3 * width) + h * 4 * Q + d[None]
+        at = row[:, None] * (2 * width) + h * 4 * Q + d[None]
         a, b = load_pair(x, at, inside[:, None], Q)
-        at += Q - 3 * width if OFFSET else Q
-        c, d_ = load_pair(x, at, slow_inside[:, None], Q)
-        square = tl.sum(a * a + b * b, 1) + tl.sum(c * c + d_ * d_, 1)
+        at += Q - 2 * width if OFFSET else Q
+        slow_a, slow_b = load_pair(x, at, slow_inside[:, None], Q)
+        square = tl.sum(a * a + b * b, 1) + tl.sum(slow_a * slow_a + slow_b * slow_b, 1)
         r = tl.rsqrt(square / (4 * Q) + eps)
         tl.store(rstd + (first + row) * H + h, r, mask=inside)
         at, r = row[:, None] * width + h * 4 * Q + d[None], r[:, None]
         tl.store(y + at, r * (a * c_fast + b * s_fast), mask=inside[:, None])
-        tl.store(y + at + Q, r * (c * c_slow + d_ * s_slow), mask=inside[:, None])
+        tl.store(
+            y + at + Q, r * (slow_a * c_slow + slow_b * s_slow), mask=inside[:, None]
+        )
         tl.store(y + at + 2 * Q, r * (b * c_fast - a * s_fast), mask=inside[:, None])
-        tl.store(y + at + 3 * Q, r * (d_ * c_slow - c * s_slow), mask=inside[:, None])
+        tl.store(
+            y + at + 3 * Q, r * (slow_b * c_slow - slow_a * s_slow), mask=inside[:, None]
+        )
 
 
 @jit
@@ -335,15 +346,6 @@ def turn_back(a, b, y_a, y_b, mean, rstd, c, s):
     mean, rstd = mean[:, None], rstd[:, None]
     a, b = rstd * (a - y_a * mean), rstd * (b - y_b * mean)
     return a * c - b * s, b * c + a * s
-
-
-@jit
-def store_both(out, transposed, m, n, tile):
-    """Store a float32 tile as it is, and transposed."""
-    out.store([m, n], tile.to(out.dtype))
-    # Cast a second time, of sums that no compiler takes for the tile: of one cast, ptxas 12.8
-    # (Triton 3.6.0) reads every fourth byte before it is written.
-    transposed.store([n, m], (tile + 0.0).T.to(out.dtype))
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
