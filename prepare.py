@@ -7,6 +7,7 @@ Writes below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it):
     tokenizer/tokenizer.json             split pattern, special tokens, hash of the ranks
     rows/shard_00000.<key>.u16           packed rows of T + 1 ids, uint16, little endian
     manifest.json                        written last: what is there, its sizes and hashes
+Where there is a GPU, it then runs train.py up to its first step: that compiles into compiled/.
 It may be killed at any moment and started again: files appear whole or not at all, a
 download (shards/.<name>.<hash>.part) goes on where it broke, and a lock keeps a second
 preparation waiting.
@@ -113,8 +114,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prepare, or check what is prepared; exits with a sentence if that fails."""
+def compile_once() -> None:
+    """Run train.py up to its first step where there is a GPU, so that the next start is warm."""
+    import torch
+
+    if C.SMOKE or not torch.cuda.is_available():
+        return
+    from harness.rehearsal import rehearse  # imports all that a run does
+
+    print("compile: train.py once, up to its first step: a minute or two", flush=True)
+    print(rehearse(Path(C.__file__).parent / "train.py"), flush=True)
+
+
+def main(argv: list[str] | None = None, compiles: bool = False) -> None:
+    """Prepare, or check what is prepared; exits with a sentence if that fails.
+
+    compiles: compile what train.py does as well; not where train.py is what prepares.
+    """
     folder = data_dir()
     args = parse_arguments(argv)
     try:
@@ -133,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
         except RuntimeError as error:
             why = explain(error, args)
             print(f"attention: FlashAttention-3 was not fetched here; {why}")
+        if compiles:
+            compile_once()
     except (OSError, ValueError) as error:
         sys.exit(f"prepare.py: {explain(error, args)}")
     except KeyboardInterrupt:
@@ -149,4 +167,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_output()
-    main()
+    main(compiles=True)

@@ -15,6 +15,7 @@ In the order of the data:
     run            one experiment: clock, steps, checks, summary
     warmup         before the clock: compiles, finds the batch, names a dead edit
     dry_run        the full rules beside a smoke run: shapes without memory
+    rehearsal      a run up to its first step, so that the next one starts warm
     guard          what is refused outside the clock: training, and reading the rows
     repeat         whether the commit alone repeats the run
     evaluation     logits to bits per byte, and the checks that a model is one

@@ -219,11 +219,7 @@ class Run:
 
     # ---- After the clock ------------------------------------------------------------------------
     def evaluate(self, model: Model) -> float:
-        """Measure `model`, in evaluation mode, on the validation rows; training must be over.
-
-        In batches of as many rows as training's, which are compiled, or fewer if they do not fit.
-        That is tried on random ids: a model that runs out of memory has not seen the text.
-        """
+        """Measure `model`, in evaluation mode, on the validation rows; training must be over."""
         if self.clock.running or not self.num_steps or self.evaluated:
             why = "and do not break out of run.steps"
             raise RuntimeError(f"evaluate after training, once, {why}")
@@ -240,25 +236,32 @@ class Run:
         self.watch.look()
         start = time.perf_counter()
         rows = torch.from_numpy(self._val_rows.read_all()).to(self.device)
-
-        def try_size(size: int) -> None:
-            x, y = self.random_batch(size)
-            ids = torch.cat([x, y[:, -1:]], 1)  # (size, T + 1)
-            evaluate_bpb(model, ids, sizes, size, checks=1)
-
-        batch_size = gpu.find_batch_size(
-            try_size,
-            # Two rows show whether rows are mixed; float32 logits are there about thrice.
-            limit=min(max(self.batch_size, 2), C.EVAL_BATCH_ROWS),
-            row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,
-            device=self.device,
-        )
+        batch_size = self._fit_evaluation(model, sizes)
         val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
         self._refuse_extra_rows(len(rows))
         self.guard.evaluated()
         self.val_bpb = val_bpb
         self.eval_seconds = time.perf_counter() - start
         return self.val_bpb
+
+    def _fit_evaluation(self, model: Model, sizes: torch.Tensor) -> int:
+        """Return the rows of an evaluation's batch: training's, which are compiled, if they fit.
+
+        That is tried on random ids: a model that runs out of memory has not seen the text.
+        """
+
+        def try_size(size: int) -> None:
+            x, y = self.random_batch(size)
+            ids = torch.cat([x, y[:, -1:]], 1)  # (size, T + 1)
+            evaluate_bpb(model, ids, sizes, size, checks=1)
+
+        return gpu.find_batch_size(
+            try_size,
+            # Two rows show whether rows are mixed; float32 logits are there about thrice.
+            limit=min(max(self.batch_size, 2), C.EVAL_BATCH_ROWS),
+            row_bytes=3 * 4 * C.MAX_SEQ_LEN * C.VOCAB_SIZE,
+            device=self.device,
+        )
 
     def _refuse_extra_rows(self, evaluated: int = 0) -> None:
         """Refuse rows read beside those of the steps, a batch ahead, and of the evaluation."""

@@ -1,0 +1,118 @@
+"""The start of a first run, when data is prepared: the next process finds what it compiled."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import forks
+import pytest
+import runs
+import torch
+from conftest import copy_checkout
+
+import constants as C
+import prepare
+from harness import rehearsal
+from harness.rehearsal import rehearse
+
+ROOT = Path(C.__file__).parent
+# Stands for what train.py compiles: an operator, since plain torch would be compiled as C++.
+COMPILED = """
+import atexit, json
+import torch._functorch.config
+from torch._dynamo.utils import counters
+
+@torch.library.custom_op("t::scale", mutates_args=())
+def scale(x: torch.Tensor, k: float) -> torch.Tensor: return x * k
+scale.register_fake(lambda x, k: torch.empty_like(x))
+scale.register_autograd(
+    lambda ctx, g: (scale(g, 3.0), None), setup_context=lambda ctx, inputs, output: None
+)
+scaled = torch.compile(lambda x: scale(x, 3.0))
+"""
+COUNTED = """
+def main():
+    try:
+        start()
+    finally:
+        said = [k.rpartition("_")[2] for k in counters["aot_autograd"] if "_cache_" in k]
+        Path("said.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A copy of the repository whose train.py compiles an operator and notes the cache's hits."""
+    folder = copy_checkout(tmp_path / "checkout")
+    runs.apply(folder, [*runs.SMALLER, runs.NO_DRY_RUN])
+    text = (ROOT / "tests" / "minimal_train.py").read_text("utf-8")
+    for old, new in (
+        ("\nimport torch\n", "\nfrom pathlib import Path\nimport torch\n"),
+        ("\nN_EMBD =", COMPILED + "\nN_EMBD ="),
+        ("return self.lm_head(", "return self.lm_head(0 * scaled(x) + "),
+        ("def main(", "def start("),
+        ("\nif __name__", COUNTED + "\n\nif __name__"),
+    ):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "train.py").write_text(text, "utf-8")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    return folder
+
+
+def test_the_run_after_a_rehearsal_is_warm_and_the_first(checkout):
+    assert re.fullmatch(r"compile: done in \d+ s", rehearse(checkout / "train.py"))
+    said = json.loads((checkout / "said.json").read_text())
+    assert "miss" in said and "hit" not in said
+    (data,) = (checkout.parent / "cache").glob("*/manifest.json")
+    assert not (data.parent / "last_run.json").exists()
+    assert not [*checkout.glob("*.npz")]  # no model: nothing was trained
+    run = forks.run("train.py", folder=checkout)
+    assert run.returncode == 0 and "\nval_bpb: " in run.stdout, run.stdout + run.stderr
+    assert {*json.loads((checkout / "said.json").read_text())} == {"hit"}
+
+
+def test_a_rehearsal_that_fails_is_a_line(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("raise ValueError('DEPTH is what it is')")
+    (tmp_path / "harness").symlink_to(ROOT / "harness")
+    (tmp_path / "constants.py").symlink_to(ROOT / "constants.py")
+    line = rehearse(script)
+    assert line.startswith("compile: left to the first experiment")
+    assert line.endswith("ValueError: DEPTH is what it is")
+
+
+def test_a_rehearsal_that_takes_too_long_is_a_line(tmp_path, monkeypatch):
+    def run(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("python", timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert "timed out after 600 seconds" in rehearse(tmp_path / "train.py")
+
+
+@pytest.mark.parametrize(
+    "smoke, gpu, asked, rehearsed",
+    [
+        (False, True, True, 1),
+        (False, True, False, 0),  # train.py prepares: it compiles by itself
+        (False, False, True, 0),
+        (True, True, True, 0),
+    ],
+)
+def test_prepare_rehearses_where_there_is_a_gpu(
+    smoke, gpu, asked, rehearsed, monkeypatch, capsys
+):
+    scripts = []
+    monkeypatch.setattr(C, "SMOKE", smoke)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(prepare, "prepare", lambda *_: None)
+    monkeypatch.setattr(prepare, "load_flash_attention", lambda: None)
+    monkeypatch.setattr(
+        rehearsal, "rehearse", lambda s: scripts.append(s) or "compile: so"
+    )
+    prepare.main([], asked)
+    assert scripts == [ROOT / "train.py"] * rehearsed
+    assert ("compile: so" in capsys.readouterr().out) == rehearsed
