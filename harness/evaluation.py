@@ -92,7 +92,7 @@ class Probe:
         place = {"device": idx.device}
         self.first, self.idx = idx, idx.clone()
         self.base = logits[:kept].clone()  # a captured graph would write over it
-        self.total = logits.sum(dtype=torch.float32)  # not finite if a logit is not
+        self.total = logits.sum(dtype=torch.float64)  # not finite if a logit is not
         self.checks, self.done, self.used = checks, 0, 0
         self.period = min(REPLAYED, max(2, len(self.base)))
         self.cuts = torch.full((checks, B), T, **place)
@@ -112,7 +112,6 @@ class Probe:
 
         The first batch's rows that the last check replays stay: they show a slow drift.
         """
-        self.total += logits.sum(dtype=torch.float32)
         for row in rows:
             if not self.replays(row, self.checks - 1):
                 self.idx[row] = idx[row]
@@ -207,14 +206,17 @@ def check_model(
 
 
 @compiled
-def nats_of(logits: torch.Tensor, y: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the cross-entropies of y (B, T) where `counted`, in nats, float64.
+def nats_of(logits: torch.Tensor, y: torch.Tensor, counted: torch.Tensor):
+    """Return the sum of the cross-entropies of y (B, T) where `counted`, and that of the logits.
 
-    In float32, whatever the logits are; compiled, so that they are read once or twice.
+    In nats, float64; the second is not finite if a logit is not. Cross-entropies are in float32,
+    whatever the logits are; compiled, so that these are read once or twice.
     """
     wide = logits.float()
     own = wide.gather(-1, y[..., None]).squeeze(-1)
-    return ((wide.logsumexp(-1) - own) * counted).sum(dtype=torch.float64)
+    nats = (wide.logsumexp(-1) - own) * counted
+    totals = wide.sum(-1)  # by position, so that one kernel reads for both
+    return nats.sum(dtype=torch.float64), totals.sum(dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -249,7 +251,9 @@ def evaluate_bpb(
             probe.keep(idx, logits, range(number % stride, batch_size, stride))
         y = padded[:, 1:]
         nbytes = sizes[y].masked_fill(padding[:, None] >= n, 0)  # (B, T)
-        sums += torch.stack([nats_of(logits, y, nbytes > 0), nbytes.sum()])
+        nats, total = nats_of(logits, y, nbytes > 0)
+        probe.total += total  # of all batches
+        sums += torch.stack([nats, nbytes.sum()])
         del logits  # gigabytes, which the next call can use
         while probe.done < checks * (number + 1) // batches:
             probe.check(model)
