@@ -294,6 +294,17 @@ class Run:
         self.printed = True
 
 
+def start_compiler() -> None:
+    """Import torch.compile, and start the processes that compile an edit's kernels.
+
+    Those import torch for seconds; until then, this process would compile every kernel.
+    """
+    prepare_compiler()
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.use_process_pool()
+
+
 def open_run() -> Run | dry_run.DryRun:
     """Return the run on prepared data, preparing it first (and saying so) if there is none.
 
@@ -307,7 +318,7 @@ def open_run() -> Run | dry_run.DryRun:
         device = gpu.choose_device()
         use_compile_cache(ROOT / "train.py", data_dir().parent / "compiled")
         if device.type == "cuda":  # seconds, in which this thread opens data and GPU
-            threading.Thread(target=prepare_compiler, daemon=True).start()
+            threading.Thread(target=start_compiler, daemon=True).start()
         if not (data_dir() / "manifest.json").exists():
             import prepare  # here: train.py is rarely the first to need it
 

@@ -820,3 +820,24 @@ def test_a_file_that_changed_after_the_start_is_compiled_for_this_run_alone(
 
 if __name__ == "__main__":
     serve(json.loads(sys.argv[1]))
+
+
+WORKERS = """
+import constants
+import os, sys
+from harness.run import start_compiler
+start_compiler()
+from torch._inductor.async_compile import AsyncCompile
+AsyncCompile.wait_pool_ready()
+print("ready" if AsyncCompile.use_process_pool() else "not ready", flush=True)
+os._exit(0)  # as a run ends
+"""
+
+
+def test_the_processes_that_compile_are_there_before_the_first_kernel(tmp_path):
+    variables = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    variables["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
+    call = [sys.executable, "-c", WORKERS]
+    how = {"cwd": ROOT, "env": os.environ | variables, "text": True}
+    done = subprocess.run(call, stdout=subprocess.PIPE, **how)
+    assert done.stdout == "ready\n"
