@@ -25,6 +25,7 @@ Beside them:
 
     attention      the attention kernels, and the choice between them
     ops            fused operations of the model, each with its plain form
+    fp8            those that run in fp8, with their gradients
     kernels        the Triton kernels behind them
     compile_cache  where compiled code is kept between runs
     machine        what the machine needs before torch is loaded
