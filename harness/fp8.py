@@ -41,7 +41,7 @@ def matmul_fp8(
 
 
 def gradient_scale(*grads: torch.Tensor) -> torch.Tensor:
-    """Return what to multiply gradients (N, ...) by in e5m2, (1,), by a sample of their rows."""
+    """Return the scale of gradients (N, ...) in e5m2, (1,), by a sample of their rows."""
     stride = len(grads[0]) // GRAD_ROWS | 1  # odd: of all positions
     some = torch.cat([grad[::stride] for grad in grads])
     return (some.abs().amax().float() / GRAD_TOP).clamp_min(1e-30).view(1)
@@ -103,7 +103,7 @@ class QKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, cos, sin, offset):
         (B, T, C), D = x.shape, cos.size(-1)
-        x8, x8_t, ctx.x_scale, rstd = cast_normed(x.view(B * T, C))
+        x8, x8_t, ctx.x_scale, rstd = cast_normed(x.reshape(B * T, C))
         w8, w_scale = to_fp8(w)
         HD = len(w) // 3
         # v apart: attention keeps it, and would keep what is below q and k with it.

@@ -210,18 +210,11 @@ def qkv_gradient(
     out, transposed = q.new_empty(N, 3 * C, dtype=E5M2), q.new_empty(3 * C, N, dtype=E5M2)
     tables = (cos.contiguous(), sin.contiguous())
     tiles = (tiles_of(out, HEAD_ROWS, D // 4), tiles_of(transposed, D // 4, HEAD_ROWS))
-    for part, (grad, y, rstd) in enumerate(((dq, q, q_rstd), (dk, k, k_rstd))):
-        rotate_gradient_kernel[(triton.cdiv(N, HEAD_ROWS),)](
-            *(
-                grad.contiguous(),
-                y.contiguous(),
-                rstd.contiguous(),
-                *tables,
-                *tiles,
-                scale,
-            ),
-            *(N, T, H, part * C, offset and part == 1, HEAD_ROWS, D // 4),
-        )
+    grid = (triton.cdiv(N, HEAD_ROWS),)
+    for part, tensors in enumerate(((dq, q, q_rstd), (dk, k, k_rstd))):
+        tensors = (t.contiguous() for t in tensors)
+        numbers = (N, T, H, part * C, offset and part == 1, HEAD_ROWS, D // 4)
+        rotate_gradient_kernel[grid](*tensors, *tables, *tiles, scale, *numbers)
     cast_into(dv.reshape(N, C), scale, out, transposed, 2 * C)
     return out, transposed
 
