@@ -236,6 +236,7 @@ class Run:
         self.watch.look()
         start = time.perf_counter()
         rows = torch.from_numpy(self._val_rows.read_all()).to(self.device)
+        print(f"evaluation: {len(rows)} rows of {C.MAX_SEQ_LEN} tokens", flush=True)
         batch_size = self._fit_evaluation(model, sizes)
         val_bpb = evaluate_bpb(model, rows, sizes, batch_size)
         self._refuse_extra_rows(len(rows))

@@ -74,6 +74,16 @@ def test_it_says_that_it_prepares_first(job):
     assert said < next(i for i, line in enumerate(lines) if line.startswith("step "))
 
 
+def test_nobody_waits_for_the_evaluation_without_a_word(job):
+    *_, said = (
+        line for line in job.stdout.splitlines() if line.startswith("evaluation: ")
+    )
+    assert (
+        said
+        == f"evaluation: {C.EVAL_TOKENS // C.MAX_SEQ_LEN} rows of {C.MAX_SEQ_LEN} tokens"
+    )
+
+
 def test_it_ran_under_the_smoke_rules_within_the_budget(values):
     assert re.fullmatch("smoke-[0-9a-f]{8}", values["rules"])
     assert values["gpu"] == "none (cpu)" and values["seed"] == "42"
