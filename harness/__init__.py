@@ -27,6 +27,7 @@ Beside them:
     ops            fused operations of the model, each with its plain form
     fp8            those that run in fp8, with their gradients
     kernels        the Triton kernels behind them
+    kernel_check   whether these are right on this GPU
     compile_cache  where compiled code is kept between runs
     machine        what the machine needs before torch is loaded
     gpu            which GPU there is, and what fits its memory

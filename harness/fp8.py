@@ -15,11 +15,14 @@ E4M3_MAX = 448.0
 GRAD_TOP = 1024.0  # of a gradient's scaled entries, about; e5m2 ends at 57344
 GRAD_ROWS = 2048  # of a gradient, whose largest entry sets its scale
 
+trusted = True  # until kernel_check.py finds an error
+
 
 def runs_fp8(x: torch.Tensor, *lengths: int) -> bool:
     """Return whether products of x (..., C) run in fp8: in bf16, where kernels.py runs."""
     fits = all(n % 16 == 0 for n in (x[..., 0].numel(), x.size(-1), *lengths))
-    return x.is_cuda and x.dtype == torch.bfloat16 and fits and has_tensor_memory_access()
+    fits = fits and trusted and x.dtype == torch.bfloat16
+    return x.is_cuda and fits and has_tensor_memory_access()
 
 
 def has_tensor_memory_access() -> bool:

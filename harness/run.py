@@ -22,6 +22,7 @@ from harness.evaluation import Model, evaluate_bpb
 from harness.files import data_dir
 from harness.guard import Guard, LateGraphs
 from harness.health import Watch
+from harness.kernel_check import check_kernels
 from harness.loader import Batch, Rows, load_batches
 from harness.machine import advise_late_start
 from harness.ops import prepare_compiler
@@ -118,6 +119,7 @@ class Run:
         """
         batch = plan_batch(total_batch_size, device_batch_size)
         with self.guard.warm_up():
+            check_kernels(self.device)
             self.batch_size, self.micro_steps = warm_up(
                 *(self.random_batch, model, optimizers, train_step, batch),
                 *(row_bytes, self.device, may_stand_still),
