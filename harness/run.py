@@ -297,12 +297,14 @@ class Run:
         self.printed = True
 
 
-def start_compiler() -> None:
-    """Import torch.compile, and start the processes that compile an edit's kernels.
+def start_compiler(opened: threading.Event) -> None:
+    """Import torch.compile; once the run is open, start the processes that compile kernels.
 
-    Those import torch for seconds; until then, this process would compile every kernel.
+    Those import torch for seconds; until then, this process would compile every kernel. One that
+    ends without a run would wait for them, up to 300 s.
     """
     prepare_compiler()
+    opened.wait()
     from torch._inductor.async_compile import AsyncCompile
 
     AsyncCompile.use_process_pool()
@@ -316,12 +318,12 @@ def open_run() -> Run | dry_run.DryRun:
     keep_output()
     if C.DRY_RUN:
         return dry_run.DryRun()
-    since = C.STARTED_AT
+    since, opened = C.STARTED_AT, threading.Event()
     try:
         device = gpu.choose_device()
         use_compile_cache(ROOT / "train.py", data_dir().parent / "compiled")
         if device.type == "cuda":  # seconds, in which this thread opens data and GPU
-            threading.Thread(target=start_compiler, daemon=True).start()
+            threading.Thread(target=start_compiler, args=[opened], daemon=True).start()
         if not (data_dir() / "manifest.json").exists():
             import prepare  # here: train.py is rarely the first to need it
 
@@ -334,6 +336,7 @@ def open_run() -> Run | dry_run.DryRun:
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
     guard.demand_result(run)
+    opened.set()
     guard.refuse_to_open(data_dir(), ROOT)
     run.guard.start()
     return run

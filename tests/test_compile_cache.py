@@ -824,9 +824,11 @@ if __name__ == "__main__":
 
 WORKERS = """
 import constants
-import os, sys
+import os, sys, threading
 from harness.run import start_compiler
-start_compiler()
+opened = threading.Event()
+opened.set()
+start_compiler(opened)
 from torch._inductor.async_compile import AsyncCompile
 AsyncCompile.wait_pool_ready()
 print("ready" if AsyncCompile.use_process_pool() else "not ready", flush=True)

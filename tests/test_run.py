@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import STEP_LINE, copy_checkout, sentence
 from torch._dynamo.utils import counters
+from torch._inductor.async_compile import AsyncCompile
 
 import constants as C
 import prepare
@@ -189,6 +190,19 @@ def test_no_data_and_no_network(full_rules, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "choose_device", lambda: torch.device("cuda"))
     assert C.DATASET in sentence(open_run)
     assert not (data_dir() / "manifest.json").exists()
+
+
+def test_a_run_that_cannot_start_does_not_wait_300_s_for_processes_that_compile(
+    prepared_copy, monkeypatch
+):
+    garbage(prepared_copy / "manifest.json")
+    started = []
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: started.append(True))
+    monkeypatch.setattr("harness.run.prepare_compiler", lambda: None)  # is imported
+    monkeypatch.setattr(gpu, "choose_device", lambda: torch.device("cuda"))
+    assert "manifest.json" in sentence(open_run)
+    time.sleep(0.5)
+    assert not started
 
 
 def rows_of(folder: Path, split: str) -> Path:
