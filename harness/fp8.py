@@ -105,8 +105,8 @@ class QKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, cos, sin, offset):
-        (B, T, C), D = x.shape, cos.size(-1)
-        x8, x8_t, ctx.x_scale, rstd = cast_normed(x.reshape(B * T, C))
+        (B, T, _), D = x.shape, cos.size(-1)
+        x8, x8_t, ctx.x_scale, rstd = cast_normed(x.flatten(0, 1))
         w8, w_scale = to_fp8(w)
         HD = len(w) // 3
         # v apart: attention keeps it, and would keep what is below q and k with it.

@@ -90,7 +90,9 @@ def norm_qkv(
     """
     D = cos.size(-1)
     w = torch.cat([w_q, w_k, w_v])  # one product
-    if runs_fp8(x, len(w)) and len(w_q) == len(w_k) == len(w_v) and D in (64, 128, 256):
+    fits = len(w_q) == len(w_k) == len(w_v) and D in (64, 128, 256)
+    fits = fits and cos.shape == sin.shape == (x.size(1), 1, D)  # else they are broadcast
+    if fits and runs_fp8(x, len(w)):
         return fp8.QKV.apply(x, w, cos, sin, offset)
     qkv = F.linear(F.rms_norm(x, x.shape[-1:], eps=EPS), w.to(x.dtype))
     heads = [len(part) // D for part in (w_q, w_k, w_v)]

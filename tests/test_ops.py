@@ -173,6 +173,32 @@ class PlainKernels:
         slope = 2 * squares.float().sqrt().T
         return self.both(a.float() @ b.float().T * scale * slope, self.E5M2)
 
+    @staticmethod
+    def moved(qkv, offset):
+        """Return q, k, v of what the product is, (B, T, 3, H, D)."""
+        q, k, v = qkv.float().unbind(2)
+        if offset:
+            slow = torch.arange(k.size(-1)) % (k.size(-1) // 2) >= k.size(-1) // 4
+            k = torch.where(slow, F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)), k)
+        return q, k, v
+
+    def rotate(self, x, cos, sin, part, offset):
+        t = self.moved(torch.cat([x, x[:, :, :1]], 2), offset)[part]
+        rstd = (t.square().mean(-1) + EPS).rsqrt()
+        return ops.rotary_norm(t, cos, sin).to(x.dtype), rstd
+
+    def qkv_gradient(self, dq, dk, dv, q, k, q_rstd, k_rstd, cos, sin, offset, scale):
+        parts = []
+        for grad, y, rstd in ((dq, q, q_rstd), (dk, k, k_rstd)):
+            grad, y, half = grad.float(), y.float(), y.size(-1) // 2
+            dx = rstd[..., None] * (grad - y * (grad * y).mean(-1, keepdim=True))
+            parts.append(dx * cos - dx.roll(half, -1) * sin)
+        before = torch.zeros(*q.shape[:2], 3, *q.shape[2:], requires_grad=True)
+        with torch.enable_grad():
+            after = torch.stack(self.moved(before, offset), 2)
+        (made,) = torch.autograd.grad(after, before, torch.stack([*parts, dv.float()], 2))
+        return self.both(made.flatten(2).flatten(0, 1) * scale, self.E5M2)
+
 
 @pytest.fixture
 def plain_kernels(monkeypatch):
@@ -334,6 +360,45 @@ def test_queries_keys_and_values_and_their_gradients_are_those_of_float64(
 
     found = errors(op, exact, [x, w], weights)
     assert max(found) < tolerance, found
+
+
+def qkv_inputs(size: int = 64):
+    """Return x (2, T, 96) and the matrices of 3 heads below one another."""
+    torch.manual_seed(0)
+    x = 5 * torch.randn(2, T, 96, dtype=torch.bfloat16)
+    return x, torch.randn(3 * 3 * size, 96) * 96**-0.5
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("used", [(0, 1, 2), (0,), (1,), (2,)])  # outputs with a gradient
+@pytest.mark.parametrize("in_rows", [True, False])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_fp8_queries_and_keys_take_any_strides_and_an_output_that_nobody_reads(
+    plain_kernels, offset, used, in_rows, weights
+):
+    x, w = qkv_inputs()
+    x = x if in_rows else x.mT.contiguous().mT
+    weight = torch.randn(3, 2, T, 3, 64, dtype=torch.bfloat16)[[*used]]
+
+    def op(x, w):
+        out = fp8.QKV.apply(x, w, *tables(64), offset)
+        return torch.stack([out[i] for i in used])
+
+    def exact(x, w):
+        return exact_qkv(x, w, 64, offset)[[*used]]
+
+    found = errors(op, exact, [x, w.to(weights)], weight)
+    assert max(found) < 0.1, found
+
+
+def test_angles_that_differ_by_head_are_not_read_as_those_of_one(monkeypatch):
+    """They are broadcast by the plain form, and the kernels know one table for all heads."""
+    monkeypatch.setattr(ops, "runs_fp8", lambda *_: True)  # as on Hopper
+    monkeypatch.setattr(fp8, "QKV", None)
+    x, w = qkv_inputs()
+    cos, sin = (t.repeat(1, 3, 1) for t in tables(64))  # (T, H, D)
+    q, _, _ = ops.norm_qkv(x, *w.chunk(3), cos, sin, False)
+    assert q.shape == (2, T, 3, 64)
 
 
 def test_fewer_heads_of_keys_and_values_than_of_queries():
