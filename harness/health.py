@@ -67,11 +67,15 @@ def measure_health(device: torch.device) -> Health:
         gb_per_sec = measure_rate(lambda: c.copy_(a), 2 * a.nbytes / 1e9)
     except torch.OutOfMemoryError:
         tflops = gb_per_sec = math.nan
+    return Health(tflops, gb_per_sec, find_company(device))
+
+
+def find_company(device: torch.device, parent: int | None = None) -> str:
+    """Return what `judge_company` says of the GPU now; a process `parent` does not count."""
     free, total = torch.cuda.mem_get_info(device)
     foreign = total - free - torch.cuda.memory_reserved(device)
-    pids = list_gpu_processes(device)
-    company = judge_company(pids, foreign if gpu.has_own_memory(device) else None)
-    return Health(tflops, gb_per_sec, company)
+    pids = [pid for pid in list_gpu_processes(device) if pid != parent]
+    return judge_company(pids, foreign if gpu.has_own_memory(device) else None)
 
 
 def list_gpu_processes(device: torch.device) -> list[int]:

@@ -7,9 +7,12 @@ is in the compile cache. Nothing is trained or measured, and nothing depends on 
 import constants  # noqa: F401  (first: it sets what torch reads)
 
 # isort: split
+import os
 import runpy
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -17,12 +20,19 @@ from typing import NoReturn
 import torch
 
 from harness import run
+from harness.files import data_dir
+from harness.health import find_company
 
 SECONDS = 600  # at most
 
 
 class Rehearsal(run.Run):
     """Stands in for `run.Run` up to the warm-up, which ends the process with status 0."""
+
+    def __init__(self, folder: Path, device: torch.device, since: float | None = None):
+        if device.type == "cuda" and find_company(device, os.getppid()) == "shared":
+            sys.exit("another process uses the GPU, and may be measuring")
+        super().__init__(folder, device, since)
 
     def warm_up(self, model: torch.nn.Module, *args, **kwargs) -> NoReturn:
         super().warm_up(model, *args, **kwargs)
@@ -35,22 +45,39 @@ class Rehearsal(run.Run):
 
 def rehearse(script: Path) -> str:
     """Run `script` up to its first step; return a line on how that went."""
-    call = [sys.executable, "-m", __name__, str(script)]
-    how = {"capture_output": True, "text": True, "errors": "replace", "timeout": SECONDS}
+    call = [sys.executable, "-u", "-m", __name__, str(script)]
+    # data_dir: the same, though a relative path would be another from there.
+    env = os.environ | {"AUTORESEARCH_CACHE": str(data_dir().parent)}
+    how = {"cwd": script.parent, "env": env, "timeout": SECONDS}
     start = time.perf_counter()
+    stdin, kept = os.pipe()  # it ends with this process, and the other with it
     try:
-        done = subprocess.run(call, cwd=script.parent, **how)
-        said = (done.stderr + done.stdout).strip().splitlines() or ["it said nothing"]
-        problem = said[-1] if done.returncode else None
+        # No pipe, which would wait for what it leaves behind.
+        with tempfile.TemporaryFile() as log:
+            done = subprocess.run(call, stdin=stdin, stdout=log, stderr=log, **how)
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines()
+        problem = (said or ["it said nothing"])[-1] if done.returncode else None
+        if done.returncode < 0:
+            problem = f"signal {-done.returncode} ended it"
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
+    finally:
+        os.close(stdin)
+        os.close(kept)
     if problem:
         return f"compile: left to the first experiment, which starts later; {problem}"
     return f"compile: done in {time.perf_counter() - start:.0f} s"
 
 
+def end_with_parent() -> None:
+    os.read(0, 1)  # nothing comes
+    os._exit(1)
+
+
 def main(script: Path) -> None:
     """Run `script` as the process that `rehearse` starts."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     run.Run = Rehearsal
     run.compare_with_last = lambda *_: None  # the first run itself will say
     runpy.run_path(str(script), run_name="__main__")

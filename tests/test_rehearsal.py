@@ -1,8 +1,12 @@
 """The start of a first run, when data is prepared: the next process finds what it compiled."""
 
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import forks
@@ -13,7 +17,8 @@ from conftest import copy_checkout
 
 import constants as C
 import prepare
-from harness import rehearsal
+from harness import gpu, health, rehearsal
+from harness.files import data_dir
 from harness.rehearsal import rehearse
 
 ROOT = Path(C.__file__).parent
@@ -75,14 +80,80 @@ def test_the_run_after_a_rehearsal_is_warm_and_the_first(checkout):
     assert {*json.loads((checkout / "said.json").read_text())} == {"hit"}
 
 
-def test_a_rehearsal_that_fails_is_a_line(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text("raise ValueError('DEPTH is what it is')")
+def wait_until(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The path of a train.py beside harness/, to be written."""
     (tmp_path / "harness").symlink_to(ROOT / "harness")
     (tmp_path / "constants.py").symlink_to(ROOT / "constants.py")
+    return tmp_path / "train.py"
+
+
+def test_a_rehearsal_that_fails_is_a_line(script):
+    script.write_text("print('attention: fa3'); raise ValueError('DEPTH is what it is')")
     line = rehearse(script)
     assert line.startswith("compile: left to the first experiment")
     assert line.endswith("ValueError: DEPTH is what it is")
+
+
+def test_a_rehearsal_that_is_killed_is_a_line(script):
+    script.write_text(
+        "import os; print('attention: fa3', flush=True); os.kill(os.getpid(), 9)"
+    )
+    assert rehearse(script).endswith("; signal 9 ended it")
+
+
+def test_a_rehearsal_uses_the_data_of_a_relative_folder(script, tmp_path, monkeypatch):
+    script.write_text("from harness.files import data_dir; raise ValueError(data_dir())")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", "cache")
+    assert rehearse(script).endswith(f": {data_dir()}")
+
+
+def test_a_rehearsal_does_not_wait_for_a_process_that_train_py_left_behind(script):
+    script.write_text(
+        "import subprocess; child = subprocess.Popen(['sleep', '50']); raise ValueError(child.pid)"
+    )
+    start = time.monotonic()
+    line = rehearse(script)
+    assert time.monotonic() - start < 40
+    os.kill(int(line.split()[-1]), signal.SIGKILL)
+
+
+def test_a_rehearsal_ends_when_prepare_py_is_killed(script, tmp_path):
+    script.write_text(
+        "import os, time; from pathlib import Path\n"
+        "Path('pid').write_text(str(os.getpid())); time.sleep(50); Path('late').touch()"
+    )
+    code = f"from harness.rehearsal import *; rehearse(Path({str(script)!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text(), 60)
+    parent.kill()
+    parent.wait()
+    stat = Path("/proc", pid.read_text(), "stat")
+    wait_until(lambda: not stat.exists() or ") Z " in stat.read_text(), 10)
+
+
+def test_a_rehearsal_leaves_a_gpu_alone_that_another_process_uses(monkeypatch, tmp_path):
+    found = [4, os.getppid()]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(gpu, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(health, "list_gpu_processes", lambda device: found)
+    found += [os.getpid()]
+    with pytest.raises(SystemExit, match="another process uses the GPU"):
+        rehearsal.Rehearsal(tmp_path, torch.device("cuda"))
+    found.remove(4)  # prepare.py itself is left
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        rehearsal.Rehearsal(tmp_path, torch.device("cuda"))
 
 
 def test_a_rehearsal_that_takes_too_long_is_a_line(tmp_path, monkeypatch):
