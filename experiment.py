@@ -332,7 +332,7 @@ def main() -> int:
         if function not in (status, report):
             add("--minutes", type=float, default=8, help="to wait at most (%(default)s)")
     # An idea such as "-x" is no option: a blank hides it from argparse.
-    dash = r"^-(?!h$|-(help|minutes|gpus|budget)(=|$))"
+    dash = r"^-(?!h$|-$|-(help|minutes|gpus|budget)(=|$))"
     argv = [re.sub(dash, " -", word) for word in sys.argv[1:]]
     args = vars(parser.parse_args(argv))
     try:

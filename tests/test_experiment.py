@@ -166,6 +166,12 @@ def test_an_idea_is_the_commits_subject_whatever_git_cleans_up(clone, idea):
     assert clone.said()[-1] == f"keep {idea}, seed 42"
 
 
+def test_an_idea_behind_two_dashes_is_one(clone):
+    clone.edit(0.43)
+    clone.do("run", "--", "-x")
+    assert clone.said()[-1] == "keep -x, seed 42"
+
+
 def test_a_run_sees_its_gpu_and_no_virtual_env(fresh):
     fresh.env["VIRTUAL_ENV"] = "/elsewhere"
     fresh.do("start", "nov24", "--gpus", "3")
