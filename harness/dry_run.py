@@ -16,6 +16,7 @@ import torch
 
 import constants as C
 from harness.evaluation import call_model
+from harness.machine import end_with
 from harness.warmup import check_groups, plan_batch
 
 SECONDS = 120  # for imports on a busy machine; the work itself takes two or three
@@ -29,6 +30,7 @@ class DryRun:
     def __init__(self):
         from torch._subclasses import fake_tensor  # here: no other run needs it
 
+        end_with(os.getppid())  # also if its warm-up fails, and nobody waits for this
         gc.disable()  # a tenth of the time of a process this short
 
         fake_tensor.FakeTensorMode().__enter__()  # from here on every tensor is a shape

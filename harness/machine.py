@@ -7,6 +7,8 @@ import gc
 import getpass
 import os
 import platform
+import threading
+import time
 
 
 def is_wsl() -> bool:
@@ -65,3 +67,15 @@ def advise_late_start(seconds: float) -> str:
         return "compile less, or the machine is busy"
     busy = f"the machine is busy: other processes had the cores for {waited:.0f} s"
     return f"{busy}; end them or wait, and run again as it is"
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after `parent`, which started it, has ended; not on Windows."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.name != "nt":  # a process there keeps its parent's id
+        threading.Thread(target=watch, daemon=True).start()

@@ -12,7 +12,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +21,7 @@ import torch
 from harness import run
 from harness.files import data_dir
 from harness.health import find_company
+from harness.machine import end_with
 
 SECONDS = 600  # at most
 
@@ -45,16 +45,17 @@ class Rehearsal(run.Run):
 
 def rehearse(script: Path) -> str:
     """Run `script` up to its first step; return a line on how that went."""
-    call = [sys.executable, "-u", "-m", __name__, str(script)]
+    call = [sys.executable, "-u", "-m", __name__, str(script), str(os.getpid())]
     # data_dir: the same, though a relative path would be another from there.
     env = os.environ | {"AUTORESEARCH_CACHE": str(data_dir().parent)}
     how = {"cwd": script.parent, "env": env, "timeout": SECONDS}
     start = time.perf_counter()
-    stdin, kept = os.pipe()  # it ends with this process, and the other with it
     try:
         # No pipe, which would wait for what it leaves behind.
         with tempfile.TemporaryFile() as log:
-            done = subprocess.run(call, stdin=stdin, stdout=log, stderr=log, **how)
+            done = subprocess.run(
+                call, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how
+            )
             log.seek(0)
             said = log.read().decode(errors="replace").strip().splitlines()
         problem = (said or ["it said nothing"])[-1] if done.returncode else None
@@ -62,26 +63,18 @@ def rehearse(script: Path) -> str:
             problem = f"signal {-done.returncode} ended it"
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
-    finally:
-        os.close(stdin)
-        os.close(kept)
     if problem:
         return f"compile: left to the first experiment, which starts later; {problem}"
     return f"compile: done in {time.perf_counter() - start:.0f} s"
 
 
-def end_with_parent() -> None:
-    os.read(0, 1)  # nothing comes
-    os._exit(1)
-
-
-def main(script: Path) -> None:
+def main(script: str, parent: str) -> None:
     """Run `script` as the process that `rehearse` starts."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with(int(parent))
     run.Run = Rehearsal
     run.compare_with_last = lambda *_: None  # the first run itself will say
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*sys.argv[1:])

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +169,19 @@ def sentence(main, *args) -> str:
     assert isinstance(caught.value.code, str), "the exit status would be 0"
     assert "\n" not in caught.value.code and len(caught.value.code) < 800
     return caught.value.code
+
+
+def wait_until(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def wait_for_end(pid: int, seconds: float = 10) -> None:
+    """Wait for the end of a process that may be nobody's child, as a zombie or for good."""
+    stat = Path("/proc", str(pid), "stat")
+    wait_until(lambda: not stat.exists() or ") Z " in stat.read_text(), seconds)
 
 
 def copy_checkout(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from conftest import copy_checkout
+from conftest import copy_checkout, wait_for_end, wait_until
 
 import constants as C
 from harness import dry_run, run
@@ -103,6 +103,26 @@ def test_it_works_beside_the_warm_up_which_does_not_wait_for_it(prepared, monkey
     batch = {"total_batch_size": C.FULL_SEQ_LEN, "device_batch_size": 1}
     ours.warm_up(model, [], None, **batch)
     assert calls == ["warm-up", "dry run"]
+
+
+PARENT = """
+import os, subprocess, sys
+os.environ |= {"AUTORESEARCH_SMOKE": "0", "AUTORESEARCH_DRY_RUN": "1"}
+subprocess.run([sys.executable, "train.py"])
+"""
+
+
+def test_a_dry_run_that_hangs_ends_with_a_smoke_run_that_failed_before_it(tmp_path):
+    folder = copy_checkout(tmp_path / "checkout")
+    hangs = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(50)"
+    parts = {"positions": "C.MAX_SEQ_LEN", "line": hangs, "total": "2**17"}
+    (folder / "train.py").write_text(SCRIPT.format(**parts), "utf-8")
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=folder)
+    pid = folder / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text(), 60)
+    parent.kill()
+    parent.wait()
+    wait_for_end(int(pid.read_text()))
 
 
 def finish(code: str) -> str:

@@ -13,7 +13,7 @@ import forks
 import pytest
 import runs
 import torch
-from conftest import copy_checkout
+from conftest import copy_checkout, wait_for_end, wait_until
 
 import constants as C
 import prepare
@@ -80,13 +80,6 @@ def test_the_run_after_a_rehearsal_is_warm_and_the_first(checkout):
     assert {*json.loads((checkout / "said.json").read_text())} == {"hit"}
 
 
-def wait_until(true, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def script(tmp_path):
     """The path of a train.py beside harness/, to be written."""
@@ -138,8 +131,7 @@ def test_a_rehearsal_ends_when_prepare_py_is_killed(script, tmp_path):
     wait_until(lambda: pid.exists() and pid.read_text(), 60)
     parent.kill()
     parent.wait()
-    stat = Path("/proc", pid.read_text(), "stat")
-    wait_until(lambda: not stat.exists() or ") Z " in stat.read_text(), 10)
+    wait_for_end(int(pid.read_text()))
 
 
 def test_a_rehearsal_leaves_a_gpu_alone_that_another_process_uses(monkeypatch, tmp_path):
