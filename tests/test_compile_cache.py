@@ -165,7 +165,10 @@ def run(name, function):
     torch._dynamo.reset()
     counters.clear()
     x = torch.ones(1, 1, requires_grad=True)
-    y = torch.compile(function)(x)
+    try:
+        y = torch.compile(function)(x)
+    except RuntimeError as error:  # of code from before: from torch 2.14 on, it checks dtypes
+        return str(error), []
     if y.requires_grad:
         y.backward()
     said = [key.rpartition("_")[2] for key in counters["aot_autograd"] if "_cache_" in key]
@@ -262,7 +265,7 @@ def runs(tmp_path_factory) -> dict[str, list]:
         pytest.fail(done.stderr[-4000:])
 
 
-def values(run: list) -> dict[str, float]:
+def values(run: list) -> dict[str, float | str]:
     return {kind: value for kind, (value, _) in run[1].items()}
 
 
@@ -283,7 +286,9 @@ def test_an_edit_of_each_kind_has_a_folder_of_its_own(kind, tmp_path):
 
 def test_without_the_hash_the_cache_answers_with_the_code_from_before(runs):
     before, after = values(runs["unguarded"]), values(runs["unguarded, edited"])
-    assert {kind for kind in after if after[kind] == before[kind]} == set(STALE)
+    refused = {kind for kind in after if "expected dtype" in str(after[kind])}
+    assert refused <= {"fake kernel"}
+    assert {kind for kind in after if after[kind] == before[kind]} == set(STALE) - refused
 
 
 def test_a_run_after_no_edit_is_warm(runs):
