@@ -23,6 +23,8 @@ def set_environment(smoke: bool) -> None:
     if not is_wsl():  # where the first allocation of such a segment may fail
         # In one growing segment no batch is lost to gaps.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Triton's default up to 3.9, which it says will change: that would change what kernels compute.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if smoke:  # threads that wait do not spin
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -56,6 +56,16 @@ def test_the_first_allocation_under_wsl2_does_not_fail_on_growing_segments(
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
+# ---- Triton -------------------------------------------------------------------------------------
+def test_kernels_round_alike_when_tritons_default_changes(monkeypatch):
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    machine.set_environment(False)
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    machine.set_environment(False)  # the user may know better
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "0"
+
+
 # ---- Memory that is not the GPU's alone ---------------------------------------------------------
 @pytest.mark.parametrize(
     "integrated, dxg, pids, word",
