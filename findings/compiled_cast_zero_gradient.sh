@@ -10,7 +10,7 @@
 #   eager      with the cast 0.8776, without 0.8776
 #   aot_eager  with the cast 0.0000, without 0.8776
 #   inductor   with the cast 0.0000, without 0.8776
-# Fails if that changes. Way out: cast only if the dtype differs.
+# Fails if that changes. Way out: cast only if the dtype differs. torch 2.12.1 to 2.15.0 are right.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -11,7 +11,8 @@
 #
 # Output seen (2026-11-30, Python 3.12, Linux x86-64, no GPU needed), for both versions:
 #   LOP3.LUT R0, R0, 0xffff, RZ, 0xc0, !PT
-# Fails if that changes.
+# Fails if that changes. ptxas 13.1.80, 13.3.33 and 13.4.59 (Triton 3.7.1, 3.8.0, 3.9.0) are right,
+# but Triton takes those for sm_90 from 3.9.0 on only; 3.7.1 takes its 12.8.93, 3.8.0 its 12.9.86.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
