@@ -58,6 +58,11 @@ def test_the_lock_file_names_the_public_index_alone():
 def test_torch_is_pinned_to_the_version_that_was_measured():
     torch = [p for p in toml("uv.lock")["package"] if p["name"] == "torch"]
     assert {p["version"] for p in torch} == {"2.11.0"}
+    # Others that were tried may be installed: docs/install.md says which, and how.
+    assert "torch>=2.11,<2.16" in toml("pyproject.toml")["project"]["dependencies"]
+    page = (ROOT / "docs/install.md").read_text("utf-8")
+    tried = {int(n) for n in re.findall(r"^\| 2\.(\d+)\.\d+ \|", page, re.M)}
+    assert tried == {*range(11, 16)}
 
 
 def test_a_clone_with_lines_as_windows_ends_them_has_the_same_rules(tmp_path):
