@@ -18,6 +18,7 @@ def check_kernels(device: torch.device) -> None:
     """Have products run in plain torch from here on, and say so, if those in fp8 are wrong."""
     if not fp8.runs_fp8(torch.empty(*ROWS, WIDTH, dtype=torch.bfloat16, device=device)):
         return
+    ops.prepare_compiler()  # not while another thread imports it: Triton would be half there
     for name, error in largest_errors(device).items():
         if not error < MAX_ERROR:  # nor NaN
             fp8.trusted = False
