@@ -92,7 +92,8 @@ class Probe:
         place = {"device": idx.device}
         self.first, self.idx = idx, idx.clone()
         self.base = logits[:kept].clone()  # a captured graph would write over it
-        self.total = logits.sum(dtype=torch.float64)  # not finite if a logit is not
+        # Of all logits, by whoever has them: not finite if one of them is not.
+        self.total = torch.zeros((), dtype=torch.float64, device=idx.device)
         self.checks, self.done, self.used = checks, 0, 0
         self.period = min(REPLAYED, max(2, len(self.base)))
         self.cuts = torch.full((checks, B), T, **place)
@@ -199,6 +200,7 @@ def check_model(
     """
     logits = call_model(model, idx)
     probe = Probe(idx, logits, checks, kept)
+    probe.total += logits.sum(dtype=torch.float32)
     del logits  # gigabytes, which the next call can use
     for _ in range(checks):
         probe.check(model)
@@ -252,7 +254,7 @@ def evaluate_bpb(
         y = padded[:, 1:]
         nbytes = sizes[y].masked_fill(padding[:, None] >= n, 0)  # (B, T)
         nats, total = nats_of(logits, y, nbytes > 0)
-        probe.total += total  # of all batches
+        probe.total += total
         sums += torch.stack([nats, nbytes.sum()])
         del logits  # gigabytes, which the next call can use
         while probe.done < checks * (number + 1) // batches:
