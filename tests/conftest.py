@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -182,6 +183,14 @@ def wait_for_end(pid: int, seconds: float = 10) -> None:
     """Wait for the end of a process that may be nobody's child, as a zombie or for good."""
     stat = Path("/proc", str(pid), "stat")
     wait_until(lambda: not stat.exists() or ") Z " in stat.read_text(), seconds)
+
+
+def ends_with_its_parent(parent: subprocess.Popen, pid: Path) -> None:
+    """Kill `parent` once its child has written its process id to a file; wait for the child."""
+    wait_until(lambda: pid.exists() and pid.read_text(), 60)
+    parent.kill()
+    parent.wait()
+    wait_for_end(int(pid.read_text()))
 
 
 def copy_checkout(folder: Path) -> Path:

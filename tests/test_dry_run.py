@@ -8,7 +8,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from conftest import copy_checkout, wait_for_end, wait_until
+from conftest import copy_checkout, ends_with_its_parent
 
 import constants as C
 from harness import dry_run, run
@@ -118,11 +118,7 @@ def test_a_dry_run_that_hangs_ends_with_a_smoke_run_that_failed_before_it(tmp_pa
     parts = {"positions": "C.MAX_SEQ_LEN", "line": hangs, "total": "2**17"}
     (folder / "train.py").write_text(SCRIPT.format(**parts), "utf-8")
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=folder)
-    pid = folder / "pid"
-    wait_until(lambda: pid.exists() and pid.read_text(), 60)
-    parent.kill()
-    parent.wait()
-    wait_for_end(int(pid.read_text()))
+    ends_with_its_parent(parent, folder / "pid")
 
 
 def finish(code: str) -> str:

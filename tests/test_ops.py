@@ -154,7 +154,7 @@ def test_no_row_of_the_fused_mlp_depends_on_another():
 
 
 class PlainKernels:
-    """What the kernels of the fp8 MLP do, in torch on a CPU."""
+    """What the kernels behind fp8.py do, in torch on a CPU."""
 
     E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -200,13 +200,19 @@ class PlainKernels:
         return self.both(made.flatten(2).flatten(0, 1) * scale, self.E5M2)
 
 
-@pytest.fixture
-def plain_kernels(monkeypatch):
+def use_kernels(patch: pytest.MonkeyPatch, kernels: PlainKernels) -> None:
+    """Have fp8.py use these, and a product that a CPU has."""
+
     def matmul(a, b, scale, dtype=torch.float32):
         return (a.float() @ b.float().T * scale).to(dtype)
 
-    monkeypatch.setattr(fp8, "kernels", PlainKernels())
-    monkeypatch.setattr(fp8, "matmul_fp8", matmul)
+    patch.setattr(fp8, "kernels", kernels)
+    patch.setattr(fp8, "matmul_fp8", matmul)
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    use_kernels(monkeypatch, PlainKernels())
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ import forks
 import pytest
 import runs
 import torch
-from conftest import copy_checkout, wait_for_end, wait_until
+from conftest import copy_checkout, ends_with_its_parent
 
 import constants as C
 import prepare
@@ -127,11 +127,7 @@ def test_a_rehearsal_ends_when_prepare_py_is_killed(script, tmp_path):
     )
     code = f"from harness.rehearsal import *; rehearse(Path({str(script)!r}))"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    pid = tmp_path / "pid"
-    wait_until(lambda: pid.exists() and pid.read_text(), 60)
-    parent.kill()
-    parent.wait()
-    wait_for_end(int(pid.read_text()))
+    ends_with_its_parent(parent, tmp_path / "pid")
 
 
 def test_a_rehearsal_leaves_a_gpu_alone_that_another_process_uses(monkeypatch, tmp_path):
