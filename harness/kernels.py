@@ -4,7 +4,10 @@ Every number is an argument: Triton's cache does not see what a kernel reads els
 operators are what torch.compile sees of them. A part of the rules.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch.library import register_fake
 
 EPS = 1e-7  # added to a mean square, so that a vector of zeros has a norm
 
@@ -24,6 +27,28 @@ OPTIONS = {  # whether it is the gradient: columns of the operands that are read
 }
 CAST_ROWS, CAST_COLUMNS = 64, 128
 HEAD_ROWS = 32  # of a head, in a program
+SUM_ROWS, SUM_COLUMNS = 64, 128  # of an embedding's gradient
+SUM_BLOCK = 1024
+ENTRY_ROWS = 4  # of a table entry's gradient that are read at once
+
+
+LIBRARY = torch.library.Library("autoresearch", "DEF")
+
+
+def operator(writes: str = "") -> Callable:
+    """Decorate a function as an operator, for torch.compile. It has no gradient.
+
+    That of torch.library.custom_op has to look for one, which takes as long as the launch.
+    """
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, mutates_args=writes.split())
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.autoresearch, name).default
+
+    return register
 
 
 def jit(kernel):
@@ -39,7 +64,7 @@ def tiles_of(a: torch.Tensor, rows: int, columns: int) -> "TensorDescriptor":
 
 
 # ---- Casts --------------------------------------------------------------------------------------
-@torch.library.custom_op("autoresearch::cast_both", mutates_args=())
+@operator()
 def cast_both(
     x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +78,7 @@ def cast_both(
     return out, transposed
 
 
-@cast_both.register_fake
+@register_fake("autoresearch::cast_both")
 def _(x, scale, dtype):
     M, N = x.shape
     return x.new_empty(M, N, dtype=dtype), x.new_empty(N, M, dtype=dtype)
@@ -96,7 +121,7 @@ def store_both(out, transposed, m, n, tile):
 
 
 # ---- ReLU^2 -------------------------------------------------------------------------------------
-@torch.library.custom_op("autoresearch::relu_square", mutates_args=())
+@operator()
 def relu_square(
     a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,12 +132,12 @@ def relu_square(
     return matmul(a, b, None, scale)
 
 
-@relu_square.register_fake
+@register_fake("autoresearch::relu_square")
 def _(a, b, scale):
     return a.new_empty(len(a), len(b)), a.new_empty(len(b), len(a))
 
 
-@torch.library.custom_op("autoresearch::relu_square_gradient", mutates_args=())
+@operator()
 def relu_square_gradient(
     a: torch.Tensor, b: torch.Tensor, squares: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +148,7 @@ def relu_square_gradient(
     return matmul(a, b, squares, scale)
 
 
-@relu_square_gradient.register_fake
+@register_fake("autoresearch::relu_square_gradient")
 def _(a, b, squares, scale):
     return a.new_empty(len(a), len(b)), a.new_empty(len(b), len(a))
 
@@ -171,7 +196,7 @@ def matmul_kernel(
 # ---- Queries, keys, values ----------------------------------------------------------------------
 # A head is four quarters of D / 4 channels: fast and slow angles of its first half, then of its
 # second. With an offset, the slow quarters of a key are those of the token before.
-@torch.library.custom_op("autoresearch::rotate", mutates_args=())
+@operator()
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, part: int, offset: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,13 +214,13 @@ def rotate(
     return y, rstd
 
 
-@rotate.register_fake
+@register_fake("autoresearch::rotate")
 def _(x, cos, sin, part, offset):
     B, T, _, H, D = x.shape
     return x.new_empty(B, T, H, D), x.new_empty(B, T, H, dtype=torch.float32)
 
 
-@torch.library.custom_op("autoresearch::qkv_gradient", mutates_args=())
+@operator()
 def qkv_gradient(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
     q_rstd: torch.Tensor, k_rstd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
@@ -219,7 +244,7 @@ def qkv_gradient(
     return out, transposed
 
 
-@qkv_gradient.register_fake
+@register_fake("autoresearch::qkv_gradient")
 def _(dq, dk, dv, q, k, q_rstd, k_rstd, cos, sin, offset, scale):
     B, T, H, D = q.shape
     shape = (B * T, 3 * H * D)
@@ -341,8 +366,113 @@ def turn_back(a, b, y_a, y_b, mean, rstd, c, s):
     return a * c - b * s, b * c + a * s
 
 
+# ---- Sum ----------------------------------------------------------------------------------------
+def total(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of tensors of one shape and dtype, rounded once."""
+    parts = tuple(t.contiguous() for t in parts)
+    out = torch.empty_like(parts[0])
+    total_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](
+        out, parts, out.numel(), SUM_BLOCK
+    )
+    return out
+
+
+@jit
+def total_kernel(out, parts, N, BLOCK: "tl.constexpr"):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    result = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(len(parts)):
+        result += tl.load(parts[i] + at, mask=at < N, other=0.0).to(tl.float32)
+    tl.store(out + at, result, mask=at < N)
+
+
+# ---- Embeddings ---------------------------------------------------------------------------------
+@operator()
+def embedding_gradient(
+    grad: torch.Tensor, ids: torch.Tensor, entries: int
+) -> torch.Tensor:
+    """Return for each entry the sum of the rows of grad (N, C) whose id (N,) it is.
+
+    (entries, C), float32. Sums that cross a program are added in any order.
+    """
+    N, C = grad.shape
+    out = grad.new_zeros(entries, C, dtype=torch.float32)
+    grid = (triton.cdiv(N, SUM_ROWS), triton.cdiv(C, SUM_COLUMNS))
+    embedding_gradient_kernel[grid](
+        *(grad.contiguous(), *ids.int().sort(), out, N, C, SUM_ROWS, SUM_COLUMNS)
+    )
+    return out
+
+
+@register_fake("autoresearch::embedding_gradient")
+def _(grad, ids, entries):
+    return grad.new_empty(entries, grad.size(1), dtype=torch.float32)
+
+
+@jit
+def embedding_gradient_kernel(
+    grad, ids, order, out, N, C, BM: "tl.constexpr", BN: "tl.constexpr"
+):
+    """BM rows in the order of their ids: a product adds up those of one id."""
+    at = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = at < N
+    id = tl.load(ids + at, mask=inside, other=-1)
+    first = inside & ((at % BM == 0) | (tl.load(ids + at - 1, mask=at > 0) != id))
+    row = tl.load(order + at, mask=inside, other=0)
+    mask = inside[:, None] & (c < C)[None]
+    tile = tl.load(grad + row[:, None] * C + c[None], mask=mask, other=0.0)
+    same = (id[:, None] == id[None]).to(tile.dtype)
+    total = tl.dot(same, tile, input_precision="ieee")
+    mask = first[:, None] & (c < C)[None]
+    tl.atomic_add(out + id[:, None].to(tl.int64) * C + c[None], total, mask=mask)
+
+
+def row_rmsprop(param, moment, last, ids, grad, step, beta2, lr, decay) -> None:
+    """See ops.row_rmsprop_; ids (N,) and rows of the gradient (N, C), in any order."""
+    N, C = grad.shape
+    row_rmsprop_kernel[(N,)](
+        *(param, moment, last, *ids.int().sort(), grad.contiguous()),
+        *map(float, (step, beta2, lr, decay)),
+        *(N, C, ENTRY_ROWS, triton.next_power_of_2(C)),
+    )
+
+
+@jit
+def row_rmsprop_kernel(
+    param, moment, last, ids, order, grad, step, beta2, lr, decay, N, C,
+    BM: "tl.constexpr", BN: "tl.constexpr",
+):  # fmt: skip
+    """One entry, in the program of its first row; those of its other rows do nothing."""
+    at = tl.program_id(0)
+    id = tl.load(ids + at).to(tl.int64)
+    before = tl.load(ids + at - 1, mask=at > 0, other=-1)
+    if before != id:
+        c = tl.arange(0, BN)
+        total = tl.zeros((BN,), tl.float32)
+        more = at < N
+        while more:
+            rows = at + tl.arange(0, BM)
+            same = tl.load(ids + rows, mask=rows < N, other=-1) == id
+            rows = tl.load(order + rows, mask=same, other=0)
+            mask = same[:, None] & (c < C)[None]
+            tile = tl.load(grad + rows[:, None] * C + c[None], mask=mask, other=0.0)
+            total += tl.sum(tile.to(tl.float32), 0)
+            at += BM
+            more = tl.min(same.to(tl.int32), 0) == 1
+        gap = step - tl.load(last + id)
+        kept = tl.exp2(gap * tl.log2(beta2)) * tl.load(moment + id)
+        square = kept + (1 - beta2) * tl.sum(total * total, 0) / C
+        update = total * tl.rsqrt(tl.maximum(square, 1e-30))
+        place = param + id * C + c
+        value = tl.load(place, mask=c < C, other=0.0)
+        tl.store(place, value * (1 - lr * decay) - lr * update, mask=c < C)
+        tl.store(moment + id, square)
+        tl.store(last + id, step)
+
+
 # ---- Cross-entropy ------------------------------------------------------------------------------
-@torch.library.custom_op("autoresearch::cross_entropy", mutates_args=("raw",))
+@operator(writes="raw")
 def cross_entropy(raw: torch.Tensor, y: torch.Tensor, softcap: float) -> torch.Tensor:
     """Return the loss of each row of raw (N, V) for its target y (N,), float32; raw becomes
     the gradient of each row's loss.
@@ -355,7 +485,7 @@ def cross_entropy(raw: torch.Tensor, y: torch.Tensor, softcap: float) -> torch.T
     return loss
 
 
-@cross_entropy.register_fake
+@register_fake("autoresearch::cross_entropy")
 def _(raw, y, softcap):
     return raw.new_empty(len(raw), dtype=torch.float32)
 
@@ -370,14 +500,23 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     inside = ids < V
-    wide = tl.load(raw + row * V + ids, mask=inside, other=0.0).to(tl.float32)
-    # tanh, by exp2, which is one instruction; its ends are exact.
-    tanh = 1 - 2 / (tl.exp2(wide * (2 * LOG2E / softcap)) + 1)
-    logits = softcap * tanh
+    raw += row * V
+    target = tl.load(y + row).to(tl.int32)
+    r = sigmoid_of(tl.load(raw + ids, mask=inside, other=0.0), softcap)
     # The cap keeps the exponentials finite: no maximum has to be found first.
-    p = tl.where(inside, tl.exp2(logits * LOG2E), 0.0)
+    cap = softcap * LOG2E
+    p = tl.where(inside, tl.exp2(cap - 2 * cap * r), 0.0)
     total = tl.sum(p, 0)
-    is_target = ids == tl.load(y + row)
-    tl.store(loss + row, tl.log(total) - tl.sum(tl.where(is_target, logits, 0.0), 0))
-    slope = (p / total - tl.where(is_target, 1.0, 0.0)) * (1 - tanh * tanh)
-    tl.store(raw + row * V + ids, slope.to(raw.dtype.element_ty), mask=inside)
+    valid = (target >= 0) & (target < V)  # an id that there is not makes the loss NaN
+    own = tl.load(raw + target, mask=valid, other=float("nan"))
+    tl.store(loss + row, tl.log(total) - softcap * (1 - 2 * sigmoid_of(own, softcap)))
+    slope = p * (1 / total) - tl.where(ids == target, 1.0, 0.0)
+    slope *= 4 * (r - r * r)  # 1 - tanh^2
+    tl.store(raw + ids, slope.to(raw.dtype.element_ty), mask=inside)
+
+
+@jit
+def sigmoid_of(raw, softcap):
+    """Return r, of which tanh(raw / softcap) is 1 - 2 r, by exp2, which is one instruction."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    return 1 / (tl.exp2(raw.to(tl.float32) * (2 * LOG2E / softcap)) + 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from harness import fp8, kernels
+from harness import fp8, functions, kernels
 from harness.fp8 import runs_fp8
 from harness.kernels import EPS
 
@@ -110,31 +110,53 @@ def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     The gradient takes them for a rotation. Computed in float32. Sources: RoPE arXiv:2104.09864,
     QK-norm arXiv:2010.04245.
     """
-    return RotaryNorm.apply(x, cos, sin)
+    return functions.RotaryNorm.apply(x, cos, sin)
 
 
-class RotaryNorm(torch.autograd.Function):
-    """Its gradient is computed from its result, which attention keeps anyway."""
+# ---- Embeddings ---------------------------------------------------------------------------------
+def embedding(
+    ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return rows of weight (V, C) for ids (...), in `dtype`: (..., C)."""
+    if weight.is_cuda:
+        return functions.Embedding.apply(ids, weight, dtype)
+    return F.embedding(ids, weight).to(dtype)
 
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        wide = x.float()
-        rstd = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        y = rstd * (wide * cos + wide.roll(x.size(-1) // 2, -1) * sin)
-        if x.dtype != torch.float32:
-            # Compiled (torch 2.11), a cast that changes nothing, of a result that is saved
-            # as well, makes the whole gradient zero.
-            y = y.to(x.dtype)
-        ctx.save_for_backward(y, rstd, cos, sin)
-        return y
 
-    @staticmethod
-    def backward(ctx, grad):
-        y, rstd, cos, sin = ctx.saved_tensors
-        dtype, grad, y = grad.dtype, grad.float(), y.float()
-        dx = rstd * (grad - y * (grad * y).mean(-1, keepdim=True))
-        dx = dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin
-        return dx.to(dtype), None, None
+def fan_out(x: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
+    """Return x, n times, for n users whose gradients are then summed in one pass."""
+    return functions.FanOut.apply(x, n)
+
+
+def row_rmsprop_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    moment: torch.Tensor,
+    last: torch.Tensor,
+    step: int,
+    beta2: float,
+    lr: float,
+    decay: float,
+) -> None:
+    """Move the entries of param (E, C) that a gradient holds, all if it is not sparse, by RMSprop.
+
+    moment (E, 1): of each entry, the running mean of its mean square gradient, as of the step in
+    last (E, 1), when it was moved last; step counts from 1. Decay is for entries that move.
+    """
+    if grad.is_sparse:
+        ids, grad = grad._indices()[0], grad._values()
+    else:
+        ids = torch.arange(len(grad), device=grad.device)
+    if param.is_cuda:
+        kernels.row_rmsprop(param, moment, last, ids, grad, step, beta2, lr, decay)
+        return
+    ids, place = ids.unique(return_inverse=True)
+    grad = grad.new_zeros(len(ids), grad.size(1)).index_add_(0, place, grad)
+    kept = beta2 ** (step - last[ids]) * moment[ids]
+    square = kept + (1 - beta2) * grad.square().mean(-1, keepdim=True)
+    moment[ids], last[ids] = square, torch.full_like(square, step)
+    update = grad * square.clamp_min(1e-30).rsqrt()
+    param[ids] = param[ids] * (1 - lr * decay) - lr * update
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
@@ -151,25 +173,7 @@ def linear_cross_entropy(
     """
     x, y = x.flatten(0, -2), y.flatten()
     if x.is_cuda and softcap <= MAX_SOFTCAP:
-        return LinearCrossEntropy.apply(x, w, y, softcap)
+        return functions.LinearCrossEntropy.apply(x, w, y, softcap)
     raw = F.linear(x, w.to(x.dtype)).float()
     logits = softcap * torch.tanh(raw / softcap)
     return F.cross_entropy(logits, y, ignore_index=-(2**31))  # -100 is an error
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """linear_cross_entropy of x (N, C), y (N,); keeps the logits' gradient, not the logits."""
-
-    @staticmethod
-    def forward(ctx, x, w, y, softcap):
-        slope = x @ w.to(x.dtype).T  # (N, V): the logits, until the kernel has read them
-        loss = kernels.cross_entropy(slope, y, softcap)
-        ctx.save_for_backward(x, w, slope)
-        return loss.mean()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w, slope = ctx.saved_tensors
-        grad = grad / len(x)
-        dx = (slope @ w.to(x.dtype)) * grad
-        return dx.to(x.dtype), ((slope.T @ x) * grad).to(w.dtype), None, None

@@ -93,7 +93,8 @@ class Gradients:
             missing = [name for name, p in self.watched.items() if p.grad is None]
             raise RuntimeError(f"{join(missing)}: no gradient; {ADVICE}")
         for name, p in watched.items():
-            self.alive[name] = self.alive.get(name, False) | (p.grad != 0).any()
+            grad = p.grad._values() if p.grad.is_sparse else p.grad
+            self.alive[name] = self.alive.get(name, False) | (grad != 0).any()
 
     def dead(self) -> list[str]:
         """Return the watched parameters whose gradient was zero in every step."""
@@ -231,7 +232,7 @@ def kept(
     """
     tensors = [*model.parameters(), *model.buffers()]
     size = sum(t.numel() * t.element_size() for t in tensors)
-    place = device if size < free_memory(device) / 40 else "cpu"
+    place = device if size < free_memory(device) / 12 else "cpu"
     values = [t.detach().to(place, copy=True) for t in tensors]
     states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
     modes = {module: module.training for module in model.modules()}

@@ -87,6 +87,24 @@ def test_the_loss_compiles_for_every_gpu(capability):
     assert compile_for(capability, kernel, types, constants, num_warps=8).asm["ptx"]
 
 
+@pytest.mark.parametrize("capability", [80, 89, HOPPER, BLACKWELL, 120])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_gradients_of_tables_compile_for_every_gpu(capability, dtype):
+    types = {"grad": f"*{dtype}", "ids": "*i32", "order": "*i64", "out": "*fp32"}
+    types |= {"N": "i32", "C": "i32"}
+    constants = {"BM": kernels.SUM_ROWS, "BN": kernels.SUM_COLUMNS}
+    kernel = kernels.embedding_gradient_kernel
+    code = compile_for(capability, kernel, types, constants)
+    assert code.metadata.shared <= 99 * 1024  # the least, of an RTX 3090
+    del types["out"]
+    types |= dict.fromkeys(("param", "moment", "last"), "*fp32")
+    types |= dict.fromkeys(("step", "beta2", "lr", "decay"), "fp32")
+    constants = {"BM": kernels.ENTRY_ROWS, "BN": 512}
+    assert compile_for(capability, kernels.row_rmsprop_kernel, types, constants).asm[
+        "ptx"
+    ]
+
+
 # ---- On a GPU -----------------------------------------------------------------------------------
 SIZES = [(80, 336, 48), (2048, 2560, 640), (2064, 144, 80)]  # M, N, K
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness import fp8, ops
+from harness import fp8, functions, ops
 from harness.kernels import EPS
 
 ROOT = Path(ops.__file__).parent.parent
@@ -252,10 +252,20 @@ def test_a_loss_of_every_second_token_has_its_own_targets(monkeypatch):
     torch.testing.assert_close(loss, expected)
 
 
-def test_a_target_that_is_no_id_is_an_error_on_a_cpu_since_a_gpu_would_not_see_it():
+def test_a_target_that_is_no_id_is_an_error_on_a_cpu_and_not_skipped():
     x, w, y = torch.randn(4, 8), torch.randn(64, 8), torch.tensor([3, -100, 5, 7])
     with pytest.raises(IndexError, match="-100"):
         ops.linear_cross_entropy(x, w, y, 15.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [-100, 64])
+def test_a_target_that_is_no_id_makes_the_loss_nan_on_a_gpu(bad):
+    x, w = torch.randn(16, 32, device="cuda"), torch.randn(64, 32, device="cuda")
+    y = torch.full((16,), 3, device="cuda")
+    assert ops.linear_cross_entropy(x, w, y, 15.0).isfinite()
+    y[5] = bad
+    assert ops.linear_cross_entropy(x, w, y, 15.0).isnan()
 
 
 @pytest.mark.parametrize(
@@ -294,6 +304,79 @@ def test_a_nan_among_the_logits_is_one_in_the_loss_and_large_ones_are_none():
     assert ops.linear_cross_entropy(x, w, y, 15.0).isfinite()
     x[3, 3] = math.nan
     assert ops.linear_cross_entropy(x, w, y, 15.0).isnan()
+
+
+# ---- Embeddings ---------------------------------------------------------------------------------
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)]
+)
+@pytest.mark.parametrize("entries, width", [(1, 16), (37, 40), (5000, 320)])
+def test_an_embedding_and_its_gradient_are_those_of_a_product_with_the_ids(
+    call, device, dtype, tolerance, entries, width
+):
+    torch.manual_seed(0)
+    weight = torch.randn(entries, width, device=device)
+    ids = torch.randint(entries, (3, 111), device=device)
+    ids[1] = ids[1, 0]  # one that fills more than a program
+    gradient = torch.randn(3, 111, width, device=device, dtype=dtype)
+
+    def exact(weight):
+        return F.one_hot(ids, entries).double() @ weight
+
+    op = partial(call, lambda w: ops.embedding(ids, w, dtype))
+    assert op(weight).dtype == dtype
+    found = errors(op, exact, [weight], gradient)
+    assert max(found) < tolerance, found
+
+
+def test_an_embedding_in_the_dtype_of_its_table_has_a_gradient_also_compiled(
+    call, monkeypatch
+):
+    """torch 2.11: zeros, after a cast that changes nothing."""
+
+    class Plain:
+        @staticmethod
+        def embedding_gradient(grad, ids, entries):
+            return F.one_hot(ids, entries).float().T @ grad
+
+    monkeypatch.setattr(functions, "kernels", Plain)
+    ids = torch.randint(5, (2, 7))
+    op = partial(call, lambda w: functions.Embedding.apply(ids, w, w.dtype))
+    found = errors(op, lambda w: F.one_hot(ids, 5).double() @ w, [torch.randn(5, 3)])
+    assert max(found) < 1e-6, found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gradient_of_a_fan_out_is_the_sum_also_if_one_is_not_used(device):
+    x = torch.randn(4, 5, device=device, dtype=torch.bfloat16).requires_grad_()
+    a, b, _, c = ops.fan_out(x, 4)
+    assert all(torch.equal(t, x) for t in (a, b, c))
+    weights = torch.randn(3, 4, 5, device=device, dtype=torch.bfloat16)
+    sum((t * w).sum() for t, w in zip((a, b, c), weights, strict=True)).backward()
+    assert torch.equal(x.grad, weights.float().sum(0).bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("entries, width", [(1, 8), (50, 40), (2**16, 320)])
+def test_rows_move_on_a_gpu_as_on_a_cpu(entries, width):
+    torch.manual_seed(0)
+    state = [torch.randn(entries, n) for n in (width, 1, 1)]
+    state[1:] = (t.zero_() for t in state[1:])
+    on_gpu = [t.cuda() for t in state]
+    for step in range(1, 4):
+        ids, rows = torch.randint(entries, (1, 1000)), torch.randn(1000, width)
+        for param, *others in (state, on_gpu):
+            grad = torch.sparse_coo_tensor(
+                ids, rows, (entries, width), check_invariants=True
+            )
+            grad = grad.to(param.device)
+            ops.row_rmsprop_(param, grad, *others, step, 0.9, 0.1, 0.01)
+    for exact, got in zip(state, on_gpu, strict=True):
+        torch.testing.assert_close(got.cpu(), exact, rtol=1e-4, atol=1e-4)
 
 
 # ---- Queries, keys, values ----------------------------------------------------------------------
