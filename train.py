@@ -27,9 +27,12 @@ from harness.attention import Attention, choose_attention
 from harness.ops import (
     any_length,
     compiled,
+    embedding,
+    fan_out,
     linear_cross_entropy,
     norm_qkv,
     norm_relu2_mlp,
+    row_rmsprop_,
 )
 from harness.run import open_run
 
@@ -43,7 +46,7 @@ SHORT_WINDOW = MAX_SEQ_LEN // 8  # tokens that a short window sees, itself inclu
 ROPE_BASE = 200_000
 SOFTCAP = 15.0  # logits are SOFTCAP * tanh(logits / SOFTCAP)
 ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q k
-NGRAM_ENTRIES = 2**20  # of the hashed table, each N_EMBD / 2 wide
+NGRAM_ENTRIES = 2**22  # of the hashed table, each N_EMBD / 2 wide
 ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (any device)
 
 # Initialisation. A pair is for the first and the last layer, with a straight line between.
@@ -187,19 +190,19 @@ class NgramEmbedding(nn.Embedding):
     ENTRY_BIT = 20  # the bits from here on choose the entry
 
     def __init__(self, config: GPTConfig):
-        super().__init__(config.ngram_entries, config.n_embd // 2)
+        # Its gradient holds only the entries of a batch, which is what RowRMSprop moves.
+        super().__init__(config.ngram_entries, config.n_embd // 2, sparse=True)
         nn.init.zeros_(self.weight)
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        """Return (B, T, 2, C / 2), of the bigram and the trigram that end at each idx (B, T)."""
+    def find(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return entry and sign, (B, T, 2), of bigram and trigram that end at each idx (B, T)."""
         before = F.pad(idx[:, :-1], (1, 0))
         before_that = F.pad(before[:, :-1], (1, 0))
         bigram = idx * self.PLACES[0] + before * self.PLACES[1]
         trigram = bigram + before_that * self.PLACES[2] + self.TRIGRAM_OFFSET
         code = torch.stack([bigram, trigram], -1) * self.MIXER  # (B, T, 2)
         sign = (code >> self.SIGN_BIT & 1) * 2 - 1
-        entry = (code >> self.ENTRY_BIT) % self.num_embeddings
-        return super().forward(entry) * sign[..., None]  # (B, T, 2, C / 2)
+        return (code >> self.ENTRY_BIT) % self.num_embeddings, sign
 
 
 class CausalSelfAttention(nn.Module):
@@ -243,7 +246,7 @@ class CausalSelfAttention(nn.Module):
         gate_input = norm(x)[..., :GATE_CHANNELS]
         if self.value_embed is not None:
             value_gate = 2 * torch.sigmoid(self.value_gate(gate_input))  # (B, T, H)
-            value = self.value_embed(idx).to(x.dtype).view_as(v)  # (B, T, H, D)
+            value = embedding(idx, self.value_embed.weight, x.dtype).view_as(v)
             v = v + value_gate[..., None] * value
         return q, k, v, 2 * torch.sigmoid(self.gate(gate_input))
 
@@ -335,19 +338,21 @@ class GPT(nn.Module):
         return cos[:, None], sin[:, None]
 
     @compiled
-    def embed(self, idx):
+    def embed(self, idx, ngram, sign):
         """Return token (B, T, C) and n-gram embeddings (B, T, 2, C / 2), in `dtype`."""
-        x0 = norm(self.wte(idx).to(self.dtype))
-        return x0, self.ngram(idx).to(self.dtype)
+        x0 = norm(embedding(idx, self.wte.weight, self.dtype))
+        return x0, (ngram * sign[..., None]).to(self.dtype)
 
     def trunk(self, idx: torch.Tensor) -> torch.Tensor:
         """Return what the head reads, (B, T, C)."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x0, ngram = self.embed(idx)
-        # Like those of the other layers, or the first would be compiled on its own: x another
-        # object than x0, and a change that takes a gradient.
-        x, change = x0.view_as(x0), torch.zeros_like(x0).requires_grad_()
-        for block in self.h:
+        entry, sign = self.ngram.find(idx)
+        x0, ngram = self.embed(idx, self.ngram(entry), sign)
+        x, *x0s = fan_out(x0, 1 + len(self.h))
+        ngrams = fan_out(ngram, len(self.h))
+        # With a gradient, as that of the other layers, or the first would be compiled on its own.
+        change = torch.zeros_like(x).requires_grad_()
+        for block, x0, ngram in zip(self.h, x0s, ngrams, strict=True):
             x, change = block(x, change, x0, ngram, idx, cos, sin)
         return x + change
 
@@ -446,8 +451,8 @@ def polar_express(G: torch.Tensor) -> torch.Tensor:
     X = G.bfloat16() if G.is_cuda else G.float()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        A = X.mT.bmm(X)  # for any N, `@` is traced twice as long
-        X = a * X + X.bmm(b * A + c * A.bmm(A))
+        A = X.mT.bmm(X)  # few operations: for any N, each takes long to trace
+        X = X.baddbmm(X, A.baddbmm(A, A, beta=b, alpha=c), beta=a)
     return X
 
 
@@ -519,26 +524,15 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(tall, list(new.unbind()))
 
 
-@compiled
-def row_update(grad, param, second_momentum_buffer, beta2, lr, decay):
-    """Move param (entries, columns) and its second moment (entries, 1).
-
-    The last three arguments are 0-dim.
-    """
-    second_momentum_buffer.lerp_(grad.square().mean(dim=-1, keepdim=True), 1 - beta2)
-    update = grad * second_momentum_buffer.clamp_min(1e-30).rsqrt()
-    param.copy_(param * (1 - lr * decay) - lr * update)
-
-
 class RowRMSprop(torch.optim.Optimizer):
-    """RMSprop with decoupled weight decay and one second moment per table entry.
+    """RMSprop with one second moment per table entry, on sparse gradients.
 
-    As in row-wise Adagrad, arXiv:1903.12287. No momentum, which would move an entry long
-    after its n-gram was seen; half the memory of AdamW. After a long pause, the first step
-    of an entry has a root mean square of lr / sqrt(1 - beta2).
+    As in row-wise Adagrad, arXiv:1903.12287. An entry is moved, and decays, when it was seen;
+    its second moment falls meanwhile. After a long pause its first step has a root mean square
+    of lr / sqrt(1 - beta2). No momentum, which would move it long after.
     """
 
-    STATE_PER_PARAM = 0
+    STATE_PER_PARAM = -1  # there is not even a gradient for each
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
@@ -546,14 +540,17 @@ class RowRMSprop(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            keys = ("beta2", "lr", "weight_decay")
-            numbers = [torch.tensor(group[key]) for key in keys]
+            numbers = group["beta2"], group["lr"], group["weight_decay"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p not in self.state:
-                    self.state[p]["second_momentum_buffer"] = torch.zeros_like(p[:, :1])
-                row_update(p.grad, p, self.state[p]["second_momentum_buffer"], *numbers)
+                state = self.state[p]
+                if not state:
+                    state.update(moment=torch.zeros_like(p[:, :1]), step=0)
+                    state["last"] = torch.zeros_like(state["moment"])
+                state["step"] += 1
+                moment, last, step = state["moment"], state["last"], state["step"]
+                row_rmsprop_(p, p.grad, moment, last, step, *numbers)
 
 
 def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:

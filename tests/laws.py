@@ -53,7 +53,7 @@ class Recorder(torch.optim.Optimizer):
 
     def step(self):
         self.gradients = {
-            name: p.grad.detach().double().clone()
+            name: p.grad.detach().to_dense().double().clone()
             for name, p in self.names.items()
             if p.grad is not None
         }

@@ -284,7 +284,7 @@ def test_a_new_vector_in_a_group(run, honest):
 
 ADDS = " + self.x0_lambda * x0 + ngram"
 KNOBS = """NGRAM_ENTRIES NGRAM_LAMBDA_INIT NGRAM_LR NGRAM_LAMBDA_LR NGRAM_BETA2 NGRAM_WEIGHT_DECAY
-NGRAM_REPEAT_WEIGHT_DECAY NgramEmbedding row_update RowRMSprop""".split()
+NGRAM_REPEAT_WEIGHT_DECAY NgramEmbedding RowRMSprop""".split()
 OF_NGRAMS = """
     NGRAM_ENTRIES = 2**11
     ngram_entries: int
@@ -313,12 +313,22 @@ OF_NGRAMS = """
     *((f"{line}\n", "") for line in OF_NGRAMS.splitlines()),
     (ADDS, ADDS.removesuffix(" + ngram")),
     (
-        "def before(self, x, x0, ngram, idx, cos, sin)",
-        "def before(self, x, x0, idx, cos, sin)",
+        "(self, x, change, x0, ngram, idx, cos, sin)",
+        "(self, x, change, x0, idx, cos, sin)",
     ),
-    ("        return x0, self.ngram(idx).to(self.dtype)\n", "        return x0\n"),
-    ("x0, ngram = self.embed(idx)", "x0 = self.embed(idx)"),
-    ("block(x, x0, ngram, idx, cos, sin)", "block(x, x0, idx, cos, sin)"),
+    ("def embed(self, idx, ngram, sign)", "def embed(self, idx)"),
+    (
+        "        return x0, (ngram * sign[..., None]).to(self.dtype)\n",
+        "        return x0\n",
+    ),
+    ("        entry, sign = self.ngram.find(idx)\n", ""),
+    ("x0, ngram = self.embed(idx, self.ngram(entry), sign)", "x0 = self.embed(idx)"),
+    ("        ngrams = fan_out(ngram, len(self.h))\n", ""),
+    (
+        "for block, x0, ngram in zip(self.h, x0s, ngrams, strict=True)",
+        "for block, x0 in zip(self.h, x0s, strict=True)",
+    ),
+    ("block(x, change, x0, ngram, idx, cos, sin)", "block(x, change, x0, idx, cos, sin)"),
 )
 def test_no_ngrams(run, honest):
     """Whatever is theirs goes: knobs, class, gates, table, optimizer, schedule."""
@@ -429,16 +439,16 @@ def test_attention_within_documents(run, honest):
     honoured(run, honest)
 
 
-LAST = "return x + self.mlp(norm(x))"
+LAST = "return x, self.mlp(x)"
 
 
-@edit((LAST, "return x + F.dropout(self.mlp(norm(x)), 0.3, self.training)"))
+@edit((LAST, "return x, F.dropout(self.mlp(x), 0.3, self.training)"))
 def test_dropout(run, honest):
     """It is on in training alone: the evaluation, done twice, is the same."""
     honoured(run, honest)
 
 
-@edit((LAST, "return x + F.dropout(self.mlp(norm(x)), 0.3)"))
+@edit((LAST, "return x, F.dropout(self.mlp(x), 0.3)"))
 def test_dropout_that_is_never_turned_off(run):
     refused(run, "evaluation refused: the model .* is random in evaluation mode")
 
@@ -449,7 +459,8 @@ PLACES = [
         before="        self.ngram = NgramEmbedding(config)\n",
     ),
     put(
-        "        x = x + self.wpe[: x.size(1)]\n", before="        for block in self.h:\n"
+        "        x = x + self.wpe[: x.size(1)]\n",
+        before="        for block, x0, ngram in",
     ),
     put('        group("embedding", "wpe", 0.01),\n', before=SCALARS),
 ]

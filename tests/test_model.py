@@ -277,16 +277,13 @@ def test_each_layer_attends_within_its_window():
 ENTRIES = 256
 
 
-@torch.no_grad()
 def entries_and_signs(idx: torch.Tensor, entries: int = ENTRIES):
     """Return of each n-gram that ends at idx (B, T) its entry and its sign, both (B, T, 2)."""
-    config = changed_config(ngram_entries=entries)
-    table = part("NgramEmbedding")(config)
-    table.weight.copy_(torch.arange(1.0, entries + 1)[:, None])
-    embedded = table(idx)  # (B, T, 2, C / 2): an entry is filled with its number
-    assert torch.equal(embedded, embedded[..., :1].expand_as(embedded))
-    number = embedded[..., 0].round().long()
-    return number.abs() - 1, number.sign()
+    table = part("NgramEmbedding")(changed_config(ngram_entries=entries))
+    entry, sign = table.find(idx)
+    assert entry.min() >= 0 and entry.max() < entries
+    assert torch.equal(sign.abs(), torch.ones_like(sign))
+    return entry, sign
 
 
 def test_an_ngram_has_its_entry_and_sign_wherever_it_stands_and_others_have_others():

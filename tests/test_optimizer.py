@@ -83,8 +83,46 @@ def test_rows_move_as_in_the_slow_loop_over_rows():
             if moments[i]:
                 slow[i] -= 0.1 * grad / moments[i] ** 0.5
     assert torch.allclose(p, slow, atol=1e-6)
-    # One number per entry beside the table: memory is what it is for.
-    assert sum(value.numel() for value in rows.state[p].values()) == 6
+    # Two numbers per entry beside the table: memory is what it is for.
+    tensors = [t for t in rows.state[p].values() if isinstance(t, torch.Tensor)]
+    assert sum(t.numel() for t in tensors) == 12
+
+
+def test_rows_of_a_sparse_gradient_move_as_those_of_the_dense_one_with_zeros():
+    """But for the decay, which is of rows that move. Rows come twice, and miss steps."""
+    torch.manual_seed(0)
+    dense, sparse = (torch.nn.Parameter(torch.ones(8, 5)) for _ in range(2))
+    group = {"lr": 0.1, "weight_decay": 0.0, "beta2": 0.9}
+    both = [part("RowRMSprop")([{"params": [p], **group}]) for p in (dense, sparse)]
+    for step in range(6):
+        ids = torch.randint(0, 6, (2, 4))  # 6 and 7: never
+        ids[0, 0] = 5 * (step % 5 == 0)
+        weight = torch.randn(2, 4, 5)
+        for p, is_sparse in ((dense, False), (sparse, True)):
+            p.grad = None
+            for part_of_batch in range(2):  # added up, as by two micro-steps
+                rows = torch.nn.functional.embedding(
+                    ids[part_of_batch], p, sparse=is_sparse
+                )
+                (rows * weight[part_of_batch]).sum().backward()
+        assert sparse.grad.is_sparse and not dense.grad.is_sparse
+        for optimizer in both:
+            optimizer.step()
+        torch.testing.assert_close(sparse, dense)
+    assert torch.equal(sparse[6:], torch.ones(2, 5))
+
+
+def test_the_decay_of_a_sparse_row_is_for_each_step_in_which_it_moves():
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    group = {"params": [p], "lr": 0.5, "weight_decay": 0.2, "beta2": 0.9}
+    rows = part("RowRMSprop")([group])
+    for ids in ([0, 1], [1, 1]):
+        p.grad = None
+        zeros = torch.nn.functional.embedding(torch.tensor(ids), p, sparse=True) * 0
+        zeros.sum().backward()
+        rows.step()
+    expected = torch.tensor([0.9, 0.81, 1.0])[:, None].expand(3, 4)
+    torch.testing.assert_close(p.detach(), expected)
 
 
 def test_a_row_that_is_read_once_moves_once_however_small_its_gradient():
