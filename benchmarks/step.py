@@ -35,11 +35,12 @@ SHAPES = {
 }
 PROFILED = 5  # steps
 KINDS = [  # kind, parts of kernel names; the first match counts
-    ("embedding gradients", ("embedding_dense_backward", "embedding_backward")),
-    ("elementwise", ("triton_",)),  # what torch.compile writes
+    ("elementwise", ("triton_", "total_kernel")),  # the first: what torch.compile writes
+    ("tables", ("embedding", "row_rmsprop", "sort", "indexselect")),
     ("attention", ("flash", "fmha", "flex", "fa3")),
     ("matmuls", ("gemm", "cutlass", "nvjet", "cublas", "bmm", "matmul_kernel")),
     ("casts to fp8", ("cast_both",)),
+    ("rotation", ("rotate",)),
     ("loss", ("cross_entropy", "softmax", "nll")),
     ("copies", ("memcpy", "memset")),
     ("elementwise", ("elementwise", "vectorized", "reduce")),
@@ -148,7 +149,7 @@ def main() -> None:
         for kind, part in sorted(parts.items(), key=lambda item: -item[1]):
             print(f"  {kind:20s} {1e3 * part:7.1f} ms")
         print(f"  {'idle':20s} {1e3 * max(0.0, seconds - sum(parts.values())):7.1f} ms")
-        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30))
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=60))
 
 
 if __name__ == "__main__":
