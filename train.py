@@ -525,14 +525,16 @@ class Muon(torch.optim.Optimizer):
 
 
 class RowRMSprop(torch.optim.Optimizer):
-    """RMSprop with one second moment per table entry, on sparse gradients.
+    """RMSprop with decoupled weight decay and one second moment per table entry.
 
-    As in row-wise Adagrad, arXiv:1903.12287. An entry is moved, and decays, when it was seen;
-    its second moment falls meanwhile. After a long pause its first step has a root mean square
-    of lr / sqrt(1 - beta2). No momentum, which would move it long after.
+    As in row-wise Adagrad, arXiv:1903.12287. Only the entries of a sparse gradient move; the
+    second moment of the others falls all the same. After a long pause, the first step of an
+    entry has a root mean square of lr / sqrt(1 - beta2). No momentum, which would move an
+    entry long after its n-gram was seen.
     """
 
     STATE_PER_PARAM = -1  # there is not even a gradient for each
+    DECAY_STEPS = 64  # whose decay is put off and done at once: it takes the whole table
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
@@ -540,17 +542,21 @@ class RowRMSprop(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            numbers = group["beta2"], group["lr"], group["weight_decay"]
+            beta2, lr, decay = (group[key] for key in ("beta2", "lr", "weight_decay"))
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update(moment=torch.zeros_like(p[:, :1]), step=0)
+                    state.update(step=0, kept=1.0, moment=torch.zeros_like(p[:, :1]))
                     state["last"] = torch.zeros_like(state["moment"])
                 state["step"] += 1
                 moment, last, step = state["moment"], state["last"], state["step"]
-                row_rmsprop_(p, p.grad, moment, last, step, *numbers)
+                row_rmsprop_(p, p.grad, moment, last, step, beta2, lr)
+                state["kept"] *= 1 - lr * decay
+                if step % self.DECAY_STEPS == 0:
+                    p.mul_(state["kept"])
+                    state["kept"] = 1.0
 
 
 def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:

@@ -428,19 +428,19 @@ def embedding_gradient_kernel(
     tl.atomic_add(out + id[:, None].to(tl.int64) * C + c[None], total, mask=mask)
 
 
-def row_rmsprop(param, moment, last, ids, grad, step, beta2, lr, decay) -> None:
+def row_rmsprop(param, moment, last, ids, grad, step, beta2, lr) -> None:
     """See ops.row_rmsprop_; ids (N,) and rows of the gradient (N, C), in any order."""
     N, C = grad.shape
     row_rmsprop_kernel[(N,)](
         *(param, moment, last, *ids.int().sort(), grad.contiguous()),
-        *map(float, (step, beta2, lr, decay)),
+        *map(float, (step, beta2, lr)),
         *(N, C, ENTRY_ROWS, triton.next_power_of_2(C)),
     )
 
 
 @jit
 def row_rmsprop_kernel(
-    param, moment, last, ids, order, grad, step, beta2, lr, decay, N, C,
+    param, moment, last, ids, order, grad, step, beta2, lr, N, C,
     BM: "tl.constexpr", BN: "tl.constexpr",
 ):  # fmt: skip
     """One entry, in the program of its first row; those of its other rows do nothing."""
@@ -466,7 +466,7 @@ def row_rmsprop_kernel(
         update = total * tl.rsqrt(tl.maximum(square, 1e-30))
         place = param + id * C + c
         value = tl.load(place, mask=c < C, other=0.0)
-        tl.store(place, value * (1 - lr * decay) - lr * update, mask=c < C)
+        tl.store(place, value - lr * update, mask=c < C)
         tl.store(moment + id, square)
         tl.store(last + id, step)
 

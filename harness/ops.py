@@ -136,27 +136,25 @@ def row_rmsprop_(
     step: int,
     beta2: float,
     lr: float,
-    decay: float,
 ) -> None:
     """Move the entries of param (E, C) that a gradient holds, all if it is not sparse, by RMSprop.
 
     moment (E, 1): of each entry, the running mean of its mean square gradient, as of the step in
-    last (E, 1), when it was moved last; step counts from 1. Decay is for entries that move.
+    last (E, 1), when it was moved last; step counts from 1.
     """
     if grad.is_sparse:
         ids, grad = grad._indices()[0], grad._values()
     else:
         ids = torch.arange(len(grad), device=grad.device)
     if param.is_cuda:
-        kernels.row_rmsprop(param, moment, last, ids, grad, step, beta2, lr, decay)
+        kernels.row_rmsprop(param, moment, last, ids, grad, step, beta2, lr)
         return
     ids, place = ids.unique(return_inverse=True)
     grad = grad.new_zeros(len(ids), grad.size(1)).index_add_(0, place, grad)
     kept = beta2 ** (step - last[ids]) * moment[ids]
     square = kept + (1 - beta2) * grad.square().mean(-1, keepdim=True)
     moment[ids], last[ids] = square, torch.full_like(square, step)
-    update = grad * square.clamp_min(1e-30).rsqrt()
-    param[ids] = param[ids] * (1 - lr * decay) - lr * update
+    param[ids] -= lr * grad * square.clamp_min(1e-30).rsqrt()
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------

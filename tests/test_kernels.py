@@ -98,7 +98,7 @@ def test_the_gradients_of_tables_compile_for_every_gpu(capability, dtype):
     assert code.metadata.shared <= 99 * 1024  # the least, of an RTX 3090
     del types["out"]
     types |= dict.fromkeys(("param", "moment", "last"), "*fp32")
-    types |= dict.fromkeys(("step", "beta2", "lr", "decay"), "fp32")
+    types |= dict.fromkeys(("step", "beta2", "lr"), "fp32")
     constants = {"BM": kernels.ENTRY_ROWS, "BN": 512}
     assert compile_for(capability, kernels.row_rmsprop_kernel, types, constants).asm[
         "ptx"

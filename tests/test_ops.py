@@ -374,7 +374,7 @@ def test_rows_move_on_a_gpu_as_on_a_cpu(entries, width):
                 ids, rows, (entries, width), check_invariants=True
             )
             grad = grad.to(param.device)
-            ops.row_rmsprop_(param, grad, *others, step, 0.9, 0.1, 0.01)
+            ops.row_rmsprop_(param, grad, *others, step, 0.9, 0.1)
     for exact, got in zip(state, on_gpu, strict=True):
         torch.testing.assert_close(got.cpu(), exact, rtol=1e-4, atol=1e-4)
 
