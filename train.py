@@ -175,6 +175,16 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    """A table in float32 whose rows are used in another dtype."""
+
+    def __init__(self, entries: int, width: int):
+        super().__init__(entries, width)
+
+    def forward(self, idx: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return embedding(idx, self.weight, dtype)
+
+
 class NgramEmbedding(nn.Embedding):
     """Embeddings of the last two and the last three ids, by a hash, in one table.
 
@@ -190,7 +200,8 @@ class NgramEmbedding(nn.Embedding):
     ENTRY_BIT = 20  # the bits from here on choose the entry
 
     def __init__(self, config: GPTConfig):
-        # Its gradient holds only the entries of a batch, which is what RowRMSprop moves.
+        # Its gradient has the entries of a batch alone, which RowRMSprop moves. Clipping and other
+        # optimizers need sparse=False, and more memory.
         super().__init__(config.ngram_entries, config.n_embd // 2, sparse=True)
         nn.init.zeros_(self.weight)
 
@@ -225,7 +236,7 @@ class CausalSelfAttention(nn.Module):
         self.gate = Linear(GATE_CHANNELS, H, std=0.0)  # 1 at first
         self.value_embed = None
         if layer % 2 == (config.n_layer - 1) % 2:  # with the last
-            self.value_embed = nn.Embedding(config.vocab_size, C)
+            self.value_embed = Embedding(config.vocab_size, C)
             init_uniform(self.value_embed.weight, std)
             self.value_gate = Linear(GATE_CHANNELS, H, std=0.0)  # 1 at first
 
@@ -243,10 +254,10 @@ class CausalSelfAttention(nn.Module):
         weights = self.c_q.weight, self.c_k.weight, self.c_v.weight
         q, k, v = norm_qkv(x, *weights, cos, sin, offset=True)
 
-        gate_input = norm(x)[..., :GATE_CHANNELS]
+        gate_input = norm(x)[..., :GATE_CHANNELS].contiguous()  # or all is kept
         if self.value_embed is not None:
             value_gate = 2 * torch.sigmoid(self.value_gate(gate_input))  # (B, T, H)
-            value = embedding(idx, self.value_embed.weight, x.dtype).view_as(v)
+            value = self.value_embed(idx, x.dtype).view_as(v)  # (B, T, H, D)
             v = v + value_gate[..., None] * value
         return q, k, v, 2 * torch.sigmoid(self.gate(gate_input))
 
@@ -319,7 +330,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.wte.weight, std=1.0)
         self.ngram = NgramEmbedding(config)
         self.h = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
@@ -340,7 +351,7 @@ class GPT(nn.Module):
     @compiled
     def embed(self, idx, ngram, sign):
         """Return token (B, T, C) and n-gram embeddings (B, T, 2, C / 2), in `dtype`."""
-        x0 = norm(embedding(idx, self.wte.weight, self.dtype))
+        x0 = norm(self.wte(idx, self.dtype))
         return x0, (ngram * sign[..., None]).to(self.dtype)
 
     def trunk(self, idx: torch.Tensor) -> torch.Tensor:
@@ -527,10 +538,9 @@ class Muon(torch.optim.Optimizer):
 class RowRMSprop(torch.optim.Optimizer):
     """RMSprop with decoupled weight decay and one second moment per table entry.
 
-    As in row-wise Adagrad, arXiv:1903.12287. Only the entries of a sparse gradient move; the
-    second moment of the others falls all the same. After a long pause, the first step of an
-    entry has a root mean square of lr / sqrt(1 - beta2). No momentum, which would move an
-    entry long after its n-gram was seen.
+    As in row-wise Adagrad, arXiv:1903.12287. Only the entries of a sparse gradient move; all
+    second moments fall. After a long pause, the first step of an entry has a root mean square
+    of lr / sqrt(1 - beta2). No momentum, which would move it long after its n-gram was seen.
     """
 
     STATE_PER_PARAM = -1  # there is not even a gradient for each
@@ -548,8 +558,9 @@ class RowRMSprop(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update(step=0, kept=1.0, moment=torch.zeros_like(p[:, :1]))
-                    state["last"] = torch.zeros_like(state["moment"])
+                    state.update(step=0, kept=1.0)
+                    for key in ("moment", "last"):
+                        state[key] = torch.zeros(len(p), 1, device=p.device)
                 state["step"] += 1
                 moment, last, step = state["moment"], state["last"], state["step"]
                 row_rmsprop_(p, p.grad, moment, last, step, beta2, lr)

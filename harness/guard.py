@@ -166,6 +166,12 @@ def _inside(folder: Path) -> str:
 
 
 # ---- The end ------------------------------------------------------------------------------------
+SPARSE = (
+    "a table that is made with sparse=True has a sparse gradient, which clipping, norms and most "
+    "optimizers cannot take: leave the table out of it, or make it with sparse=False (more memory)"
+)
+
+
 def demand_result(run) -> None:
     """From here on, end the process with status 0 only if `run` has printed its result.
 
@@ -189,6 +195,8 @@ def demand_result(run) -> None:
             print(gpu.explain_memory(run, error), file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
+            if isinstance(error, RuntimeError) and "sparse" in str(error).lower():
+                print(f"train.py: {SPARSE}", file=sys.stderr)  # torch says it in 40 lines
         end(status=1)
 
     threading._register_atexit(

@@ -1,10 +1,11 @@
-"""Triton kernels behind ops.py, for GPUs with tensor memory access (Hopper). Not edited.
+"""Triton kernels behind ops.py. Those in fp8 need tensor memory access (Hopper). Not edited.
 
 Every number is an argument: Triton's cache does not see what a kernel reads elsewhere. The custom
 operators are what torch.compile sees of them. A part of the rules.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.library import register_fake
@@ -51,8 +52,8 @@ def operator(writes: str = "") -> Callable:
     return register
 
 
-def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
+def jit(kernel, **options):
+    return triton.jit(kernel, **options) if triton else kernel
 
 
 def programs(a: torch.Tensor) -> int:
@@ -418,7 +419,8 @@ def embedding_gradient_kernel(
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = at < N
     id = tl.load(ids + at, mask=inside, other=-1)
-    first = inside & ((at % BM == 0) | (tl.load(ids + at - 1, mask=at > 0) != id))
+    before = tl.load(ids + at - 1, mask=inside & (at > 0), other=-1)
+    first = inside & ((at % BM == 0) | (before != id))
     row = tl.load(order + at, mask=inside, other=0)
     mask = inside[:, None] & (c < C)[None]
     tile = tl.load(grad + row[:, None] * C + c[None], mask=mask, other=0.0)
@@ -430,6 +432,8 @@ def embedding_gradient_kernel(
 
 def row_rmsprop(param, moment, last, ids, grad, step, beta2, lr) -> None:
     """See ops.row_rmsprop_; ids (N,) and rows of the gradient (N, C), in any order."""
+    if not param.is_contiguous():
+        raise ValueError(f"a table of strides {param.stride()} is not moved by row")
     N, C = grad.shape
     row_rmsprop_kernel[(N,)](
         *(param, moment, last, *ids.int().sort(), grad.contiguous()),
@@ -438,7 +442,7 @@ def row_rmsprop(param, moment, last, ids, grad, step, beta2, lr) -> None:
     )
 
 
-@jit
+@partial(jit, do_not_specialize=["N"])  # or it compiles again where N changes
 def row_rmsprop_kernel(
     param, moment, last, ids, order, grad, step, beta2, lr, N, C,
     BM: "tl.constexpr", BN: "tl.constexpr",
@@ -502,13 +506,15 @@ def cross_entropy_kernel(
     inside = ids < V
     raw += row * V
     target = tl.load(y + row).to(tl.int32)
+    valid = (target >= 0) & (target < V)  # an id that there is not makes the loss NaN
+    own = tl.load(
+        raw + target, mask=valid, other=float("nan")
+    )  # before it is written over
     r = sigmoid_of(tl.load(raw + ids, mask=inside, other=0.0), softcap)
     # The cap keeps the exponentials finite: no maximum has to be found first.
     cap = softcap * LOG2E
     p = tl.where(inside, tl.exp2(cap - 2 * cap * r), 0.0)
     total = tl.sum(p, 0)
-    valid = (target >= 0) & (target < V)  # an id that there is not makes the loss NaN
-    own = tl.load(raw + target, mask=valid, other=float("nan"))
     tl.store(loss + row, tl.log(total) - softcap * (1 - 2 * sigmoid_of(own, softcap)))
     slope = p * (1 / total) - tl.where(ids == target, 1.0, 0.0)
     slope *= 4 * (r - r * r)  # 1 - tanh^2

@@ -1,6 +1,6 @@
 """Fused operations of the model, each with its plain form inside. Not edited; a part of the rules.
 
-Each is the kernel where that runs (fp8.py, on Hopper), plain torch elsewhere.
+Each is the kernel where that runs (on a GPU; fp8.py on Hopper), plain torch elsewhere.
 To change what one computes, write plain torch in its place in train.py.
 """
 
@@ -50,6 +50,8 @@ def prepare_compiler() -> None:
 
     # For each batch size tried and layers that differ; by default 8 at most.
     torch._dynamo.config.recompile_limit = 64
+    # Else a norm's input is kept for the gradient in float32 too.
+    torch._functorch.config.ban_recompute_used_far_apart = False
     # A forward hook on a layer fires inside what is compiled too, as on a CPU.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch.compiler.assume_constant_result(fp8.has_tensor_memory_access)
@@ -150,11 +152,12 @@ def row_rmsprop_(
         kernels.row_rmsprop(param, moment, last, ids, grad, step, beta2, lr)
         return
     ids, place = ids.unique(return_inverse=True)
-    grad = grad.new_zeros(len(ids), grad.size(1)).index_add_(0, place, grad)
+    grad = moment.new_zeros(len(ids), grad.size(1)).index_add_(0, place, grad.float())
     kept = beta2 ** (step - last[ids]) * moment[ids]
     square = kept + (1 - beta2) * grad.square().mean(-1, keepdim=True)
     moment[ids], last[ids] = square, torch.full_like(square, step)
-    param[ids] -= lr * grad * square.clamp_min(1e-30).rsqrt()
+    update = lr * grad * square.clamp_min(1e-30).rsqrt()
+    param[ids] = (param[ids] - update).to(param.dtype)
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------

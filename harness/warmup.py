@@ -5,6 +5,7 @@ generators are put back after it, bit for bit.
 """
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch.nn as nn
 
 import constants as C
 from harness.evaluation import check_model
-from harness.gpu import find_batch_size, free_memory
+from harness.gpu import find_batch_size, free_memory, is_out_of_memory
 from harness.output import warning
 
 # (model, optimizers, batches, micro_steps) -> mean loss in nats per token, as train.py has it
@@ -24,7 +25,9 @@ Optimizers = Sequence[torch.optim.Optimizer]
 # Steps of a warm-up. What begins as zero has its gradient in the second step, and what is behind
 # that in the third.
 STEPS = 3
-MICRO_STEPS = 2  # of each step, so that gradients are both made and added to
+MICRO_STEPS = 2  # of a step, at least, so that gradients are both made and added to
+# The weights are copied on the device if they take less than this part of what is free.
+COPY_SHARE = 12
 # Fractions of ln V, the loss of a guess, between which the first loss is expected.
 LOW_LOSS, HIGH_LOSS = 0.95, 1.05
 
@@ -57,7 +60,10 @@ def check_groups(model: nn.Module, optimizers: Optimizers) -> None:
             )
     strangers = len(counts.keys() - {id(p) for p in params.values()})
     if strangers:
-        raise ValueError(f"{strangers} parameters of the optimizers are not of the model")
+        raise ValueError(
+            f"{strangers} parameters of the optimizers are not of the model, or do not learn "
+            "(requires_grad is False); take them out of the table in build_optimizers"
+        )
 
 
 def join(names: Iterable[str], most: int = 4) -> str:
@@ -152,7 +158,8 @@ def plan_batch(total_batch_size: int, device_batch_size: int) -> tuple[int, int]
 def fixed_bytes(optimizers: Optimizers) -> int:
     """Return the memory of gradients and optimizer state, about, for any number of rows.
 
-    An optimizer's STATE_PER_PARAM says how many numbers it keeps per parameter, 2 unless said.
+    An optimizer's STATE_PER_PARAM says how many numbers it keeps per parameter, 2 unless said; -1
+    that gradients are sparse as well.
     """
     total = 0
     for optimizer in optimizers:
@@ -186,16 +193,30 @@ def warm_up(
     result: dict[str, list] = {}
 
     def attempt(rows: int) -> None:
-        with kept(model, optimizers, device):
+        if device.type == "cuda" and size_of(model) < free_memory(device) / COPY_SHARE:
+            try:
+                train_and_put_back(rows, device)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            gc.collect()  # here, where the failed attempt's tensors are let go
+            torch.cuda.empty_cache()
+        train_and_put_back(rows, torch.device("cpu"))
+
+    def train_and_put_back(rows: int, place: torch.device) -> None:
+        with kept(model, optimizers, device, place):
             result.update(train_a_little(rows))
 
     def train_a_little(rows: int) -> dict[str, list]:
         before = {name: checksum(p) for name, p in trainable(model).items()}
         gradients, losses = Gradients(model, optimizers, may_stand_still), []
         try:
-            for _ in range(STEPS):
-                batches = [random_batch(rows) for _ in range(MICRO_STEPS)]
-                losses.append(train_step(model, optimizers, batches, MICRO_STEPS))
+            # The last with all micro-steps: a sparse gradient grows with each.
+            whole = max(MICRO_STEPS, micro_steps * (limit // rows))
+            for count in [MICRO_STEPS] * (STEPS - 1) + [whole]:
+                batches = [random_batch(rows) for _ in range(count)]
+                losses.append(train_step(model, optimizers, batches, count))
         finally:
             gradients.close()
         model.eval()
@@ -221,18 +242,22 @@ def warm_up(
     return rows, micro_steps * (limit // rows)
 
 
+def size_of(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 @contextmanager
 def kept(
-    model: nn.Module, optimizers: Optimizers, device: torch.device
+    model: nn.Module, optimizers: Optimizers, device: torch.device, place: torch.device
 ) -> Iterator[None]:
     """Leave weights, buffers, optimizer state, modes and generators as they were before.
 
-    The copy of the weights waits on the host, which has more room, unless it is small beside the
-    device's memory: that is a second sooner.
+    place: where the copy of the weights waits. The host has more room, the device is a second
+    sooner.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    place = device if size < free_memory(device) / 12 else "cpu"
     values = [t.detach().to(place, copy=True) for t in tensors]
     states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
     modes = {module: module.training for module in model.modules()}

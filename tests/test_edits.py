@@ -375,8 +375,8 @@ def test_a_tied_head_begins_with_a_high_loss(run, honest):
     ("self.c_k = Linear(C, C, std)", "self.c_k = Linear(C, K * config.head_dim, std)"),
     ("self.c_v = Linear(C, C, std)", "self.c_v = Linear(C, K * config.head_dim, std)"),
     (
-        "nn.Embedding(config.vocab_size, C)",
-        "nn.Embedding(config.vocab_size, K * config.head_dim)",
+        "= Embedding(config.vocab_size, C)",
+        "= Embedding(config.vocab_size, K * config.head_dim)",
     ),
     (
         "self.value_gate = Linear(GATE_CHANNELS, H,",
@@ -500,6 +500,25 @@ def test_a_learning_rate_of_0(run, honest):
     assert re.search(
         r"warning: edit: wte\.weight.*: not moved by 3 steps; is its learn", run.log
     )
+
+
+CLIP = put(
+    "    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n",
+    before="    for optimizer in optimizers:\n        optimizer.step()\n",
+)
+
+
+@edit(CLIP)
+def test_clipping_of_a_sparse_gradient(run):
+    """Torch's own message has 40 lines, none of which says what to do."""
+    refused(run, r"linalg_vector_norm")
+    *_, last = run.log.strip().splitlines()[-2:]
+    assert re.search("^train.py: .*sparse=False", run.log, re.MULTILINE), last
+
+
+@edit(CLIP, (", sparse=True)", ", sparse=False)"))
+def test_clipping_of_a_gradient_that_is_not_sparse(run, honest):
+    honoured(run, honest)
 
 
 @edit(

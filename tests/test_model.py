@@ -273,6 +273,18 @@ def test_each_layer_attends_within_its_window():
     assert given == list(model.config.windows)
 
 
+# ---- Hooks --------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_a_hook_on_a_table_of_embeddings_fires():
+    """One that did not would leave an edit without effect, and without a word."""
+    model, fired = lively().eval(), set()
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    for name, table in tables.items():
+        table.register_forward_hook(lambda *_, name=name: fired.add(name))
+    model(some_ids())
+    assert fired == tables.keys()
+
+
 # ---- N-grams ------------------------------------------------------------------------------------
 ENTRIES = 256
 

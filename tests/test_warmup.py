@@ -287,6 +287,21 @@ def same(a: list, b: list) -> bool:
     return all(torch.equal(x, y) for x, y in tensors) and a[-1] == b[-1]
 
 
+@pytest.mark.parametrize("micro_steps, last", [(1, 2), (2, 2), (5, 5)])
+def test_the_last_step_has_all_micro_steps_as_a_sparse_gradient_grows_with_each(
+    micro_steps, last
+):
+    counts = []
+
+    def step(model, optimizers, batches, count):
+        assert count == len(batches)
+        counts.append(count)
+        return train_step(model, optimizers, batches, count)
+
+    warm(Model(), step=step, batch=(2, micro_steps))
+    assert counts == [2, 2, last]
+
+
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_weights_buffers_state_and_generator_are_as_before_bit_for_bit(steps_before):
     model = Model(nn.BatchNorm1d(T), dropout=0.1)  # running statistics are buffers
