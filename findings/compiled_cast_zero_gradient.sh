@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.11.0, on a CPU as on a GPU: an autograd.Function whose forward ends in a cast to the dtype
-# that the tensor has already, and saves that tensor for the backward as well, has a gradient of
-# zeros under torch.compile, with every backend. Nothing is raised or said; in eager mode the
+# that the tensor has already has a gradient of zeros under torch.compile, with every backend,
+# whether it saves that tensor (as here), its input or something else. Nothing is raised or said; in eager mode the
 # gradient is right. One would expect a cast that changes nothing to change nothing: `y.to(x.dtype)`
 # is how such functions return the dtype that came in, so one that trains in bf16 (where the cast
 # is real) stops learning when it is run in float32.
