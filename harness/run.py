@@ -179,7 +179,7 @@ class Run:
             if not step.tokens:
                 raise RuntimeError(f"step {step.number} took no batch; use step.batches")
             step.loss = torch.as_tensor(step.loss).detach().to("cpu", non_blocking=True)
-            event = torch.cuda.current_stream().record_event() if self.cuda else None
+            event = gpu.mark(self.device) if self.cuda else None
             self.num_steps += 1
             self.clock.queued.append((event, step))
             self._settle(Clock.MAX_AHEAD if self.cuda else 0)

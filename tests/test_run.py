@@ -67,6 +67,10 @@ class Event:
     def synchronize(self) -> None:
         self.machine.time = max(self.machine.time, self.end)
 
+    def elapsed_time(self, other: "Event") -> float:
+        assert max(self.end, other.end) <= self.machine.time
+        return 1e3 * (other.end - self.end)
+
 
 def drive(budget: float, device_seconds, host_seconds: float = 0.0):
     """Run steps as the run's loop does; device_seconds(k): what step k takes on the device.
@@ -150,6 +154,20 @@ def test_a_host_that_stops_between_steps_pays_for_it():
     clock.queued.append((machine.queue(0.5), Step(1, 0.0, 1)))
     list(clock.settle(0))
     assert clock.seconds == 4.0 and not clock.fits()
+
+
+def test_a_step_whose_end_the_host_sees_late_has_not_taken_0_seconds():
+    machine = Machine()
+    clock = Clock(16.0, machine.now)
+    clock.start()
+    steps = [Step(k, 0.0, 1) for k in range(4)]
+    for step in steps:
+        clock.queued.append((machine.queue(2.0), step))
+    list(clock.settle(3))
+    machine.time += 5.0
+    list(clock.settle(0))
+    assert [step.seconds for step in steps] == [2.0, 2.0, 2.0, 2.0]
+    assert clock.seconds == 8.0  # and none is later than the last ended
 
 
 def test_setting_the_time_of_the_machine_changes_nothing(monkeypatch):
