@@ -200,8 +200,7 @@ class NgramEmbedding(nn.Embedding):
     ENTRY_BIT = 20  # the bits from here on choose the entry
 
     def __init__(self, config: GPTConfig):
-        # Its gradient has the entries of a batch alone, which RowRMSprop moves. Clipping and other
-        # optimizers need sparse=False, and more memory.
+        # RowRMSprop moves what a batch has read. Clipping, other optimizers: sparse=False.
         super().__init__(config.ngram_entries, config.n_embd // 2, sparse=True)
         nn.init.zeros_(self.weight)
 
@@ -307,7 +306,9 @@ class Block(nn.Module):
         gate = torch.sigmoid(self.ngram_gate(norm(x[..., :GATE_CHANNELS])))  # (B, T, 2)
         gate = 2 * self.ngram_lambda * gate
         ngram = (gate[..., None] * ngram).flatten(-2)  # (B, T, C)
-        x = self.resid_lambda * x + self.x0_lambda * x0 + ngram
+        # For each token, so that gradients are first summed in rows, as others are.
+        r, a = (s.expand(*x.shape[:2], 1) for s in (self.resid_lambda, self.x0_lambda))
+        x = (r * x + a * x0 + ngram).to(x.dtype)
         return x, *self.attn.project(x, idx, cos, sin)
 
     @compiled
@@ -361,7 +362,7 @@ class GPT(nn.Module):
         x0, ngram = self.embed(idx, self.ngram(entry), sign)
         x, *x0s = fan_out(x0, 1 + len(self.h))
         ngrams = fan_out(ngram, len(self.h))
-        # With a gradient, as that of the other layers, or the first would be compiled on its own.
+        # With a gradient, as those of the other layers, or it is compiled apart.
         change = torch.zeros_like(x).requires_grad_()
         for block, x0, ngram in zip(self.h, x0s, ngrams, strict=True):
             x, change = block(x, change, x0, ngram, idx, cos, sin)
@@ -462,7 +463,7 @@ def polar_express(G: torch.Tensor) -> torch.Tensor:
     X = G.bfloat16() if G.is_cuda else G.float()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        A = X.mT.bmm(X)  # few operations: for any N, each takes long to trace
+        A = X.mT.bmm(X)  # few operations: each takes long to trace
         X = X.baddbmm(X, A.baddbmm(A, A, beta=b, alpha=c), beta=a)
     return X
 
@@ -543,8 +544,8 @@ class RowRMSprop(torch.optim.Optimizer):
     of lr / sqrt(1 - beta2). No momentum, which would move it long after its n-gram was seen.
     """
 
-    STATE_PER_PARAM = -1  # there is not even a gradient for each
-    DECAY_STEPS = 64  # whose decay is put off and done at once: it takes the whole table
+    STATE_PER_PARAM = -1  # nor a gradient for each
+    DECAY_STEPS = 64  # whose decay is done at once: it takes the whole table
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})

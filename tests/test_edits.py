@@ -282,7 +282,7 @@ def test_a_new_vector_in_a_group(run, honest):
     assert group["size"] == int(values(run.log)["depth"])
 
 
-ADDS = " + self.x0_lambda * x0 + ngram"
+ADDS = " + a * x0 + ngram"
 KNOBS = """NGRAM_ENTRIES NGRAM_LAMBDA_INIT NGRAM_LR NGRAM_LAMBDA_LR NGRAM_BETA2 NGRAM_WEIGHT_DECAY
 NGRAM_REPEAT_WEIGHT_DECAY NgramEmbedding RowRMSprop""".split()
 OF_NGRAMS = """
