@@ -330,6 +330,71 @@ def test_ngrams_spread_evenly_over_entries_and_signs():
     assert abs(float(sign.prod(-1).mean())) < 0.025  # and independent of each other
 
 
+# ---- What a GPU compiles ------------------------------------------------------------------------
+TRACED = """
+import functools
+import sys
+
+import constants  # first: it sets what torch reads
+import torch
+
+from harness import ops
+from harness.attention import masked_attention
+
+traced = set()
+
+
+def compiled(function):
+    # As that of harness.ops, for a CPU, without the compiler behind the tracing.
+    @functools.cache
+    def once():
+        traced.add(function.__qualname__)
+        ops.prepare_compiler()
+        return torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager")
+
+    return functools.wraps(function)(lambda *args: once()(*args))
+
+
+def losses():
+    import train
+
+    torch.manual_seed(0)
+    train.DEPTH = 2
+    model = train.build_model(train.build_config(), masked_attention, torch.device("cpu"))
+    optimizers = train.build_optimizers(model)
+    for ids in torch.randint(constants.VOCAB_SIZE, (3, 2, 17)):
+        batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        yield float(train.train_step(model, optimizers, [batch], 1))
+    with torch.no_grad():
+        model.eval()(batch[0])
+
+
+print(*losses())
+del sys.modules["train"]
+ops.compiled = compiled
+print(*losses())
+print(*traced)
+"""
+
+
+def test_what_a_gpu_compiles_can_be_traced_and_gives_what_a_cpu_computes():
+    """On a CPU it is run as it stands, so nothing else there shows what the tracing refuses."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRACED],
+        cwd=Path(C.__file__).parent,
+        env=os.environ | {"AUTORESEARCH_SMOKE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    plain, compiled, traced = (line.split() for line in done.stdout.splitlines())
+    if not traced:
+        pytest.skip("train.py compiles nothing, which it need not")
+    assert [float(x) for x in compiled] == pytest.approx(
+        [float(x) for x in plain], rel=1e-4
+    )
+
+
 # ---- On a GPU -----------------------------------------------------------------------------------
 @pytest.mark.gpu
 def test_a_gpu_gives_the_loss_and_the_gradients_of_a_cpu():
