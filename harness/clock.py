@@ -4,6 +4,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from harness.gpu import seconds_between
+
 
 class Clock:
     """Counts the budget, in seconds, by what the device has finished; the host runs ahead."""
@@ -35,7 +37,7 @@ class Clock:
             end = self.now() - self.started_at
             step.seconds, self.seconds = end - self.seconds, end
             if self.last_event is not None:  # a host that looks late sees two end at once
-                step.seconds = self.last_event.elapsed_time(event) / 1e3
+                step.seconds = seconds_between(self.last_event, event)
             self.last_event = event
             self.durations.append(step.seconds)
             yield step

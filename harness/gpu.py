@@ -72,6 +72,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and said
 
 
+def has_room(attempt: Callable[..., object], *args) -> bool:
+    """Call attempt(*args); return False, its memory given back, if it ran out of memory."""
+    try:
+        attempt(*args)
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    gc.collect()  # here, where the failed attempt's tensors are let go
+    torch.cuda.empty_cache()
+    return False
+
+
 def find_batch_size(
     attempt: Callable[[int], object],
     limit: int,
@@ -90,17 +103,13 @@ def find_batch_size(
     rows = limit
     while rows > room and rows % 2 == 0:
         rows //= 2
-    while True:
-        try:
-            attempt(rows)
+    while rows % 2 == 0:
+        if has_room(attempt, rows):
             return rows
-        except RuntimeError as error:
-            if rows % 2 or not is_out_of_memory(error):
-                raise
-        gc.collect()  # here, where the failed attempt's tensors are let go
-        torch.cuda.empty_cache()
         print(f"batch: {rows} rows do not fit in memory, trying {rows // 2}", flush=True)
         rows //= 2
+    attempt(rows)
+    return rows
 
 
 def explain_memory(run, error: BaseException) -> str:

@@ -5,7 +5,6 @@ generators are put back after it, bit for bit.
 """
 
 import copy
-import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch.nn as nn
 
 import constants as C
 from harness.evaluation import check_model
-from harness.gpu import find_batch_size, free_memory, is_out_of_memory
+from harness.gpu import find_batch_size, free_memory, has_room
 from harness.output import warning
 
 # (model, optimizers, batches, micro_steps) -> mean loss in nats per token, as train.py has it
@@ -193,16 +192,10 @@ def warm_up(
     result: dict[str, list] = {}
 
     def attempt(rows: int) -> None:
-        if device.type == "cuda" and size_of(model) < free_memory(device) / COPY_SHARE:
-            try:
-                train_and_put_back(rows, device)
-                return
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            gc.collect()  # here, where the failed attempt's tensors are let go
-            torch.cuda.empty_cache()
-        train_and_put_back(rows, torch.device("cpu"))
+        small = size_of(model) < free_memory(device) / COPY_SHARE
+        on_device = device.type == "cuda" and small
+        if not (on_device and has_room(train_and_put_back, rows, device)):
+            train_and_put_back(rows, torch.device("cpu"))
 
     def train_and_put_back(rows: int, place: torch.device) -> None:
         with kept(model, optimizers, device, place):
