@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # torch 2.11.0, on a CPU as on a GPU: an autograd.Function whose forward ends in a cast to the dtype
 # that the tensor has already has a gradient of zeros under torch.compile, with every backend,
-# whether it saves that tensor (as here), its input or something else. Nothing is raised or said; in eager mode the
-# gradient is right. One would expect a cast that changes nothing to change nothing: `y.to(x.dtype)`
-# is how such functions return the dtype that came in, so one that trains in bf16 (where the cast
-# is real) stops learning when it is run in float32.
+# whether it saves that tensor (as here), its input or something else. Nothing is raised or said; in
+# eager mode the gradient is right. One would expect a cast that changes nothing to change nothing:
+# `y.to(x.dtype)` is how such functions return the dtype that came in, so one that trains in bf16
+# (where the cast is real) stops learning when it is run in float32.
 #
 # Output seen (2026-11-29, Python 3.12, Linux x86-64):
 #   eager      with the cast 0.8776, without 0.8776

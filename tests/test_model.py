@@ -316,6 +316,17 @@ def test_an_ngram_has_its_entry_and_sign_wherever_it_stands_and_others_have_othe
     assert torch.equal(entries_and_signs(idx[:, :1], 2**20)[0], entry[:, :1])
 
 
+@torch.no_grad()
+def test_what_an_ngram_adds_is_its_entry_times_its_sign():
+    part("NgramEmbedding")
+    model, idx = lively(), some_ids()
+    model.ngram.weight.copy_(torch.arange(1.0, len(model.ngram.weight) + 1)[:, None])
+    entry, sign = model.ngram.find(idx)
+    _, embedded = model.embed(idx, model.ngram(entry), sign)  # (B, T, 2, C / 2)
+    expected = ((entry + 1) * sign)[..., None].expand_as(embedded)
+    assert torch.equal(embedded.long(), expected)
+
+
 def test_ngrams_spread_evenly_over_entries_and_signs():
     generator = torch.Generator().manual_seed(2)
     idx = torch.randint(8192, (1024, 64), generator=generator)  # ids of the full rules

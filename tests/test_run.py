@@ -130,13 +130,19 @@ def test_progress_is_the_share_gone_when_the_device_begins_the_step():
     assert progresses[-1] == pytest.approx(1 - 0.25 / 16.0)  # schedules reach their end
 
 
-def test_seconds_count_finished_steps_only():
+def queue_steps(count: int) -> tuple[Clock, Machine, list[Step]]:
+    """Return a clock of 16 s that has started and the steps queued on it, of 2 s each."""
     machine = Machine()
     clock = Clock(16.0, machine.now)
     clock.start()
-    steps = [Step(k, 0.0, 1) for k in range(3)]
+    steps = [Step(k, 0.0, 1) for k in range(count)]
     for step in steps:
         clock.queued.append((machine.queue(2.0), step))
+    return clock, machine, steps
+
+
+def test_seconds_count_finished_steps_only():
+    clock, machine, steps = queue_steps(3)
     assert clock.seconds == 0.0 and machine.time == 1000.0  # queueing waits for nothing
     assert list(clock.settle(2)) == steps[:1] and clock.seconds == 2.0
     assert clock.next_start() == 6.0  # two more of the same are queued
@@ -157,12 +163,7 @@ def test_a_host_that_stops_between_steps_pays_for_it():
 
 
 def test_a_step_whose_end_the_host_sees_late_has_not_taken_0_seconds():
-    machine = Machine()
-    clock = Clock(16.0, machine.now)
-    clock.start()
-    steps = [Step(k, 0.0, 1) for k in range(4)]
-    for step in steps:
-        clock.queued.append((machine.queue(2.0), step))
+    clock, machine, steps = queue_steps(4)
     list(clock.settle(3))
     machine.time += 5.0
     list(clock.settle(0))
