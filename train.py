@@ -529,10 +529,12 @@ class Muon(torch.optim.Optimizer):
             state["second_momentum_buffer"] = torch.zeros_like(stack[..., :1])
         lr = group["lr"] * max(1, rows / columns) ** 0.5
         numbers = (group["momentum"], group["beta2"], lr, group["weight_decay"])
-        numbers = map(torch.tensor, numbers)
         stacks = (torch.stack(grads), stack, *state.values())
-        any_length(*stacks)
-        new = muon_update(*stacks, *numbers)
+        if rows * columns < 2**14:  # not compiled: a start is sooner, a step no later
+            new = muon_update.__wrapped__(*stacks, *numbers)
+        else:
+            any_length(*stacks)
+            new = muon_update(*stacks, *map(torch.tensor, numbers))
         torch._foreach_copy_(tall, list(new.unbind()))
 
 
