@@ -5,6 +5,7 @@ loss fell all the same.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -18,12 +19,24 @@ def check_kernels(device: torch.device) -> None:
     """Have products run in plain torch from here on, and say so, if those in fp8 are wrong."""
     if not fp8.runs_fp8(torch.empty(*ROWS, WIDTH, dtype=torch.bfloat16, device=device)):
         return
+    hash_compiler()
     ops.prepare_compiler()  # not while another thread imports it: Triton would be half there
     for name, error in largest_errors(device).items():
         if not error < MAX_ERROR:  # nor NaN
             fp8.trusted = False
             problem = f"{name} in fp8 is wrong on this GPU (relative error {error:.2f})"
             print(f"kernels: {problem}; plain torch serves", flush=True)
+
+
+def hash_compiler() -> None:
+    """Have Triton hash its own files, for the keys of its cache: 0.3 s, once per process.
+
+    Here another thread is still importing, and this one would wait for it.
+    """
+    with suppress(ImportError):  # where a later Triton keeps it
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 def largest_errors(device: torch.device) -> dict[str, float]:
