@@ -12,10 +12,12 @@ name is made at run time.
 
 import ast
 import functools
+import gc
 import hashlib
 import os
 import re
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 import torch._functorch.config
 
 import constants as C
+from harness.ops import prepare_compiler
 from harness.output import warning
 
 FIXED = Path(__file__).parent  # harness/
@@ -77,6 +80,20 @@ def open_folder(base: Path, tag: str) -> Path | None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(chosen)
         os.environ["TRITON_CACHE_DIR"] = str(chosen / "triton")
         return chosen
+
+
+def start_compiler(opened: threading.Event) -> None:
+    """Import torch.compile; once the run is open, start the processes that compile kernels.
+
+    Those import torch for seconds; until then, this process would compile every kernel. One that
+    ends without a run would wait for them, up to 300 s.
+    """
+    prepare_compiler()
+    gc.freeze()  # what was imported stays: 0.3 s of looking at it again
+    opened.wait()
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.use_process_pool()
 
 
 # ---- The hash -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 import constants as C
 from harness import dry_run, gpu, guard, repeat
 from harness.clock import Clock
-from harness.compile_cache import use_compile_cache
+from harness.compile_cache import start_compiler, use_compile_cache
 from harness.evaluation import Model, evaluate_bpb
 from harness.files import data_dir
 from harness.guard import Guard, LateGraphs
@@ -25,7 +25,6 @@ from harness.health import Watch
 from harness.kernel_check import check_kernels
 from harness.loader import Batch, Rows, load_batches
 from harness.machine import advise_late_start
-from harness.ops import prepare_compiler
 from harness.output import step_line, warning
 from harness.peaks import peak_flops
 from harness.rules import compare_with_last, open_basis
@@ -295,19 +294,6 @@ class Run:
         warnings += [warning("repeat", problem) for problem in problems]
         print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
         self.printed = True
-
-
-def start_compiler(opened: threading.Event) -> None:
-    """Import torch.compile; once the run is open, start the processes that compile kernels.
-
-    Those import torch for seconds; until then, this process would compile every kernel. One that
-    ends without a run would wait for them, up to 300 s.
-    """
-    prepare_compiler()
-    opened.wait()
-    from torch._inductor.async_compile import AsyncCompile
-
-    AsyncCompile.use_process_pool()
 
 
 def open_run() -> Run | dry_run.DryRun:

@@ -829,22 +829,25 @@ if __name__ == "__main__":
 
 WORKERS = """
 import constants
-import os, sys, threading
-from harness.run import start_compiler
+import gc, os, sys, threading
+from harness.compile_cache import start_compiler
 opened = threading.Event()
 opened.set()
 start_compiler(opened)
 from torch._inductor.async_compile import AsyncCompile
 AsyncCompile.wait_pool_ready()
-print("ready" if AsyncCompile.use_process_pool() else "not ready", flush=True)
+print("ready" if AsyncCompile.use_process_pool() else "not ready")
+print("let alone" if len(gc.get_objects()) < gc.get_freeze_count() else "seen", flush=True)
 os._exit(0)  # as a run ends
 """
 
 
-def test_the_processes_that_compile_are_there_before_the_first_kernel(tmp_path):
+def test_what_compiles_is_there_before_the_first_kernel_and_is_not_collected_again(
+    tmp_path,
+):
     variables = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     variables["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
     call = [sys.executable, "-c", WORKERS]
     how = {"cwd": ROOT, "env": os.environ | variables, "text": True}
     done = subprocess.run(call, stdout=subprocess.PIPE, **how)
-    assert done.stdout == "ready\n"
+    assert done.stdout.splitlines() == ["ready", "let alone"]

@@ -217,7 +217,9 @@ def test_a_run_that_cannot_start_does_not_wait_300_s_for_processes_that_compile(
     garbage(prepared_copy / "manifest.json")
     started = []
     monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: started.append(True))
-    monkeypatch.setattr("harness.run.prepare_compiler", lambda: None)  # is imported
+    monkeypatch.setattr(
+        "harness.compile_cache.prepare_compiler", lambda: None
+    )  # is imported
     monkeypatch.setattr(gpu, "choose_device", lambda: torch.device("cuda"))
     assert "manifest.json" in sentence(open_run)
     time.sleep(0.5)
