@@ -34,6 +34,9 @@ class DryRun:
         gc.disable()  # a tenth of the time of a process this short
 
         fake_tensor.FakeTensorMode().__enter__()  # from here on every tensor is a shape
+        # Of shapes, torch (2.11) can neither copy a model nor change its dtype or device.
+        fake_tensor.FakeTensor.__deepcopy__ = copy_shape
+        torch.utils.swap_tensors = take_data
         # What shapes alone cannot do though a real run may: read a value, be shaped by it.
         self.beyond_shapes = (
             fake_tensor.DataDependentOutputException,
@@ -61,6 +64,19 @@ class DryRun:
         batch = f"{micro_steps} micro-steps of up to {rows} rows per step"
         print(f"full rules: {millions:.1f} M parameters, {batch}", flush=True)
         os._exit(0)  # torch would take half a second to end
+
+
+def copy_shape(t: torch.Tensor, memo: dict) -> torch.Tensor:
+    """Stand in for the `__deepcopy__` of a tensor."""
+    copied = t.detach().clone()
+    if isinstance(t, torch.nn.Parameter):
+        return torch.nn.Parameter(copied, t.requires_grad)
+    return copied
+
+
+def take_data(t: torch.Tensor, new: torch.Tensor) -> None:
+    """Stand in for torch.utils.swap_tensors, by which a module changes its tensors."""
+    t.data = new.data
 
 
 def start(script: Path) -> subprocess.Popen | None:

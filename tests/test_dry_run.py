@@ -87,6 +87,14 @@ def test_what_shapes_cannot_tell_is_left_to_the_real_run(tmp_path):
     assert "the full model's step was not tried" in done.stdout
 
 
+def test_a_model_can_be_copied_and_change_its_dtype(tmp_path):
+    line = "import copy; average = copy.deepcopy(model).to(torch.bfloat16)"
+    line += "; assert isinstance(average.wpe, torch.nn.Parameter)"
+    line += "; assert average.wpe.dtype == torch.bfloat16 != model.wpe.dtype; average(x)"
+    done = run_dry(tmp_path, line=line)
+    assert done.returncode == 0, done.stderr
+
+
 def test_it_does_not_wait_for_the_end_of_python(tmp_path):
     done = run_dry(tmp_path, line="import atexit; atexit.register(print, 'the end')")
     assert (done.returncode, done.stderr) == (0, "")
