@@ -13,6 +13,26 @@ import constants as C
 Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
 
 
+class Once:
+    """The batches of a step. A second pass over them is an error, where a generator's is empty."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches, self._over = batches, False
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._over:
+            advice = "for a second pass keep them: batches = list(batches)"
+            raise RuntimeError(f"the batches of a step are handed out once; {advice}")
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._over = True
+            raise
+
+
 class Rows:
     """The rows of several files as one read-only array of ids, memory-mapped.
 

@@ -23,12 +23,12 @@ from harness.files import data_dir
 from harness.guard import Guard, LateGraphs
 from harness.health import Watch
 from harness.kernel_check import check_kernels
-from harness.loader import Batch, Rows, load_batches
+from harness.loader import Batch, Once, Rows, load_batches
 from harness.machine import advise_late_start
-from harness.output import step_line, warning
-from harness.peaks import peak_flops
+from harness.output import step_line
 from harness.rules import compare_with_last, open_basis
 from harness.streams import keep_output
+from harness.summary import summarise
 from harness.warmup import check_first_loss, plan_batch, warm_up
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,8 @@ class Run:
         """Compile everything, find the batch that fits, refuse an edit that does nothing.
 
         A few calls of train_step(model, optimizers, batches, micro_steps) on random ids, and of the
-        model in evaluation mode; afterwards all is as before, bit for bit.
+        model in evaluation mode; afterwards it and the optimizers are as before, bit for bit. What
+        else train_step keeps (an average, a scheduler) is not: make it in the loop.
 
         total_batch_size: tokens per step; device_batch_size: rows per micro-step, at most: halved
         until they fit. row_bytes: memory that a row takes, roughly.
@@ -171,7 +172,7 @@ class Run:
             progress = min(self.clock.next_start() / self.clock.budget, 1.0)
             epoch = self.tokens // self.epoch_tokens + 1
             step = Step(self.num_steps, progress, epoch, self.micro_steps)
-            step.batches = self._batches(step, batches)
+            step.batches = Once(self._batches(step, batches))
             yield step
             if step.loss is None:
                 raise RuntimeError(f"step {step.number} has no loss; set step.loss")
@@ -277,22 +278,7 @@ class Run:
         if not math.isfinite(self.val_bpb) or self.printed:
             raise RuntimeError("there is no result to print; evaluate first, print once")
         self.depth, self.attention = depth, attention
-        self.num_params_M = self.num_params / 1e6
-        self.tok_per_sec = self.tokens / self.clock.seconds
-        waited = sum(gpu.seconds_between(*wait) for wait in self.waits)
-        self.wait_percent = 100 * waited / self.clock.seconds
-        self.gpu = torch.cuda.get_device_name(self.device) if self.cuda else "none (cpu)"
-        self.tflops = flops_per_token * self.tok_per_sec / 1e12
-        self.mfu_percent = 100e12 * self.tflops / peak_flops(self.gpu)
-        self.peak_vram_mb = self.watch.peak_bytes() / 2**20
-        self.gpu_health, problems = self.watch.report()
-        self.epochs = self.tokens / self.epoch_tokens
-        self.tokens_M = self.tokens / 1e6
-        self.total_seconds = time.perf_counter() - C.STARTED_AT
-        warnings = [warning("gpu", problem) for problem in problems]
-        problems = repeat.explain(ROOT, self.variables)
-        warnings += [warning("repeat", problem) for problem in problems]
-        print("\n".join([*warnings, C.SUMMARY.format(run=self)]), flush=True)
+        print(summarise(self, ROOT, flops_per_token), flush=True)
         self.printed = True
 
 

@@ -15,6 +15,7 @@ import torch.nn as nn
 import constants as C
 from harness.evaluation import check_model
 from harness.gpu import find_batch_size, free_memory, has_room
+from harness.loader import Once
 from harness.output import warning
 
 # (model, optimizers, batches, micro_steps) -> mean loss in nats per token, as train.py has it
@@ -40,6 +41,11 @@ def check_groups(model: nn.Module, optimizers: Optimizers) -> None:
     """Raise ValueError unless each trainable parameter is in exactly one group, none empty."""
     params, counts = trainable(model), {}
     for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):  # its state must be put back
+            raise ValueError(
+                f"{type(optimizer).__name__} is no torch.optim.Optimizer; derive it from that, and "
+                "keep in self.state what it remembers"
+            )
         for number, group in enumerate(optimizer.param_groups):
             where = f"group {number} of {type(optimizer).__name__}"
             where += f" ({group['names']})" if "names" in group else ""
@@ -89,9 +95,11 @@ class Gradients:
             raise ValueError(f"may_stand_still names no parameter: {join(unknown)}")
         self.watched = {name: p for name, p in params.items() if name not in allowed}
         self.alive: dict[str, torch.Tensor] = {}
+        self.steps = dict.fromkeys(optimizers, 0)
         self.hooks = [o.register_step_pre_hook(self.look) for o in optimizers]
 
     def look(self, optimizer, args, kwargs) -> None:
+        self.steps[optimizer] += 1
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         watched = {name: p for name, p in self.watched.items() if id(p) in mine}
         if any(p.grad is None for p in watched.values()):
@@ -208,7 +216,7 @@ def warm_up(
             # The last with all micro-steps: a sparse gradient grows with each.
             whole = max(MICRO_STEPS, micro_steps * (limit // rows))
             for count in [MICRO_STEPS] * (STEPS - 1) + [whole]:
-                batches = [random_batch(rows) for _ in range(count)]
+                batches = Once(random_batch(rows) for _ in range(count))
                 losses.append(train_step(model, optimizers, batches, count))
         finally:
             gradients.close()
@@ -217,18 +225,18 @@ def warm_up(
         moved = {
             name: checksum(p) != before[name] for name, p in trainable(model).items()
         }
-        dead = gradients.dead()
+        dead, steps = gradients.dead(), min(gradients.steps.values())
         still = [
             name for name in gradients.watched if not moved[name] and name not in dead
         ]
-        return {"dead": dead, "still": still, "losses": losses}
+        return {"dead": dead, "still": still, "losses": losses, "steps": steps}
 
     rows = find_batch_size(attempt, limit, row_bytes, device, fixed_bytes(optimizers))
     check_first_loss(float(result["losses"][0]), "of the first step on random ids")
     if dead := result["dead"]:
-        raise RuntimeError(
-            f"{join(dead)}: the gradient is zero in {STEPS} steps; {ADVICE}"
-        )
+        steps = result["steps"]
+        when = f"{steps} steps" + (f" of {STEPS} train_steps" if steps < STEPS else "")
+        raise RuntimeError(f"{join(dead)}: the gradient is zero in {when}; {ADVICE}")
     if still := result["still"]:
         text = f"{join(still)}: not moved by {STEPS} steps; is its learning rate 0?"
         print(warning("edit", text), flush=True)
@@ -263,6 +271,11 @@ def kept(
                 for t, value in zip(tensors, values, strict=True):
                     t.copy_(value)
             for optimizer, state in zip(optimizers, states, strict=True):
+                groups = optimizer.param_groups  # which a schedule may hold
                 optimizer.load_state_dict(state)
+                for group, new in zip(groups, optimizer.param_groups, strict=True):
+                    group.clear()
+                    group.update(new)
+                optimizer.param_groups = groups
             for module, training in modes.items():
                 module.training = training

@@ -73,6 +73,16 @@ def test_every_parameter_in_one_group_is_fine():
     )
 
 
+def test_an_optimizer_that_is_not_torchs_is_named():
+    class Sign:
+        def __init__(self, params):
+            self.param_groups = [{"params": list(params), "lr": 0.1}]
+
+    model = Model()
+    with pytest.raises(ValueError, match="Sign is no torch.optim.Optimizer"):
+        warm(model, [Sign(model.parameters())])
+
+
 def test_a_parameter_in_no_optimizer_is_named():
     model = Model()
     rest = [p for name, p in model.named_parameters() if name != "middle.bias"]
@@ -294,6 +304,7 @@ def test_the_last_step_has_all_micro_steps_as_a_sparse_gradient_grows_with_each(
     counts = []
 
     def step(model, optimizers, batches, count):
+        batches = list(batches)
         assert count == len(batches)
         counts.append(count)
         return train_step(model, optimizers, batches, count)
@@ -339,6 +350,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_leaves_nothing_behind(fails_at,
 
     def step(model, optimizers, batches, micro_steps):
         unmoved.append(all(map(torch.equal, before, model.parameters())))
+        batches = list(batches)
         rows.append(len(batches[0][0]))
         if rows.count(8) == fails_at and rows[-1] == 8:
             raise torch.OutOfMemoryError("does not fit")
@@ -402,3 +414,44 @@ def test_room_is_left_for_gradients_and_the_state_that_an_optimizer_says_it_keep
     lean.STATE_PER_PARAM = 0
     assert fixed_bytes([torch.optim.AdamW([p])]) == 3 * 40
     assert fixed_bytes([torch.optim.AdamW([p]), lean]) == 3 * 40 + 8
+
+
+def test_groups_that_a_schedule_holds_from_before_the_warm_up_are_still_the_optimizers():
+    model = Model()
+    optimizer = sgd(*model.parameters())
+    (group,) = optimizer.param_groups
+    warm(
+        model, [optimizer], step=lambda *args: (group.update(new=1), train_step(*args))[1]
+    )
+    group["lr"] = 0.5
+    assert optimizer.param_groups[0]["lr"] == 0.5 and "new" not in group
+
+
+def test_a_second_pass_over_the_batches_of_a_step_is_no_empty_one():
+    def twice(model, optimizers, batches, micro_steps):
+        train_step(model, optimizers, batches, micro_steps)
+        return train_step(model, optimizers, batches, micro_steps)
+
+    with pytest.raises(RuntimeError, match=r"handed out once.*list\(batches\)"):
+        warm(Model(), step=twice)
+
+    def kept(model, optimizers, batches, micro_steps):
+        return twice(model, optimizers, list(batches), micro_steps)
+
+    warm(Model(), step=kept)
+
+
+def test_optimizers_that_step_now_and_then_are_told_how_often_they_did():
+    class Late(nn.Linear):
+        def forward(self, x):
+            return 0 * super().forward(x)
+
+    calls = []
+
+    def seldom(model, optimizers, batches, micro_steps):
+        calls.append(1)
+        optimizers = optimizers if len(calls) == 2 else []
+        return train_step(model, optimizers, batches, micro_steps)
+
+    with pytest.raises(RuntimeError, match="zero in 1 steps of 3 train_steps"):
+        warm(Model(Late(8, 8)), step=seldom)
