@@ -495,7 +495,7 @@ class Muon(torch.optim.Optimizer):
     """Muon on groups of matrices; those of one shape are updated as one stack.
 
     Wide matrices are updated transposed, so that each pair of lengths is compiled once, for
-    any number of layers; numbers that change go in as 0-dim tensors for the same reason.
+    any number of layers; hence changing numbers are 0-dim tensors.
     """
 
     STATE_PER_PARAM = 1  # numbers, about, that the warm-up leaves room for; 2 unless said
@@ -510,27 +510,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                params = [p for p in group["params"] if p.shape == shape]
                 self.step_stack(params, group)
 
     def step_stack(self, params: list[nn.Parameter], group: dict) -> None:
         """Update matrices of one shape (rows, columns) by the numbers of their group."""
         rows, columns = params[0].shape
+        state = self.state[params[0]]
+        used = [i for i, p in enumerate(params) if p.grad is not None]
+        if used != state.setdefault("used", used):
+            what = f"others of the {rows} x {columns} matrices had a gradient before"
+            raise ValueError(f"Muon: {what}; give the rest one of zeros")
+        if not used:
+            return
+        params = [params[i] for i in used]
         tall = [p if rows >= columns else p.mT for p in params]  # views
         grads = [p.grad if rows >= columns else p.grad.mT for p in params]
         stack = torch.stack(tall)  # (N, longer, shorter)
-        state = self.state[params[0]]
-        if not state:
+        if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(stack)
             state["second_momentum_buffer"] = torch.zeros_like(stack[..., :1])
         lr = group["lr"] * max(1, rows / columns) ** 0.5
         numbers = (group["momentum"], group["beta2"], lr, group["weight_decay"])
-        stacks = (torch.stack(grads), stack, *state.values())
-        if rows * columns < 2**14:  # not compiled: a start is sooner, a step no later
+        _, *buffers = state.values()
+        stacks = (torch.stack(grads), stack, *buffers)
+        if rows * columns < 2**14:  # not compiled: a start is sooner
             new = muon_update.__wrapped__(*stacks, *numbers)
         else:
             any_length(*stacks)
@@ -542,8 +547,7 @@ class RowRMSprop(torch.optim.Optimizer):
     """RMSprop with decoupled weight decay and one second moment per table entry.
 
     As in row-wise Adagrad, arXiv:1903.12287. Only the entries of a sparse gradient move; all
-    second moments fall. After a long pause, the first step of an entry has a root mean square
-    of lr / sqrt(1 - beta2). No momentum, which would move it long after its n-gram was seen.
+    second moments fall. No momentum, which would move one long after its n-gram was seen.
     """
 
     STATE_PER_PARAM = -1  # nor a gradient for each

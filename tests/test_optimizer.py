@@ -33,6 +33,18 @@ def random_params(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
     ]
 
 
+@pytest.mark.parametrize("left_out", [0, 2])
+def test_muon_says_so_when_a_matrix_of_a_stack_has_no_gradient_this_time(left_out):
+    params = random_params((8, 8), (8, 8), (8, 8))
+    optimizer = part("Muon")([muon_group(params)])
+    for p in params:
+        p.grad = torch.ones(8, 8)
+    optimizer.step()
+    params[left_out].grad = None
+    with pytest.raises(ValueError, match="8 x 8 matrices had a gradient before"):
+        optimizer.step()
+
+
 # ---- Whatever the optimizers are ----------------------------------------------------------------
 def test_every_parameter_is_in_exactly_one_group():
     model = fresh()
