@@ -10,6 +10,8 @@ from contextlib import suppress
 import torch
 
 from harness import fp8, ops
+from harness.gpu import is_out_of_memory
+from harness.output import clean
 
 ROWS, WIDTH, HEAD = (4, 64), 256, 128
 MAX_ERROR = 0.2  # relative; fp8 alone stays below 0.1
@@ -21,11 +23,23 @@ def check_kernels(device: torch.device) -> None:
         return
     hash_compiler()
     ops.prepare_compiler()  # not while another thread imports it: Triton would be half there
-    for name, error in largest_errors(device).items():
-        if not error < MAX_ERROR:  # nor NaN
-            fp8.trusted = False
-            problem = f"{name} in fp8 is wrong on this GPU (relative error {error:.2f})"
-            print(f"kernels: {problem}; plain torch serves", flush=True)
+    try:
+        errors = largest_errors(device)
+        wrong = [
+            f"{name} is wrong ({e:.2f})"
+            for name, e in errors.items()
+            if not e < MAX_ERROR
+        ]
+    except Exception as error:  # of a compiler, whatever it is
+        if is_out_of_memory(error):
+            raise
+        wrong = [f"{type(error).__name__}: {clean(str(error))}"]
+    if wrong:
+        fp8.trusted = False
+        print(
+            f"kernels: in fp8 on this GPU {'; '.join(wrong)}; plain torch serves",
+            flush=True,
+        )
 
 
 def hash_compiler() -> None:

@@ -29,8 +29,10 @@ def compiled(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args):
-        on_gpu = next(a for a in args if isinstance(a, torch.Tensor)).is_cuda
-        return (fused() if on_gpu else function)(*args)
+        first = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        if first is None:
+            raise TypeError(f"{function.__name__}: @compiled needs a tensor, by position")
+        return (fused() if first.is_cuda else function)(*args)
 
     return call
 

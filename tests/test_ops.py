@@ -596,3 +596,12 @@ def test_a_forward_hook_on_a_compiled_layer_fires_whenever_it_was_put_on():
     layer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
     forward(x)
     assert len(seen) == 1
+
+
+def test_a_compiled_function_without_a_tensor_is_named():
+    @ops.compiled
+    def ones(n):
+        return torch.ones(n)
+
+    with pytest.raises(TypeError, match="ones: @compiled needs a tensor"):
+        ones(3)
