@@ -6,6 +6,9 @@ On the GPU if there is one that can train; CUDA_VISIBLE_DEVICES=-1 in front keep
 AUTORESEARCH_SMOKE=1 in front takes the model of the last smoke run. No part of the rules.
 """
 
+import constants as C  # first: it sets what torch reads
+
+# isort: split
 import argparse
 import contextlib
 import sys
@@ -14,7 +17,6 @@ from collections.abc import Iterator
 import torch
 from torch import compiler
 
-import constants as C
 import train
 from harness import checkpoint, gpu
 from harness.attention import masked_attention

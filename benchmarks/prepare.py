@@ -24,6 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import constants as C  # first: it sets what torch reads
+
+# isort: split
 import numpy as np
 import pyarrow.parquet as pq
 import rustbpe
@@ -31,7 +34,6 @@ import tiktoken
 import torch
 from literal import pack_by_lengths
 
-import constants as C
 from harness.documents import read_documents, write_smoke_shards
 from harness.files import describe
 from harness.loader import Rows, load_batches

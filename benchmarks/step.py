@@ -19,9 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import constants  # first: it sets what torch reads
+
+# isort: split
 import torch
 
-import constants
 import train
 from harness.attention import choose_attention
 from harness.peaks import peak_flops

@@ -1,8 +1,11 @@
-"""What a run loads: nothing that only a preparation or a fetch needs."""
+"""What a run loads, and when: nothing that only a preparation or a fetch needs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import constants as C
 
@@ -17,3 +20,33 @@ def test_a_run_loads_no_library_that_only_a_preparation_needs():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "harness.rules" in done.stdout.split()
     assert UNUSED & {*done.stdout.split()} == set()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train",
+        "sample",
+        "prepare",
+        "harness.rehearsal",
+        "benchmarks/prepare",
+        "benchmarks/step",
+    ],
+)
+def test_threads_that_wait_sleep_as_they_are_told_to_before_torch_is_loaded(name):
+    """Beside other work, sample.py took six times as long with threads that spin."""
+    script = f"""
+import os, runpy, sys
+class Watch:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0)
+sys.meta_path.insert(0, Watch)
+runpy.run_path({name.replace(".", "/") + ".py"!r}, run_name="script")
+"""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    env["AUTORESEARCH_SMOKE"] = "1"
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "env": env}
+    done = subprocess.run([sys.executable, "-c", script], **how)
+    assert done.stdout == "PASSIVE\n", done.stderr
