@@ -179,6 +179,8 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     gone = {(x.gpu, x.commit): x for x in logged if x.void and x.status != "crash"}
     runs = [line for line in logged if (line.gpu, line.commit) not in gone]
     baselines = {line.gpu: line.commit for line in reversed(logged)}
+    if any(line.smoke for line in logged):
+        note += " Smoke rules: a tiny model, whose numbers say nothing of the real one."
     numbers: dict[str, int] = {}
     changes: dict[tuple[str, str], Change] = {}
     last, newest, controls = {}, 0, []

@@ -235,9 +235,8 @@ def run(idea: str, minutes: float) -> int:
     night.save(open={"commit": commit, "idea": idea, "runs": 0}, said=[])
     night.follow()
     lines = git("show", "--format=", "--numstat", commit).split("\t")
-    changed = f"+{lines[0]} -{lines[1]} lines of train.py"
-    print(f"running {commit[:8]}, {changed}, which is the best's")
-    print("again: edit it for the next experiment")
+    print(f"running {commit[:8]}, +{lines[0]} -{lines[1]} lines of train.py")
+    print("train.py is the best's again: edit it for the next experiment")
     work(night)
     return wait(minutes, ours=True)
 
@@ -266,7 +265,8 @@ def status() -> int:
     """Say where the night stands, for a context that is lost."""
     night = Night.load()
     gpu, end = night.gpu or "not here", night.budget or "none"
-    print(f"night {night.tag}: branch {night.branch}, gpu {gpu}, budget {end}")
+    rules = ", smoke rules" if night.smoke else ""
+    print(f"night {night.tag}{rules}: branch {night.branch}, gpu {gpu}, budget {end}")
     _, reference, noise, _ = night.stand()
     print(night.summary())
     if reference < math.inf:

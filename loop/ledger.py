@@ -14,7 +14,8 @@ STATUSES = ("keep", "discard", "crash")
 # How a description ends. What stands before is the idea, in whatever words.
 TAIL = re.compile(
     r"(?P<idea>.*?), seed (?P<seed>\d+)(, gpu (?P<gpu>\w+))?"
-    r"(, \d+ steps, (?P<speed>[\d.]+) M tok/s)?(, void: (?P<void>.*))?"
+    r"(, \d+ steps(, (?P<speed>[\d.]+) M tok/s|(?P<smoke> under the smoke rules)))?"
+    r"(, void: (?P<void>.*))?"
 )
 
 
@@ -31,7 +32,8 @@ class Line:
     idea: str = ""
     seed: int = 0
     gpu: str = ""  # "" on a night with one
-    speed: float = 0.0  # millions of tokens per second
+    speed: float = 0.0  # millions of tokens per second; 0: it means nothing
+    smoke: bool = False  # under the smoke rules
     void: str = ""  # why
 
     @property
@@ -68,6 +70,7 @@ def read_line(text: str) -> Line:
     if tail := TAIL.fullmatch(line.description):
         line.idea, line.gpu, line.void = (tail[k] or "" for k in ("idea", "gpu", "void"))
         line.seed, line.speed = int(tail["seed"]), number(tail["speed"] or "0")
+        line.smoke = bool(tail["smoke"])
     return line
 
 

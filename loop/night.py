@@ -21,7 +21,7 @@ from statistics import fmean
 from loop import ledger
 from loop.git import ROOT, WHERE, Refused, git, lock, make_tree, succeeds
 from loop.ledger import Line
-from loop.verdict import DRIFT, noise_of, number_stretches, verdict
+from loop.verdict import noise_of, number_stretches, verdict
 
 NIGHT = ROOT / "runs" / "night.json"
 LIMIT = 900  # seconds of one run, start-up and evaluation included
@@ -162,13 +162,19 @@ class Night:
         done = {x.commit: x.idea for x in tried if x.status != "crash"}
         return len(done) + len({x.idea for x in tried} - {*done.values()})
 
+    @property
+    def smoke(self) -> bool:
+        """Whether it is played under the smoke rules, on a CPU."""
+        return self.env.get("AUTORESEARCH_SMOKE") == "1"
+
     def summary(self) -> str:
         """Return one line: the best so far."""
         now, _, noise, _ = self.stand()
         values = now.get(self.best[:8], [])
         mean = f", mean {fmean(values):.6f} of {len(values)}" if values else ""
         kept = {x.commit for x in self.lines() if x.status == "keep" and x.valid}
-        counts = f"{self.count()} experiments, {max(0, len(kept) - 1)} kept"
+        count = self.count()
+        counts = f"{count} experiment{'s' * (count != 1)}, {max(0, len(kept) - 1)} kept"
         end = "; the night is over" if self.over else ""
         return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
 
@@ -200,8 +206,7 @@ class Night:
         runs = [x for x in self.lines() if x.valid]
         for run in runs:
             run.status = "discard" if run.commit == attempt[:8] else run.status
-        smoke = self.env.get("AUTORESEARCH_SMOKE") == "1"  # there speed means nothing
-        numbers = number_stretches(runs, 9.9 if smoke else DRIFT)
+        numbers = number_stretches(runs)
         groups: dict[tuple, list[float]] = defaultdict(list)
         for run, number in zip(runs, numbers, strict=True):
             groups[number, run.commit].append(run.val_bpb)
@@ -228,6 +233,7 @@ class Night:
             return what, []
         gain = min(reference, fmean(best)) - fmean(new)
         speed = [x.speed for x in runs if x.commit == commit[:8]][-1]
+        speed = f"{speed:.3f} M tok/s, " if speed else ""
         values = " ".join(f"{v:.6f}" for v in new)
         words = [f"val_bpb {values}; the best {fmean(best):.6f} of {len(best)} runs"]
         if reference < fmean(best):
@@ -235,7 +241,7 @@ class Night:
         times = f"{gain / noise:+.1f} x noise {noise:.6f}" if noise else "noise 0"
         words.append(f"gain {gain:+.6f}, {times}{', bars doubled' if heavier else ''}")
         more = f"{new_gb - old_gb:+.1f} GB, {longer:+d} lines"
-        return what, [*words, f"{speed:.3f} M tok/s, {new_gb:.1f} GB ({more})"]
+        return what, [*words, f"{speed}{new_gb:.1f} GB ({more})"]
 
     # ---- One run -------------------------------------------------------------------------
     def read(self, log: Path) -> ledger.Result | None:
@@ -305,7 +311,9 @@ class Night:
                 get = result.values.get
                 keys = ("tok_per_sec", "num_steps", "peak_vram_mb")
                 tokens, steps, mb = (ledger.amount(get(key, "")) for key in keys)
-                line.description += f", {steps:.0f} steps, {tokens / 1e6:.3f} M tok/s"
+                line.description += f", {steps:.0f} steps"
+                speed = f", {tokens / 1e6:.3f} M tok/s"  # there it means nothing:
+                line.description += " under the smoke rules" if self.smoke else speed
                 if not self.basis and not result.void:
                     self.save(basis={key: get(key) for key in SAME if get(key)})
             if result.ok and not result.void:

@@ -51,16 +51,16 @@ def verdict(
     return "keep" if gain > confirm or equal else "discard"
 
 
-def number_stretches(runs: list[Line], drift: float = DRIFT) -> list[int]:
+def number_stretches(runs: list[Line]) -> list[int]:
     """Return a number for each run of a GPU; it grows where the GPU's speed changed.
 
-    That is where a kept commit runs slower or faster than before, by over `drift`.
+    That is where a kept commit runs slower or faster than before, by over DRIFT.
     """
     stretch, speeds, numbers = 0, defaultdict(list), []
     for run in runs:
         if run.speed and run.status == "keep":
             before = fmean(speeds[run.commit] or [run.speed])
-            if abs(run.speed - before) > drift * before:
+            if abs(run.speed - before) > DRIFT * before:
                 stretch, speeds = stretch + 1, defaultdict(list)
             speeds[run.commit].append(run.speed)
         numbers.append(stretch)

@@ -26,8 +26,8 @@ LUCK = {42: 0.0, 43: 0.0005, 44: -0.0004}
 TRAIN = """
 import os, sys, time
 here, seed = os.environ["NIGHT_HOME"], int(os.environ.get("AUTORESEARCH_SEED", 42))
-if os.environ.get("AUTORESEARCH_SMOKE"):
-    raise SystemExit(SMOKE or 0)
+if os.environ.get("AUTORESEARCH_SMOKE") and not os.getcwd().endswith("tree"):
+    raise SystemExit(SMOKE or 0)  # the check, not a night of smoke runs
 if ONCE:
     try:
         os.mkdir(os.path.join(here, ONCE + str(VAL_BPB)))

@@ -86,7 +86,7 @@ def test_a_crash_says_why_and_an_idea_that_is_fixed_counts_once(clone):
     clone.call(restore.partition("a slip? ")[2].partition(";")[0].split())
     assert clone.value() == 0.4
     assert "keep: " in clone.experiment("fp8 head", 0.4)
-    assert "1 experiments, 1 kept" in clone.do("status")
+    assert "1 experiment, 1 kept" in clone.do("status")
     assert clone.rows()[3][:3] == ["0.000000", "0.0", "crash"]
 
 
@@ -745,6 +745,23 @@ def test_a_speed_that_changes_all_the_time_gives_no_verdict_and_no_endless_runs(
     assert len(clone.rows()) == 3 + 1 + 8
 
 
+def test_under_the_smoke_rules_speed_means_nothing_and_night_and_report_say_so(fresh):
+    fresh.env["AUTORESEARCH_SMOKE"] = "1"
+    (fresh.folder.parent / "speed").write_text("wanders")
+    assert "noise 0.000500" in fresh.do("start", "nov24")
+    said = fresh.experiment("wider MLP", 0.436)
+    assert "keep: " in said and "tok/s" not in said and "1 experiment, 1 kept" in said
+    assert fresh.do("status").startswith("night nov24, smoke rules: ")
+    tail = "seed 42, 2747 steps under the smoke rules"
+    assert fresh.rows()[3][3] == f"wider MLP, {tail}"
+    pytest.importorskip("matplotlib")
+    import analysis
+
+    night = analysis.read_night(fresh.folder)
+    assert night.noises[""] == (0.0005, 2) and "Smoke rules" in night.note
+    assert [change.mean for change in night.changes[1:]] == [0.436]
+
+
 @pytest.mark.parametrize("budget", ["2", "0.0008h"])
 def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
     fresh.do("start", "nov24", "--budget", budget)
@@ -988,7 +1005,7 @@ def test_a_tree_removed_at_night_ends_the_night_of_its_gpu_alone(origin, tmp_pat
     clone.go()
     assert clone.said() == [*before, "keep deeper, seed 42, gpu 0"]
     said = clone.do("status")
-    assert "1 experiments, 1 kept" in said and "kept on gpu 1: wider MLP" in said
+    assert "1 experiment, 1 kept" in said and "kept on gpu 1: wider MLP" in said
     assert not other.exists()
     assert "GPU 1: for an agent" in clone.do("start", "nov25", "--gpus", "0,1")
     clone.do("wait", cwd=other)

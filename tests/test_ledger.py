@@ -28,6 +28,7 @@ def test_a_line_comes_back_as_it_was_written():
         ),
         ("baseline lr doubled, seed 42", "baseline lr doubled", 42),
         ('"quoted, seed 42', '"quoted', 42),
+        ("d, seed 42, 35 steps under the smoke rules", "d", 42),
         ("by hand", "", 0),
     ],
 )
