@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import constants as C
@@ -108,6 +110,19 @@ def refuse_to_guess(folder: Path, source: str | None) -> None:
     raise ValueError(f"{problem}; run {advice}")
 
 
+@contextmanager
+def put_back(folder: Path) -> Iterator[None]:
+    """Leave the files of `folder` as they were, if there were any, when text is refused."""
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    try:
+        yield
+    except ValueError:
+        for path, body in before.items():
+            with atomic_write(path) as file:
+                file.write(body)
+        raise
+
+
 def prepare(
     folder: Path,
     num_shards: int | None,
@@ -136,10 +151,11 @@ def prepare(
         )
         *train, _ = shards
         texts = {place / name: shards[name] for name in train}
-        tokenizer = ensure_tokenizer(folder / "tokenizer", texts)
         known = manifest.get("rows", {})
         own = source != "hub"
-        rows = ensure_rows(folder, place, shards, tokenizer, known, workers, own)
+        with put_back(folder / "tokenizer"):
+            tokenizer = ensure_tokenizer(folder / "tokenizer", texts)
+            rows = ensure_rows(folder, place, shards, tokenizer, known, workers, own)
         about = {
             "rules": C.DATA_RULES,
             "revision": revision,

@@ -680,6 +680,19 @@ def test_validation_text_that_is_too_short_is_an_error_with_its_tokens(own, cach
     )
 
 
+def test_own_text_that_is_refused_leaves_what_was_prepared_before_as_it_was(
+    own, cache, tmp_path
+):
+    prepare.main(["--source", str(own)])
+    before = listing(cache)
+    other = tmp_path / "other"
+    write_shard(other / "a.parquet", make_documents(seed=4, count=700))
+    write_shard(other / "z.parquet", make_documents(seed=3, count=100))
+    assert "is too short" in sentence(prepare.main, ["--source", str(other)])
+    assert listing(cache) == before
+    prepare.main(["--check"])
+
+
 def test_validation_shard_that_becomes_one_for_training_is_packed_whole(
     own, cache, monkeypatch
 ):
