@@ -34,7 +34,8 @@ class DryRun:
         gc.disable()  # a tenth of the time of a process this short
 
         fake_tensor.FakeTensorMode().__enter__()  # from here on every tensor is a shape
-        # Of shapes, torch (2.11) copies few models, and changes the dtype or device of none.
+        # Of shapes alone, torch 2.11 can neither copy what was made by torch.tensor of a number
+        # nor change a module's dtype or device (findings/fake_tensor_made_of_a_number.sh).
         fake_tensor.FakeTensor.__deepcopy__ = copy_shape
         torch.utils.swap_tensors = take_data
         # What shapes alone cannot do though a real run may: read a value, be shaped by it.
