@@ -16,8 +16,9 @@ import torch
 
 import constants as C
 from harness.evaluation import call_model
+from harness.loader import Once
 from harness.machine import end_with
-from harness.warmup import check_groups, plan_batch
+from harness.warmup import check_groups, check_loss, plan_batch
 
 SECONDS = 120  # for imports on a busy machine; the work itself takes two or three
 
@@ -45,6 +46,16 @@ class DryRun:
             fake_tensor.UnsupportedOperatorException,
             fake_tensor.UnsupportedFakeTensorException,
         )
+        sys.excepthook = self.explain
+
+    def explain(self, kind: type, error: BaseException, trace) -> None:
+        """End the process: with status 0 if shapes were not enough, also before the warm-up."""
+        if not isinstance(error, self.beyond_shapes):
+            sys.__excepthook__(kind, error, trace)
+            return
+        what = str(error).splitlines()[0]
+        print(f"full rules: not checked, shapes alone do not tell ({what})", flush=True)
+        os._exit(0)
 
     def warm_up(
         self, model, optimizers, train_step, *, total_batch_size, device_batch_size, **_
@@ -53,17 +64,20 @@ class DryRun:
         rows, micro_steps = plan_batch(total_batch_size, device_batch_size)
         for optimizer in optimizers:
             optimizer.step = lambda *args, **kwargs: None
-        idx = torch.zeros(1, C.MAX_SEQ_LEN, dtype=torch.long)
+        untried = ""
+        idx = torch.zeros(rows, C.MAX_SEQ_LEN, dtype=torch.long)
         try:
-            train_step(model, optimizers, [(idx, idx)], 1)
+            check_loss(train_step(model, optimizers, Once(iter([(idx, idx)])), 1))
             model.eval()
             with torch.no_grad():
                 call_model(model, idx)
         except self.beyond_shapes as error:
-            print(f"the full model's step was not tried: {str(error).splitlines()[0]}")
+            untried = (
+                f"; the full model's step was not tried: {str(error).splitlines()[0]}"
+            )
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         batch = f"{micro_steps} micro-steps of up to {rows} rows per step"
-        print(f"full rules: {millions:.1f} M parameters, {batch}", flush=True)
+        print(f"full rules: {millions:.1f} M parameters, {batch}{untried}", flush=True)
         os._exit(0)  # torch would take half a second to end
 
 
@@ -86,6 +100,7 @@ def start(script: Path) -> subprocess.Popen | None:
     if not C.SMOKE or main is None or Path(main).resolve() != script.resolve():
         return None
     env = os.environ | {"AUTORESEARCH_SMOKE": "0", "AUTORESEARCH_DRY_RUN": "1"}
+    env["TORCH_COMPILE_DISABLE"] = "1"  # code for real memory would end the process
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, str(script)], env=env, **pipes)
 
@@ -97,6 +112,8 @@ def finish(process: subprocess.Popen) -> str:
     except subprocess.TimeoutExpired:
         process.kill()
         return f"full rules: not checked, the dry run took over {SECONDS} s"
+    if process.returncode < 0:
+        return f"full rules: not checked, signal {-process.returncode} ended the dry run"
     last = (log.strip().splitlines() or ["the dry run said nothing"])[-1]
     if process.returncode:
         lines = re.findall(r'^  File ".*train\.py", line (\d+)', log, re.MULTILINE)
