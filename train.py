@@ -165,7 +165,10 @@ def init_uniform(weight: torch.Tensor, std: float) -> None:
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias whose float32 weight is used in the input's dtype."""
+    """A linear layer without bias whose float32 weight is used in the input's dtype.
+
+    Fused operations read .weight: forward and hooks serve only where their plain forms stand.
+    """
 
     def __init__(self, n_in: int, n_out: int, std: float):
         super().__init__(n_in, n_out, bias=False)
@@ -587,6 +590,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     width_scale = (model.config.n_embd / 768) ** -0.5
     embedding_lr = EMBEDDING_LR * width_scale
     head_lr = UNEMBEDDING_LR * width_scale
+    ngram_lr = NGRAM_LR * width_scale
 
     def group(
         kind: str, names: str, lr: float, weight_decay: float = 0.0, **others
@@ -601,7 +605,8 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
                 grouped[name] = names
                 params.append(p)
         settings = {"kind": kind, "names": names, "lr": lr, "initial_lr": lr}
-        return {"params": params, **settings, "weight_decay": weight_decay, **others}
+        settings |= {"weight_decay": weight_decay, "initial_weight_decay": weight_decay}
+        return {"params": params, **settings, **others}
 
     adamw = [
         group("embedding", "wte.weight", embedding_lr, WTE_WEIGHT_DECAY),
@@ -614,7 +619,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         group("scalar", "h.*.ngram_lambda", NGRAM_LAMBDA_LR, betas=LAMBDA_BETAS),
     ]
     row_rmsprop = [
-        group("ngram", "ngram.weight", NGRAM_LR * width_scale, beta2=NGRAM_BETA2),
+        group("ngram", "ngram.weight", ngram_lr, NGRAM_WEIGHT_DECAY, beta2=NGRAM_BETA2),
     ]
     muon = [
         group(
@@ -661,11 +666,10 @@ def set_schedules(
             group["lr"] = group["initial_lr"] * lrm
             if group["kind"] == "matrix":
                 group["momentum"] = muon_momentum(progress)
-                group["weight_decay"] = MATRIX_WEIGHT_DECAY * (1 - progress)
+                group["weight_decay"] = group["initial_weight_decay"] * (1 - progress)
             elif group["kind"] == "ngram":
-                first = epoch == 1
-                decay = NGRAM_WEIGHT_DECAY if first else NGRAM_REPEAT_WEIGHT_DECAY
-                group["weight_decay"] = decay
+                decay = group["initial_weight_decay"]
+                group["weight_decay"] = decay if epoch == 1 else NGRAM_REPEAT_WEIGHT_DECAY
     return lrm
 
 

@@ -298,11 +298,11 @@ OF_NGRAMS = """
         self.ngram = NgramEmbedding(config)
         ngram_entries=NGRAM_ENTRIES,
         ngram_lambda_init=NGRAM_LAMBDA_INIT,
+    ngram_lr = NGRAM_LR * width_scale
         RowRMSprop(row_rmsprop),
             elif group["kind"] == "ngram":
-                first = epoch == 1
-                decay = NGRAM_WEIGHT_DECAY if first else NGRAM_REPEAT_WEIGHT_DECAY
-                group["weight_decay"] = decay
+                decay = group["initial_weight_decay"]
+                group["weight_decay"] = decay if epoch == 1 else NGRAM_REPEAT_WEIGHT_DECAY
 """.strip("\n")
 
 
