@@ -5,6 +5,7 @@ which train.py calls them.
 """
 
 import math
+import random
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import constants as C
@@ -29,7 +31,7 @@ from harness.output import step_line
 from harness.rules import compare_with_last, open_basis
 from harness.streams import keep_output
 from harness.summary import summarise
-from harness.warmup import check_first_loss, plan_batch, warm_up
+from harness.warmup import check_first_loss, plan_batch, warm_up, warn_of_untrained
 
 ROOT = Path(__file__).parent.parent
 LOG_EVERY = 10  # steps between two lines in the log
@@ -74,12 +76,15 @@ class Run:
         self.watch = Watch(device)
         self.waits: list[tuple] = []  # gpu.mark before and after each batch
         self.batch_size = self.micro_steps = 0  # set by the warm-up
+        self.trained: tuple | None = None  # model and optimizers, by the warm-up
         self.tokens = self.num_steps = self.num_params = 0
         self.val_bpb = math.nan
         self.evaluated = self.printed = False
         self.dry_run_seconds = 0.0  # that the warm-up waited for it
         self.random_ids = torch.Generator(device).manual_seed(C.SEED)
         torch.manual_seed(C.SEED)
+        random.seed(C.SEED)
+        np.random.seed(C.SEED)
         self.import_seconds = self.opened_at - C.STARTED_AT
         self.open_seconds = time.perf_counter() - self.opened_at
 
@@ -124,6 +129,7 @@ class Run:
                 *(self.random_batch, model, optimizers, train_step, batch),
                 *(row_bytes, self.device, may_stand_still),
             )
+        self.trained = model, optimizers
         if self.dry_run is not None:  # it worked beside the warm-up
             start = time.perf_counter()
             print(dry_run.finish(self.dry_run), flush=True)
@@ -189,6 +195,8 @@ class Run:
             self.clock.seconds = self.clock.now() - self.clock.started_at
         self.clock.running = False
         self.guard.clock_ended()
+        if self.trained is not None:
+            warn_of_untrained(*self.trained)
         late = self.clock.seconds - C.TIME_BUDGET
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
             what = f"the last step ended {late:.1f} s late"
@@ -233,8 +241,9 @@ class Run:
             what = f"{late:.1f} s were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
         self._refuse_extra_rows()
-        if isinstance(model, torch.nn.Module):
-            model.eval()
+        for module in (model, *(self.trained or ())[:1]):  # which a function may call
+            if isinstance(module, torch.nn.Module):
+                module.eval()
         self.watch.look()
         start = time.perf_counter()
         rows = torch.from_numpy(self._val_rows.read_all()).to(self.device)

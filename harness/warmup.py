@@ -6,14 +6,16 @@ generators are put back after it, bit for bit.
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 import constants as C
-from harness.evaluation import check_model
+from harness.evaluation import call_model, check_model, nats_of
 from harness.gpu import find_batch_size, free_memory, has_room
 from harness.loader import Once
 from harness.output import warning
@@ -30,6 +32,9 @@ MICRO_STEPS = 2  # of a step, at least, so that gradients are both made and adde
 COPY_SHARE = 12
 # Fractions of ln V, the loss of a guess, between which the first loss is expected.
 LOW_LOSS, HIGH_LOSS = 0.95, 1.05
+# Nats between the losses of training and evaluation after a step on random ids: dropout and label
+# smoothing of 0.1 make 0.0004, logits times 1.2 make 0.01.
+SAME_LOSS = 0.005
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -40,6 +45,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_groups(model: nn.Module, optimizers: Optimizers) -> None:
     """Raise ValueError unless each trainable parameter is in exactly one group, none empty."""
     params, counts = trainable(model), {}
+    if hidden := find_hidden(model):
+        raise ValueError(
+            f"{join(hidden)}: learns, but is no parameter of the model, so no optimizer has it; "
+            "make it an nn.Parameter, a list of modules an nn.ModuleList (requires_grad_(False) "
+            "if it is not to learn)"
+        )
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):  # its state must be put back
             raise ValueError(
@@ -69,6 +80,57 @@ def check_groups(model: nn.Module, optimizers: Optimizers) -> None:
             f"{strangers} parameters of the optimizers are not of the model, or do not learn "
             "(requires_grad is False); take them out of the table in build_optimizers"
         )
+
+
+def warn_of_untrained(model: nn.Module, optimizers: Optimizers) -> None:
+    """Print a warning after training if the model has become another than was trained."""
+    groups = [group for o in with_inner(optimizers) for group in o.param_groups]
+    known = {id(p) for group in groups for p in group["params"]}
+    if new := [name for name, p in trainable(model).items() if id(p) not in known]:
+        text = (
+            f"{join(new)}: made after run.warm_up and in none of its optimizers, so not trained "
+            "unless another has it: p.copy_(new) in torch.no_grad() keeps a parameter, "
+            "optimizer.add_param_group takes one in"
+        )
+        print(warning("edit", text), flush=True)
+    if not model.training:
+        text = "the model is in evaluation mode at the end of training; model.train() is missing"
+        print(warning("edit", text), flush=True)
+
+
+def find_hidden(model: nn.Module) -> list[str]:
+    """Return names of leaves with a gradient that modules hold where torch does not look.
+
+    In plain attributes and buffers, also within lists, tuples, dictionaries, and in modules there.
+    """
+    seen, found = {id(p) for p in model.parameters()}, []
+
+    def look(value: object, name: str) -> None:
+        if id(value) in seen:
+            return
+        if isinstance(value, torch.Tensor | list | tuple | dict):
+            seen.add(id(value))  # a list may hold itself
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad and value.is_leaf:
+                found.append(name)
+        elif isinstance(value, nn.Module):
+            if value not in modules:
+                for inner, p in value.named_parameters():
+                    look(p, f"{name}.{inner}")
+        elif isinstance(value, list | tuple):
+            for i, part in enumerate(value):
+                look(part, f"{name}[{i}]")
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                look(part, f"{name}[{key!r}]")
+
+    modules = set(model.modules())
+    for prefix, module in model.named_modules():
+        own = vars(module) | module._buffers
+        for name, value in own.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                look(value, f"{prefix}.{name}".lstrip("."))
+    return found
 
 
 def join(names: Iterable[str], most: int = 4) -> str:
@@ -128,6 +190,18 @@ def checksum(p: torch.Tensor) -> torch.Tensor:
 
 
 # ---- The first loss -----------------------------------------------------------------------------
+def check_loss(loss: object) -> None:
+    """Refuse, by ValueError, what is not one number."""
+    if isinstance(loss, int | float) or getattr(loss, "numel", lambda: 0)() == 1:
+        return
+    what = type(loss).__name__
+    what += f" {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+    raise ValueError(
+        f"train_step gave {what}, not the mean loss; if it finds more, give run.warm_up a function "
+        "that returns the loss alone"
+    )
+
+
 def check_first_loss(loss: float, where: str) -> None:
     """Refuse, by RuntimeError, a loss that an untrained model cannot have; warn of a high one."""
     guess = math.log(C.VOCAB_SIZE)
@@ -141,6 +215,28 @@ def check_first_loss(loss: float, where: str) -> None:
         )
     if loss > HIGH_LOSS * guess:
         print(warning("edit", f"{text}: is the initialisation meant?"), flush=True)
+
+
+@torch.no_grad()
+def evaluated_loss(model: nn.Module, batches: Sequence) -> torch.Tensor:
+    """Return the mean cross-entropy of the model's logits on `batches`, as an evaluation has it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    nats = [nats_of(call_model(model, x), y, y >= 0)[0] / y.numel() for x, y in batches]
+    for module, training in modes.items():
+        module.training = training
+    return torch.stack(nats).mean()
+
+
+def check_same_loss(trained: float, evaluated: float) -> None:
+    """Warn if training has another loss than the evaluation will have."""
+    if not abs(trained - evaluated) <= SAME_LOSS:
+        text = (
+            f"the loss of a step is {trained:.4f}, and the model's logits have {evaluated:.4f} on "
+            "the same ids: does train_step add something, or has logits an edit that cross_entropy "
+            "lacks?"
+        )
+        print(warning("edit", text), flush=True)
 
 
 # ---- The batch ----------------------------------------------------------------------------------
@@ -215,11 +311,19 @@ def warm_up(
         try:
             # The last with all micro-steps: a sparse gradient grows with each.
             whole = max(MICRO_STEPS, micro_steps * (limit // rows))
-            for count in [MICRO_STEPS] * (STEPS - 1) + [whole]:
-                batches = Once(random_batch(rows) for _ in range(count))
+            for number, count in enumerate([MICRO_STEPS] * (STEPS - 1) + [whole]):
+                batches = (random_batch(rows) for _ in range(count))
+                if number == 1:  # logits are near zero before
+                    batches = [*batches]
+                    evaluated = evaluated_loss(model, batches)
+                batches = Once(iter(batches))
                 losses.append(train_step(model, optimizers, batches, count))
+                check_loss(losses[-1])
         finally:
             gradients.close()
+        if late := [name for name in trainable(model) if name not in before]:
+            what = "made in the first steps, so no optimizer has it; make it in __init__"
+            raise RuntimeError(f"{join(late)}: {what}")
         model.eval()
         check_model(model, random_batch(rows)[0], kept=8)
         moved = {
@@ -229,10 +333,12 @@ def warm_up(
         still = [
             name for name in gradients.watched if not moved[name] and name not in dead
         ]
-        return {"dead": dead, "still": still, "losses": losses, "steps": steps}
+        found = {"dead": dead, "still": still, "losses": losses, "steps": steps}
+        return found | {"evaluated": evaluated}
 
     rows = find_batch_size(attempt, limit, row_bytes, device, fixed_bytes(optimizers))
     check_first_loss(float(result["losses"][0]), "of the first step on random ids")
+    check_same_loss(float(result["losses"][1]), float(result["evaluated"]))
     if dead := result["dead"]:
         steps = result["steps"]
         when = f"{steps} steps" + (f" of {STEPS} train_steps" if steps < STEPS else "")
@@ -249,24 +355,64 @@ def size_of(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def with_inner(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
+    """Return `optimizers` and those that one of them holds, as a wrapper does."""
+    found = list(dict.fromkeys(optimizers))
+    for optimizer in found:  # which grows
+        for value in vars(optimizer).values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, torch.optim.Optimizer) and part not in found:
+                    found.append(part)
+    return found
+
+
+PLAIN = (bool, int, float, torch.Tensor, type(None))
+
+
+def put_back_plain(now: dict, before: dict) -> None:
+    """Put attributes back that were or are a number, a tensor or None, such as counters."""
+    for name in [*now]:
+        if name not in before and isinstance(now[name], PLAIN):
+            del now[name]
+    for name, value in before.items():
+        if isinstance(value, PLAIN) and isinstance(now.get(name), PLAIN):
+            now[name] = value
+
+
 @contextmanager
 def kept(
     model: nn.Module, optimizers: Optimizers, device: torch.device, place: torch.device
 ) -> Iterator[None]:
     """Leave weights, buffers, optimizer state, modes and generators as they were before.
 
+    So too the numbers and tensors that modules and optimizers hold as plain attributes; not
+    what is changed inside a list, a dictionary or such a tensor.
+
     place: where the copy of the weights waits. The host has more room, the device is a second
     sooner.
     """
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().to(place, copy=True) for t in tensors]
+    optimizers = with_inner(optimizers)
     states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-    modes = {module: module.training for module in model.modules()}
+    owners = [*model.modules(), *optimizers]
+    held = [(vars(owner), dict(vars(owner))) for owner in owners]
+    tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    named = [(table, dict(table)) for table in tables]
+    others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
             model.zero_grad(set_to_none=True)
+            for table, before in named:  # self.scale = new puts another tensor there
+                if [*map(id, table.values())] != [*map(id, before.values())]:
+                    table.clear()
+                    table.update(before)
+            for now, before in held:
+                put_back_plain(now, before)
             with torch.no_grad():
                 for t, value in zip(tensors, values, strict=True):
                     t.copy_(value)
@@ -277,5 +423,3 @@ def kept(
                     group.clear()
                     group.update(new)
                 optimizer.param_groups = groups
-            for module, training in modes.items():
-                module.training = training
