@@ -167,7 +167,7 @@ def init_uniform(weight: torch.Tensor, std: float) -> None:
 class Linear(nn.Linear):
     """A linear layer without bias whose float32 weight is used in the input's dtype.
 
-    Fused operations read .weight: forward and hooks serve only where their plain forms stand.
+    Fused operations read .weight, and call neither forward nor hooks.
     """
 
     def __init__(self, n_in: int, n_out: int, std: float):
@@ -480,7 +480,7 @@ def muon_update(
     Nesterov momentum, orthogonalised (Muon, kellerjordan.github.io/posts/muon), each row
     scaled by its own second moment at equal total norm (NorMuon, arXiv:2510.05491), decay
     only where it agrees with the update (cautious, arXiv:2510.12402). The last four
-    arguments are 0-dim.
+    arguments are numbers.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = polar_express(grad.lerp(momentum_buffer, momentum)).float()
@@ -498,7 +498,7 @@ class Muon(torch.optim.Optimizer):
     """Muon on groups of matrices; those of one shape are updated as one stack.
 
     Wide matrices are updated transposed, so that each pair of lengths is compiled once, for
-    any number of layers; hence changing numbers are 0-dim tensors.
+    any number of layers; hence numbers are 0-dim tensors.
     """
 
     STATE_PER_PARAM = 1  # numbers, about, that the warm-up leaves room for; 2 unless said
@@ -523,8 +523,8 @@ class Muon(torch.optim.Optimizer):
         state = self.state[params[0]]
         used = [i for i, p in enumerate(params) if p.grad is not None]
         if used != state.setdefault("used", used):
-            what = f"others of the {rows} x {columns} matrices had a gradient before"
-            raise ValueError(f"Muon: {what}; give the rest one of zeros")
+            what = f"other {rows} x {columns} matrices had a gradient before"
+            raise ValueError(f"Muon: {what}; give the rest zeros")
         if not used:
             return
         params = [params[i] for i in used]

@@ -81,7 +81,7 @@ def test_a_parameter_replaced_while_the_clock_runs_is_a_warning(capsys):
 
 # ---- What the warm-up puts back -----------------------------------------------------------------
 class Scaled(nn.Linear):
-    """A buffer, a number and a tensor that are set anew in each step of training."""
+    """A buffer, a number and a tensor that each step of training replaces."""
 
     def __init__(self):
         super().__init__(8, 8)
@@ -95,7 +95,7 @@ class Scaled(nn.Linear):
         return super().forward(x) / self.scale
 
 
-def test_a_buffer_that_is_set_anew_in_each_step_is_as_before():
+def test_a_buffer_that_each_step_replaces_is_as_before():
     model = Model(Scaled())
     buffer = model.middle.scale
     warm(model)
