@@ -365,7 +365,7 @@ class GPT(nn.Module):
         x0, ngram = self.embed(idx, self.ngram(entry), sign)
         x, *x0s = fan_out(x0, 1 + len(self.h))
         ngrams = fan_out(ngram, len(self.h))
-        # With a gradient, as those of the other layers, or it is compiled apart.
+        # With a gradient, as in other layers, or it is compiled apart.
         change = torch.zeros_like(x).requires_grad_()
         for block, x0, ngram in zip(self.h, x0s, ngrams, strict=True):
             x, change = block(x, change, x0, ngram, idx, cos, sin)
@@ -501,7 +501,7 @@ class Muon(torch.optim.Optimizer):
     any number of layers; hence numbers are 0-dim tensors.
     """
 
-    STATE_PER_PARAM = 1  # numbers, about, that the warm-up leaves room for; 2 unless said
+    STATE_PER_PARAM = 1  # numbers that the warm-up leaves room for; 2 unless said
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
@@ -550,7 +550,7 @@ class RowRMSprop(torch.optim.Optimizer):
     """RMSprop with decoupled weight decay and one second moment per table entry.
 
     As in row-wise Adagrad, arXiv:1903.12287. Only the entries of a sparse gradient move; all
-    second moments fall. No momentum, which would move one long after its n-gram was seen.
+    second moments fall. No momentum: it moves one long after its n-gram was seen.
     """
 
     STATE_PER_PARAM = -1  # nor a gradient for each
