@@ -67,7 +67,7 @@ class DryRun:
         untried = ""
         idx = torch.zeros(rows, C.MAX_SEQ_LEN, dtype=torch.long)
         try:
-            check_loss(train_step(model, optimizers, Once(iter([(idx, idx)])), 1))
+            check_loss(train_step(model, optimizers, Once([(idx, idx)]), 1))
             model.eval()
             with torch.no_grad():
                 call_model(model, idx)

@@ -26,9 +26,9 @@ def check_kernels(device: torch.device) -> None:
     try:
         errors = largest_errors(device)
         wrong = [
-            f"{name} is wrong ({e:.2f})"
-            for name, e in errors.items()
-            if not e < MAX_ERROR
+            f"{name} is wrong (relative error {error:.2f})"
+            for name, error in errors.items()
+            if not error < MAX_ERROR  # nor NaN
         ]
     except Exception as error:  # of a compiler, whatever it is
         if is_out_of_memory(error):

@@ -2,7 +2,7 @@
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # x, y: ids (B, T)
 class Once:
     """The batches of a step. A second pass over them is an error, where a generator's is empty."""
 
-    def __init__(self, batches: Iterator[Batch]):
-        self._batches, self._over = batches, False
+    def __init__(self, batches: Iterable[Batch]):
+        self._batches, self._over = iter(batches), False
 
     def __iter__(self) -> Iterator[Batch]:
         if self._over:

@@ -76,7 +76,7 @@ class Run:
         self.watch = Watch(device)
         self.waits: list[tuple] = []  # gpu.mark before and after each batch
         self.batch_size = self.micro_steps = 0  # set by the warm-up
-        self.trained: tuple | None = None  # model and optimizers, by the warm-up
+        self.trained: tuple = ()  # model and optimizers, by the warm-up
         self.tokens = self.num_steps = self.num_params = 0
         self.val_bpb = math.nan
         self.evaluated = self.printed = False
@@ -195,7 +195,7 @@ class Run:
             self.clock.seconds = self.clock.now() - self.clock.started_at
         self.clock.running = False
         self.guard.clock_ended()
-        if self.trained is not None:
+        if self.trained:
             warn_of_untrained(*self.trained)
         late = self.clock.seconds - C.TIME_BUDGET
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
@@ -241,7 +241,7 @@ class Run:
             what = f"{late:.1f} s were used outside the clock"
             raise RuntimeError(f"evaluation refused: {what}; the run is void")
         self._refuse_extra_rows()
-        for module in (model, *(self.trained or ())[:1]):  # which a function may call
+        for module in (model, *self.trained[:1]):  # which a function may call
             if isinstance(module, torch.nn.Module):
                 module.eval()
         self.watch.look()

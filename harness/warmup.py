@@ -315,12 +315,10 @@ def warm_up(
             # The last with all micro-steps: a sparse gradient grows with each.
             whole = max(MICRO_STEPS, micro_steps * (limit // rows))
             for number, count in enumerate([MICRO_STEPS] * (STEPS - 1) + [whole]):
-                batches = (random_batch(rows) for _ in range(count))
+                batches = [random_batch(rows) for _ in range(count)]
                 if number == 1:  # logits are near zero before
-                    batches = [*batches]
                     evaluated = evaluated_loss(model, batches)
-                batches = Once(iter(batches))
-                losses.append(train_step(model, optimizers, batches, count))
+                losses.append(train_step(model, optimizers, Once(batches), count))
                 check_loss(losses[-1])
         finally:
             gradients.close()
