@@ -242,8 +242,8 @@ class CausalSelfAttention(nn.Module):
             init_uniform(self.value_embed.weight, std)
             self.value_gate = Linear(GATE_CHANNELS, H, std=0.0)  # 1 at first
 
-    def project(self, x, idx, cos, sin):
-        """Return q, k, v (B, T, H, D) and the output's gate (B, T, H) of x (B, T, C)."""
+    def project(self, x, cos, sin):
+        """Return q, k, v (B, T, H, D) and what gates look at, of x (B, T, C)."""
         # Fused; in plain torch, with rotary_norm of harness.ops:
         #   q, k, v = (
         #       f(norm(x)).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
@@ -256,12 +256,14 @@ class CausalSelfAttention(nn.Module):
         weights = self.c_q.weight, self.c_k.weight, self.c_v.weight
         q, k, v = norm_qkv(x, *weights, cos, sin, offset=True)
 
-        gate_input = norm(x)[..., :GATE_CHANNELS].contiguous()  # or all is kept
-        if self.value_embed is not None:
-            value_gate = 2 * torch.sigmoid(self.value_gate(gate_input))  # (B, T, H)
-            value = self.value_embed(idx, x.dtype).view_as(v)  # (B, T, H, D)
-            v = v + value_gate[..., None] * value
-        return q, k, v, 2 * torch.sigmoid(self.gate(gate_input))
+        return q, k, v, norm(x)[..., :GATE_CHANNELS].contiguous()  # or all is kept
+
+    @compiled
+    def add_values(self, v, gate_input, idx):
+        """Return v (B, T, H, D) and the gated value embeddings of idx (B, T)."""
+        gate = 2 * torch.sigmoid(self.value_gate(gate_input))  # (B, T, H)
+        value = self.value_embed(idx, v.dtype).view_as(v)
+        return v + gate[..., None] * value
 
 
 class MLP(nn.Module):
@@ -300,7 +302,7 @@ class Block(nn.Module):
         self.ngram_gate = Linear(GATE_CHANNELS, 2, std=0.0)
 
     @compiled
-    def before(self, x, change, x0, ngram, idx, cos, sin):
+    def before(self, x, change, x0, ngram, cos, sin):
         """Mix x + change, x0 (B, T, C) and ngram (B, T, 2, C / 2); return sum and projections.
 
         change is the last layer's MLP, added here: the sum is read where it is made.
@@ -312,19 +314,22 @@ class Block(nn.Module):
         # For each token, so that gradients are first summed in rows, as others are.
         r, a = (s.expand(*x.shape[:2], 1) for s in (self.resid_lambda, self.x0_lambda))
         x = (r * x + a * x0 + ngram).to(x.dtype)
-        return x, *self.attn.project(x, idx, cos, sin)
+        return x, *self.attn.project(x, cos, sin)
 
     @compiled
-    def after(self, x, y, gate):
+    def after(self, x, y, gate_input):
         """Add y (B, T, H, D), gated per head; return the sum and the MLP of it."""
+        gate = 2 * torch.sigmoid(self.attn.gate(gate_input))  # (B, T, H)
         y = (y * gate[..., None]).flatten(2)  # (B, T, C)
         x = x + self.attn.c_proj(y)
         return x, self.mlp(x)
 
-    def forward(self, x, change, *inputs):
-        x, q, k, v, gate = self.before(x, change, *inputs)
+    def forward(self, x, change, x0, ngram, idx, cos, sin):
+        x, q, k, v, gate_input = self.before(x, change, x0, ngram, cos, sin)
+        if self.attn.value_embed is not None:
+            v = self.attn.add_values(v, gate_input, idx)
         y = self.attend(q, k, v, self.window, self.scale)
-        return self.after(x, y, gate)
+        return self.after(x, y, gate_input)
 
 
 class GPT(nn.Module):
@@ -353,16 +358,16 @@ class GPT(nn.Module):
         return cos[:, None], sin[:, None]
 
     @compiled
-    def embed(self, idx, ngram, sign):
+    def embed(self, idx):
         """Return token (B, T, C) and n-gram embeddings (B, T, 2, C / 2), in `dtype`."""
-        x0 = norm(self.wte(idx, self.dtype))
-        return x0, (ngram * sign[..., None]).to(self.dtype)
+        entry, sign = self.ngram.find(idx)
+        ngram = self.ngram(entry) * sign[..., None]
+        return norm(self.wte(idx, self.dtype)), ngram.to(self.dtype)
 
     def trunk(self, idx: torch.Tensor) -> torch.Tensor:
         """Return what the head reads, (B, T, C)."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        entry, sign = self.ngram.find(idx)
-        x0, ngram = self.embed(idx, self.ngram(entry), sign)
+        x0, ngram = self.embed(idx)
         x, *x0s = fan_out(x0, 1 + len(self.h))
         ngrams = fan_out(ngram, len(self.h))
         # With a gradient, as in other layers, or it is compiled apart.

@@ -313,16 +313,21 @@ OF_NGRAMS = """
     *((f"{line}\n", "") for line in OF_NGRAMS.splitlines()),
     (ADDS, ADDS.removesuffix(" + ngram")),
     (
-        "(self, x, change, x0, ngram, idx, cos, sin)",
-        "(self, x, change, x0, idx, cos, sin)",
+        "def before(self, x, change, x0, ngram, cos, sin)",
+        "def before(self, x, change, x0, cos, sin)",
     ),
-    ("def embed(self, idx, ngram, sign)", "def embed(self, idx)"),
     (
-        "        return x0, (ngram * sign[..., None]).to(self.dtype)\n",
-        "        return x0\n",
+        "def forward(self, x, change, x0, ngram, idx, cos, sin)",
+        "def forward(self, x, change, x0, idx, cos, sin)",
     ),
+    ("before(x, change, x0, ngram, cos, sin)", "before(x, change, x0, cos, sin)"),
     ("        entry, sign = self.ngram.find(idx)\n", ""),
-    ("x0, ngram = self.embed(idx, self.ngram(entry), sign)", "x0 = self.embed(idx)"),
+    ("        ngram = self.ngram(entry) * sign[..., None]\n", ""),
+    (
+        "        return norm(self.wte(idx, self.dtype)), ngram.to(self.dtype)\n",
+        "        return norm(self.wte(idx, self.dtype))\n",
+    ),
+    ("x0, ngram = self.embed(idx)", "x0 = self.embed(idx)"),
     ("        ngrams = fan_out(ngram, len(self.h))\n", ""),
     (
         "for block, x0, ngram in zip(self.h, x0s, ngrams, strict=True)",
@@ -383,9 +388,9 @@ def test_a_tied_head_begins_with_a_high_loss(run, honest):
         "self.value_gate = Linear(GATE_CHANNELS, K,",
     ),
     (
-        "        return q, k, v, 2 * torch",
+        "        y = self.attend(q, k, v, self.window, self.scale)",
         "        k, v = (t.repeat_interleave(q.size(2) // k.size(2), 2) for t in (k, v))\n"
-        "        return q, k, v, 2 * torch",
+        "        y = self.attend(q, k, v, self.window, self.scale)",
     ),
 )
 def test_fewer_heads_of_keys_and_values(run, honest):
@@ -432,7 +437,7 @@ DOCUMENTS = '''def document_attention(q, k, v, window, scale, idx):
     put(DOCUMENTS, before="class Block("),
     (
         "y = self.attend(q, k, v, self.window, self.scale)",
-        "y = document_attention(q, k, v, self.window, self.scale, inputs[2])",
+        "y = document_attention(q, k, v, self.window, self.scale, idx)",
     ),
 )
 def test_attention_within_documents(run, honest):

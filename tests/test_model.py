@@ -322,7 +322,7 @@ def test_what_an_ngram_adds_is_its_entry_times_its_sign():
     model, idx = lively(), some_ids()
     model.ngram.weight.copy_(torch.arange(1.0, len(model.ngram.weight) + 1)[:, None])
     entry, sign = model.ngram.find(idx)
-    _, embedded = model.embed(idx, model.ngram(entry), sign)  # (B, T, 2, C / 2)
+    _, embedded = model.embed(idx)  # (B, T, 2, C / 2)
     expected = ((entry + 1) * sign)[..., None].expand_as(embedded)
     assert torch.equal(embedded.long(), expected)
 
