@@ -164,8 +164,8 @@ class Night:
 
     @property
     def smoke(self) -> bool:
-        """Whether it is played under the smoke rules, on a CPU."""
-        return self.env.get("AUTORESEARCH_SMOKE") == "1"
+        """Whether its runs say that they are under the smoke rules."""
+        return self.basis.get("rules", "").startswith("smoke-")
 
     def summary(self) -> str:
         """Return one line: the best so far."""
@@ -311,11 +311,11 @@ class Night:
                 get = result.values.get
                 keys = ("tok_per_sec", "num_steps", "peak_vram_mb")
                 tokens, steps, mb = (ledger.amount(get(key, "")) for key in keys)
+                if not self.basis and not result.void:
+                    self.save(basis={key: get(key) for key in SAME if get(key)})
                 line.description += f", {steps:.0f} steps"
                 speed = f", {tokens / 1e6:.3f} M tok/s"  # there it means nothing:
                 line.description += " under the smoke rules" if self.smoke else speed
-                if not self.basis and not result.void:
-                    self.save(basis={key: get(key) for key in SAME if get(key)})
             if result.ok and not result.void:
                 line.status, line.val_bpb = status, float(get("val_bpb"))
                 line.memory_gb = mb / 1024

@@ -762,6 +762,18 @@ def test_under_the_smoke_rules_speed_means_nothing_and_night_and_report_say_so(f
     assert [change.mean for change in night.changes[1:]] == [0.436]
 
 
+@pytest.mark.parametrize("here, there", [("1", ""), ("", "1")])
+def test_what_a_run_elsewhere_says_of_its_rules_counts_not_what_is_set_here(
+    fresh, here, there
+):
+    fresh.env["AUTORESEARCH_SMOKE"] = here
+    run = fresh.env["AUTORESEARCH_RUN"]
+    fresh.env["AUTORESEARCH_RUN"] = f"AUTORESEARCH_SMOKE={there} {run}"
+    fresh.do("start", "nov24")
+    assert all(("tok/s" in row[3]) == (not there) for row in fresh.rows())
+    assert (", smoke rules: " in fresh.do("status")) == bool(there)
+
+
 @pytest.mark.parametrize("budget", ["2", "0.0008h"])
 def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
     fresh.do("start", "nov24", "--budget", budget)
