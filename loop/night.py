@@ -427,6 +427,8 @@ class Night:
             words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
             if result.status in (137, 143):
                 words.append("it was killed from outside, or the host had no memory left")
+            if result.status in (128, 255):
+                words.append("so git and ssh end: if the connection failed, fix nothing")
             words.append(f"a slip? {back}; fix it; `run` again with the same idea")
             words.append("that writes over a draft in train.py: `git stash` first")
             return "crash", words

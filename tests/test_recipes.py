@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from night import Clone, make_origin
+from night import Clone, make_origin, train_py
 
 pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="not on macOS")
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +100,20 @@ def test_later_shells_need_nothing_of_the_shell_that_began_the_night(clone, titl
     seeds = [re.search(r"seed (\d+)", row[3])[1] for row in clone.rows()]
     assert seeds == ["42", "43", "44", "42", "42"]
     assert [row[0] for row in clone.rows()[:3]] == ["0.440000", "0.440500", "0.439600"]
+
+
+def test_a_lost_connection_is_no_slip_of_the_edit(clone):
+    start(clone, "A GPU behind ssh")
+    ssh = clone.folder.parent / "bin" / "ssh"
+    script = ssh.read_text()
+    for broken, fault in (
+        (script, "print('Connection closed.'); raise SystemExit(255)"),
+        ("#!/bin/sh\nexit 255\n", train_py(0.43)),  # before git push
+    ):
+        ssh.write_text(broken)
+        (clone.folder / "train.py").write_text(fault)
+        said = clone.do("run", "wider MLP")
+        assert "crash: " in said and "connection failed, fix nothing" in said
 
 
 @pytest.mark.parametrize("title", PLACES)
