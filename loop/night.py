@@ -185,7 +185,8 @@ class Night:
             held = f"another command holds {path}, or what a run left behind"
             return f"{held} (fuser shows it); try again; if it stays so, end it"
         logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        lines = ledger.read_ends(logs[-1]).splitlines() if logs else []
+        begun = logs and not self.read(logs[-1])  # else it is of the run before
+        lines = ledger.read_ends(logs[-1]).splitlines() if begun else []
         steps = [x for x in lines if x.startswith("step ")] or ["starting"]
         return f"{self.open['idea']} is going on ({steps[-1]}); uv run experiment.py wait"
 

@@ -1,5 +1,6 @@
 """experiment.py in throw-away clones with real git: what it decides, and what it survives."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from night import Clone, make_origin, train_py
 
+from loop.git import lock
 from loop.ledger import plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -439,6 +441,16 @@ def test_a_second_agent_in_the_same_tree_is_refused(clone):
     clone.go()
     assert "keep: " in clone.do("wait")
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
+
+
+def test_a_run_that_has_no_step_yet_does_not_show_the_last_ones(clone):
+    path = clone.folder / "runs" / "night.json"
+    night = json.loads(path.read_text())
+    night["open"] = {"commit": night["best"], "idea": "wider MLP", "runs": 0}
+    path.write_text(json.dumps(night))
+    with lock(path.with_name("tree.lock")):
+        said = clone.do("wait", "--minutes=0", status=3)
+    assert "wider MLP is going on (starting)" in said
 
 
 def test_a_git_that_is_at_work_for_a_moment_is_waited_for(clone):
