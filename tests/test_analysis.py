@@ -247,11 +247,11 @@ def test_a_noisy_gpu_does_not_hide_what_the_other_gained(quick):
     assert {f"noise {noise:.4f}, GPU {gpu}" for gpu, noise in noises.items()} <= {*shown}
 
 
-def test_logs_joined_by_the_recipe_do_not_mix_two_machines(tmp_path):
+def test_logs_joined_by_the_recipe_do_not_mix_two_machines(tmp_path, quick):
     """The command of docs/recipes.md; `ssh` runs what it is told in a folder of this machine."""
     recipes = (ROOT / "docs" / "recipes.md").read_text("utf-8")
-    join = recipes[recipes.index("(cat results.tsv") :].partition("\n```")[0]
-    join = join.partition("\nuv run")[0]
+    join = recipes[recipes.index("name() {") :].partition("\nuv run")[0]
+    join = re.sub("\ngit fetch .*", "", join)
     lines = [("aaaaaa0", 0.990, "keep", f"baseline, seed {s}") for s in (42, 43)]
     (tmp_path / "results.tsv").write_text(log(lines))
     lines = [(*line[:3], f"{line[3]}, gpu 0") for line in lines]
@@ -271,13 +271,14 @@ def test_logs_joined_by_the_recipe_do_not_mix_two_machines(tmp_path):
     night = analyse(text)
     changes = [(c.gpu, c.number, c.idea, c.mean) for c in night.changes]
     assert changes == [
-        ("", 0, "baseline", 0.990),
+        ("a", 0, "baseline", 0.990),
         ("b0", 0, "baseline", 0.990),
         ("b1", 0, "baseline", 0.980),
         ("b1", 1, "both, seed 43 first", 0.979),
     ]
     assert night.gain == pytest.approx(0.001)
     assert [(x.idea, x.gpu) for x in night.withdrawn] == [("leak", "b0")]
+    assert "The noise on GPU a is " in words(write_page(night))
 
 
 def test_a_crash_that_was_mended_is_one_experiment():
