@@ -178,7 +178,8 @@ def try_next(night: Night) -> Html:
         for name, changes in where.items()
         if any(c.status == "keep" for c in changes)
     }
-    lost = [f"{n} ({len(c)})" for n, c in where.items() if c and n not in kept]
+    ideas = {name: len({c.number for c in changes}) for name, changes in where.items()}
+    lost = [f"{name} ({n})" for name, n in ideas.items() if n and name not in kept]
     for words, names in (
         ("none of whose experiments was kept", lost),
         ("that no experiment touched", never),

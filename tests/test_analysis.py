@@ -543,6 +543,7 @@ def test_parts_that_no_experiment_touched(tmp_path, quick):
     text = "# Model\nDEPTH = 9\n\n\ndef f():\n    return 1\n\n\ndef g():\n    return 2\n"
     base = commit(text)
     deep = commit(text.replace("9", "10"))
+    slip = commit(text.replace("9", "10").replace("return 1", "return 3 / 0"))
     changed = commit(text.replace("9", "10").replace("return 1", "return 3"))
     broken = commit("def (\n")
     lines = [
@@ -550,6 +551,7 @@ def test_parts_that_no_experiment_touched(tmp_path, quick):
         (deep, 0.98, "keep", "deep, seed 42"),
     ]
     lines += [
+        (slip, 0, "crash", "f, seed 42"),  # one experiment with the next
         (changed, 0.985, "discard", "f, seed 42"),
         (broken, 0, "crash", "b, seed 42"),
     ]
