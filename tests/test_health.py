@@ -18,6 +18,7 @@ from harness.health import (
     judge_health,
     list_gpu_processes,
     measure_health,
+    measure_rate,
 )
 from harness.peaks import peak_flops
 from harness.run import Run
@@ -32,6 +33,35 @@ def test_a_steady_gpu_that_nobody_shares_is_told_without_a_warning():
         Health(742.4, 3920.2, "alone"), Health(738.6, 3914.9, "alone")
     )
     assert text == "742/739 TFLOP/s, 3920/3915 GB/s, alone" and warnings == []
+
+
+def test_a_host_that_is_busy_for_a_moment_does_not_slow_the_copy(monkeypatch):
+    """A GPU that waits 2 ms for its next copy, once; seen in 2 of 36 runs beside a busy CPU."""
+    now, calls, copy = 0.0, 0, 66e-6
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    def work():
+        nonlocal now, calls
+        calls += 1
+        now += copy + (2e-3 if calls == 300 else 0)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert measure_rate(work, 1.0, 0.01, windows=5) == pytest.approx(1 / copy, rel=1e-6)
+    assert calls > 300
+    calls = 0
+    assert measure_rate(work, 1.0, 0.05) < (1 - COPY_TOLERANCE) / copy
 
 
 @pytest.mark.parametrize(
