@@ -85,14 +85,18 @@ def open_folder(base: Path, tag: str) -> Path | None:
 def start_compiler(opened: threading.Event) -> None:
     """Import torch.compile; once the run is open, start the processes that compile kernels.
 
-    Those import torch for seconds; until then, this process would compile every kernel. One that
-    ends without a run would wait for them, up to 300 s.
+    Those import torch for seconds, and until they have, this process compiles every kernel. So
+    they start after a third of the import where the run is open by then. (A process that ends
+    without a run would wait for them, up to 300 s.)
     """
+    import torch._dynamo  # first, as optimizers do beside this thread
+    from torch._inductor.async_compile import AsyncCompile
+
+    if opened.is_set():
+        AsyncCompile.use_process_pool()
     prepare_compiler()
     gc.freeze()  # what was imported stays: 0.3 s of looking at it again
     opened.wait()
-    from torch._inductor.async_compile import AsyncCompile
-
     AsyncCompile.use_process_pool()
 
 
