@@ -228,7 +228,7 @@ def test_without_an_edit_two_runs_are_alike(runs, honest):
 
 
 # ---- The model ----------------------------------------------------------------------------------
-@edit(("DEPTH = 9 ", "DEPTH = 12 "), ("    DEPTH = 2\n", "    DEPTH = 3\n"))
+@edit(("DEPTH = 10 ", "DEPTH = 12 "), ("    DEPTH = 2\n", "    DEPTH = 3\n"))
 def test_deeper(run, honest):
     honoured(run, honest)
     assert (values(run.log)["depth"], values(honest.log)["depth"]) == ("3", "2")
