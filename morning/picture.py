@@ -55,10 +55,14 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
         return figure
     last = max(c.number for c in night.changes)
     shown, dropped = [c for c in night.changes if c.values], night.tried("discard")
-    # Bad experiments must not flatten the picture: what lies above `top` is at the edge.
+    # Bad experiments must not flatten the picture: what lies above `top` is at the edge. But
+    # where it can, the better half of what was discarded is seen.
     means = [c.mean for c in shown if c.status == "keep"]
     span = max(max(means) - min(means), 4 * night.noise, 1e-4)
-    top, bottom = max(means) + 0.2 * span, min(c.mean for c in shown) - 0.2 * span
+    half = np.median([c.mean for c in dropped] or means)
+    top = max(means) + np.clip(half - max(means) + 0.1 * span, 0.2 * span, span)
+    luck = night.start.mean - night.luck if night.luck else math.inf
+    bottom = min(luck, *(c.mean for c in shown)) - 0.2 * span
     ax.set(ylim=(bottom, top), xlim=(-0.03 * last - 0.5, 1.02 * last + 0.7))
     ax.xaxis.get_major_locator().set_params(integer=True)
 
@@ -106,10 +110,9 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
         style["label"] = "control: an earlier commit again"
         ax.scatter(x, [run.val_bpb for run, *_ in night.controls], **style)
     if night.luck:
-        y = night.start.mean - night.luck
         style = dict(color=colors["ink"], lw=0.9, ls=(0, (4, 3)), zorder=1)
-        ax.axhline(y, label="start less the expected luck of the best", **style)
-        avoid.append(([0, last], [y, y]))
+        ax.axhline(luck, label="start less the expected luck of the best", **style)
+        avoid.append(([0, last], [luck, luck]))
     figure.legend(
         loc="outside lower center",
         ncols=4,

@@ -490,6 +490,19 @@ def test_labels_count_as_the_table_does_and_do_not_overlap():
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
+def test_what_a_night_without_gains_tried_is_not_all_above_the_picture():
+    """The numbers of a real one; two thirds of its experiments were above."""
+    base = (1.213591, 1.211656, 1.211768)
+    tried = [1.217956, 1.212848, 1.218899, 1.215826, 1.216031, 1.218060, 1.212549, 1.9]
+    lines = [("aaaaaaa", x, "keep", f"baseline, seed {i}") for i, x in enumerate(base, 42)]
+    for i, x in enumerate(tried):
+        lines.append((f"bbbbbb{i}", x, "discard", f"idea {i}, seed 42"))
+    night = analyse(log(lines))
+    bottom, top = analysis.picture(night).axes[0].get_ylim()
+    assert sum(x < top for x in tried) >= 4 and top < 1.22
+    assert night.luck and bottom < night.start.mean - night.luck  # a line of the picture
+
+
 def test_every_mark_has_a_legend():
     night = analyse(log([*NIGHT, ("8888888", 1.5, "discard", "far off, seed 42")]))
     figure = analysis.picture(night)
