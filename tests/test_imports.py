@@ -33,20 +33,23 @@ def test_a_run_loads_no_library_that_only_a_preparation_needs():
         "benchmarks/step",
     ],
 )
-def test_threads_that_wait_sleep_as_they_are_told_to_before_torch_is_loaded(name):
-    """Beside other work, sample.py took six times as long with threads that spin."""
+def test_threads_are_few_and_sleep_as_they_are_told_to_before_torch_is_loaded(name):
+    """Beside other work, sample.py took six times as long with threads that spin.
+
+    And a check in as many threads as there are cores takes those of the run beside it.
+    """
     script = f"""
 import os, runpy, sys
 class Watch:
     def find_spec(name, path, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS"))
             os._exit(0)
 sys.meta_path.insert(0, Watch)
 runpy.run_path({name.replace(".", "/") + ".py"!r}, run_name="script")
 """
-    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     env["AUTORESEARCH_SMOKE"] = "1"
     how = {"cwd": ROOT, "capture_output": True, "text": True, "env": env}
     done = subprocess.run([sys.executable, "-c", script], **how)
-    assert done.stdout == "PASSIVE\n", done.stderr
+    assert done.stdout in ("PASSIVE 2\n", "PASSIVE 1\n"), done.stderr
