@@ -154,7 +154,7 @@ class Night:
         found = [np.empty((0, 2))]
         for change in self.changes:
             runs = [run for run in change.runs if run.valid]
-            steps = [re.findall(r", (\d+) steps, ", run.description) for run in runs]
+            steps = [re.findall(r", (\d+) steps\b", run.description) for run in runs]
             both = [
                 (int(n[-1]), run.val_bpb) for n, run in zip(steps, runs, strict=True) if n
             ]

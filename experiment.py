@@ -89,7 +89,7 @@ def wait(minutes: float, ours: bool = False) -> int:
             return 3
         time.sleep(POLL)
     if night and night.open and not ours:
-        print(f"going on with {night.open['commit'][:8]}, {night.open['idea']}")
+        print(f"going on with {night.open['commit'][:8]}, {night.doing()}")
         work(night)
         return wait((end - time.monotonic()) / 60, ours=True)
     there = night or there
@@ -213,7 +213,7 @@ def run(idea: str, minutes: float) -> int:
         raise Refused('say in a few words what is tried: run "wider MLP"')
     night = Night.ours()
     if night.open:
-        print(f"first what is open: {night.open['idea']}")
+        print(f"first what is open: {night.doing()}")
         work(night)
         if status := wait(minutes, ours=True):
             return status
@@ -278,13 +278,13 @@ def status() -> int:
     except Refused as error:
         print(error)
     if job := night.open:
-        print(f"open: {job['commit'][:8]} {job['idea']}, {doing}; `{ME} wait` goes on")
+        print(f"open: {job['commit'][:8]} {night.doing()}, {doing}; `{ME} wait` goes on")
         print(night.stopped, end="\n" if night.stopped else "")
     else:
-        off = (
-            "" if git("rev-parse", "HEAD") == night.best else ", but HEAD is not the best"
-        )
-        print(f"nothing is open{off}; the next experiment can begin with `run`")
+        at_best = git("rev-parse", "HEAD") == night.best
+        off = "" if at_best else ", but HEAD is not the best"
+        then = "the night is over" if night.over else "the next experiment begins with `run`"
+        print(f"nothing is open{off}; {then}")
     lines, tried = night.all_lines(), {x.idea for x in night.lines()}
     for line in lines:
         if not line.status:

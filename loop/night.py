@@ -178,6 +178,11 @@ class Night:
         end = "; the night is over" if self.over else ""
         return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
 
+    def doing(self) -> str:
+        """Return what is open, in words."""
+        again = ", again as a control" if self.open.get("control") else ""
+        return self.open["idea"] + again
+
     def busy(self) -> str:
         """Return one line on who has the locks."""
         if not self.open:
@@ -188,7 +193,7 @@ class Night:
         begun = logs and not self.read(logs[-1])  # else it is of the run before
         lines = ledger.read_ends(logs[-1]).splitlines() if begun else []
         steps = [x for x in lines if x.startswith("step ")] or ["starting"]
-        return f"{self.open['idea']} is going on ({steps[-1]}); uv run experiment.py wait"
+        return f"{self.doing()} is going on ({steps[-1]}); uv run experiment.py wait"
 
     def used_up(self) -> bool:
         """Return whether the budget of the night is."""
@@ -239,7 +244,7 @@ class Night:
         words = [f"val_bpb {values}; the best {fmean(best):.6f} of {len(best)} runs"]
         if reference < fmean(best):
             words[0] += f", the best ever {reference:.6f}"
-        times = f"{gain / noise:+.1f} x noise {noise:.6f}" if noise else "noise 0"
+        times = f"{gain / noise:+.2f} x noise {noise:.6f}" if noise else "noise 0"
         words.append(f"gain {gain:+.6f}, {times}{', bars doubled' if heavier else ''}")
         more = f"{new_gb - old_gb:+.1f} GB, {longer:+d} lines"
         return what, [*words, f"{speed}{new_gb:.1f} GB ({more})"]

@@ -17,7 +17,7 @@ from morning.picture import draw_drift, draw_night, png
 if TYPE_CHECKING:  # it imports this file
     from analysis import Change, Night
 
-NEAR = (0.5, 1.5)  # times the noise: the gains of near misses
+NEAR = 0.5  # times the noise: the least gain of a near miss
 MOST = 8  # lines of a list
 
 
@@ -104,6 +104,7 @@ def believe(night: Night) -> Html:
             "shows, as simpler code may."
         )
         text.append(table(kept, "believe"))
+        text.append("In noises of the whole night; a verdict went by those known then.")
     if night.luck and night.best:
         here, n = on_gpu(night.best.gpu), len(night.rivals)
         text.append(
@@ -120,10 +121,10 @@ def believe(night: Night) -> Html:
 def drift_words(night: Night) -> str:
     """Say whether the machine stayed the same."""
     controls = [c for c in night.controls if not math.isnan(c[2])]
-    if not controls:
-        return "No commit ran again later with its speed in the log, so drift would not show."
     text = [many(len(controls), "control") + ": an earlier commit ran again."]
-    if far := [c for c in controls if abs(c[2]) > DRIFT]:
+    if not controls:
+        text = ["No commit ran again later with its speed in the log."]
+    elif far := [c for c in controls if abs(c[2]) > DRIFT]:
         where = [
             f"{moved:+.1%} at experiment {at}{on_gpu(run.gpu)}" for run, at, moved in far
         ]
@@ -136,8 +137,11 @@ def drift_words(night: Night) -> str:
     if len(steps) > 2 and steps.std() > 1e-3 and bpb.std() > 0:
         slope, r = (steps @ bpb) / (steps @ steps), np.corrcoef(steps, bpb)[0, 1]
         text.append(
-            f"For one commit, 1 % more steps went with {slope / 100:+.4f} (r = {r:.2f})."
+            f"For one commit, 1 % more steps went with {slope / 100:+.4f} (r = {r:.2f}): "
+            "where speed changed, compare the steps of two runs too."
         )
+    elif not controls:
+        text.append("So drift would not show.")
     return " ".join(text)
 
 
@@ -145,12 +149,12 @@ def try_next(night: Night) -> Html:
     """What to try next: near misses, what may be luck, parts of train.py without a keep."""
     text, dropped = ["<h2>What to try next</h2>"], night.tried("discard")
     below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
-    near = [c for c in dropped if NEAR[0] <= c.times <= NEAR[1]]
+    near = [c for c in dropped if c.times >= NEAR]
     measured = {c.number for c in night.changes if c.values}
     gone = {line.idea for line in night.withdrawn}
     groups = {
         "Discarded, though below today's best: run them again": below,
-        "Near misses, {} to {} noise: run them again, or two together".format(*NEAR): [
+        f"Near misses, from {NEAR} noise on: run them again, or two together": [
             c for c in near if c not in below
         ],
         "Kept, but may be luck: run them with another seed": [
