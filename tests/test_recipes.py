@@ -102,6 +102,12 @@ def test_later_shells_need_nothing_of_the_shell_that_began_the_night(clone, titl
     assert [row[0] for row in clone.rows()[:3]] == ["0.440000", "0.440500", "0.439600"]
 
 
+def test_a_run_under_slurm_is_not_left_with_one_cpu_of_its_job():
+    """From 22.05 on, srun does not take over what salloc was told."""
+    allocated, used = re.findall(r"--cpus-per-task=(\d+)", block("SLURM"))
+    assert allocated == used
+
+
 def test_a_lost_connection_is_no_slip_of_the_edit(clone):
     start(clone, "A GPU behind ssh")
     ssh = clone.folder.parent / "bin" / "ssh"
