@@ -89,7 +89,7 @@ def start_compiler(opened: threading.Event) -> None:
     they start after a third of the import where the run is open by then. (A process that ends
     without a run would wait for them, up to 300 s.)
     """
-    import torch._dynamo  # first, as optimizers do beside this thread
+    import torch._dynamo  # noqa: F401  (first, as optimizers do beside this thread)
     from torch._inductor.async_compile import AsyncCompile
 
     if opened.is_set():
