@@ -141,8 +141,8 @@ def join(names: Iterable[str], most: int = 4) -> str:
 
 
 ADVICE = (
-    "the model does not use it, or it stands behind two layers that begin at zero; if that "
-    "is meant, name it in may_stand_still= of run.warm_up"
+    "the model does not use it, or it stands behind two layers that begin at zero or one that "
+    "stays there; if that is meant, name it in may_stand_still= of run.warm_up"
 )
 
 

@@ -12,6 +12,7 @@ from harness.warmup import (
     check_groups,
     fixed_bytes,
     plan_batch,
+    trainable,
     warm_up,
 )
 
@@ -151,6 +152,17 @@ def test_two_zeros_in_a_row_never_get_a_gradient_and_are_named():
         RuntimeError, match=r"^middle\.gate\.weight, middle\.proj\.weight: the "
     ):
         warm(Model(Gated(0.0, 0.0)))
+
+
+def test_what_stands_behind_a_frozen_zero_is_told_of_it():
+    """Such as the gates on a table that begins at zero and does not learn."""
+    model = Model(Gated(0.0, 0.1))
+    model.middle.gate.weight.requires_grad_(False)
+    why = (
+        r"^middle\.proj\.weight: the gradient is zero .*, or it stands .* one that stays"
+    )
+    with pytest.raises(RuntimeError, match=why):
+        warm(model, [sgd(*trainable(model).values())])
 
 
 def test_what_is_not_used_is_named():
