@@ -370,7 +370,7 @@ class GPT(nn.Module):
         x0, ngram = self.embed(idx)
         x, *x0s = fan_out(x0, 1 + len(self.h))
         ngrams = fan_out(ngram, len(self.h))
-        # With a gradient, as in other layers, or it is compiled apart.
+        # With a gradient, or the first layer is compiled apart.
         change = torch.zeros_like(x).requires_grad_()
         for block, x0, ngram in zip(self.h, x0s, ngrams, strict=True):
             x, change = block(x, change, x0, ngram, idx, cos, sin)
@@ -555,11 +555,11 @@ class RowRMSprop(torch.optim.Optimizer):
     """RMSprop with decoupled weight decay and one second moment per table entry.
 
     As in row-wise Adagrad, arXiv:1903.12287. Only the entries of a sparse gradient move; all
-    second moments fall. No momentum: it moves one long after its n-gram was seen.
+    second moments fall. No momentum: that moves entries whose n-gram is long past.
     """
 
     STATE_PER_PARAM = -1  # nor a gradient for each
-    DECAY_STEPS = 64  # decayed at once: it takes the whole table
+    DECAY_STEPS = 64  # steps per decay, which takes the whole table
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {})
