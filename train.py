@@ -49,7 +49,7 @@ ATTENTION_GAIN = 1.3  # the softmax is over ATTENTION_GAIN / sqrt(HEAD_DIM) * q 
 NGRAM_ENTRIES = 2**22  # of the hashed table, each N_EMBD / 2 wide
 ATTENTION = "auto"  # auto (fa3 where it runs, else flex), fa3, flex, masked (any device)
 
-# Initialisation. A pair is for the first and the last layer, with a straight line between.
+# Initialisation. Pairs are for the first and the last layer, linear between.
 INIT_SCALE = 0.68  # of the block matrices: standard deviation, times sqrt(N_EMBD)
 RESID_LAMBDA_INIT = (1.15, 1.05)  # what a layer reads of the residual stream
 X0_LAMBDA_INIT = (0.2, 0.05)  # of the token embeddings
@@ -123,6 +123,8 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_layer < 1:
             raise ValueError(f"DEPTH ({self.n_layer}) must be at least 1")
+        if self.ngram_entries < 1:
+            raise ValueError(f"NGRAM_ENTRIES ({self.ngram_entries}) is below 1")
         if self.head_dim < 2 or self.head_dim % 2 or self.n_embd % self.head_dim:
             what = f"HEAD_DIM ({self.head_dim}) is odd or does not divide N_EMBD"
             raise ValueError(f"{what} ({self.n_embd})")
@@ -160,7 +162,7 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def init_uniform(weight: torch.Tensor, std: float) -> None:
-    """Draw `weight` from the uniform distribution around 0 of this standard deviation."""
+    """Draw `weight` uniformly around 0, with this standard deviation."""
     nn.init.uniform_(weight, -(3**0.5) * std, 3**0.5 * std)
 
 
@@ -406,7 +408,7 @@ class GPT(nn.Module):
     def row_bytes(self) -> float:
         """Return the memory that a row of a micro-step takes, roughly: activations, logits.
 
-        There the warm-up begins to look for a batch that fits; what cannot is not tried.
+        The warm-up tries no batch that cannot fit by it.
         """
         trunk = 28 * self.config.n_layer * self.config.n_embd
         return self.config.sequence_len * (trunk + 3 * self.config.vocab_size)
@@ -466,7 +468,7 @@ POLAR_EXPRESS = (
 def polar_express(G: torch.Tensor) -> torch.Tensor:
     """Return about the nearest semi-orthogonal of G (N, rows, columns), rows >= columns.
 
-    In bf16 on a GPU; a CPU without bf16 would need five times as long for it.
+    In bf16 on a GPU; a CPU without bf16 needs five times as long.
     """
     X = G.bfloat16() if G.is_cuda else G.float()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -502,7 +504,7 @@ def muon_update(
 class Muon(torch.optim.Optimizer):
     """Muon on groups of matrices; those of one shape are updated as one stack.
 
-    Wide matrices are updated transposed, so that each pair of lengths is compiled once, for
+    Wide ones are transposed, so that each pair of lengths is compiled once, for
     any number of layers; hence numbers are 0-dim tensors.
     """
 
@@ -588,7 +590,7 @@ class RowRMSprop(torch.optim.Optimizer):
 def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """Return the optimizers, from one table: what moves by which, how fast, what decay.
 
-    Each parameter stands in exactly one group, which the warm-up checks. The schedules go by
+    The warm-up checks that each parameter is in one group. The schedules go by
     `kind`: matrix (momentum and decay), ngram (decay), any other (learning rate alone).
     """
     grouped: dict[str, str] = {}  # name of a parameter -> patterns of its group
@@ -652,7 +654,7 @@ def lr_multiplier(progress: float) -> float:
 
 
 def muon_momentum(progress: float) -> float:
-    """Return Muon's momentum: it rises over the first MOMENTUM_WARMUP_RATIO of the budget."""
+    """Return Muon's momentum: it rises over MOMENTUM_WARMUP_RATIO of the budget."""
     low, high = MUON_MOMENTUM
     risen = progress / MOMENTUM_WARMUP_RATIO if MOMENTUM_WARMUP_RATIO else 1.0
     return low + (high - low) * min(1.0, risen)

@@ -289,6 +289,8 @@ OF_NGRAMS = """
     NGRAM_ENTRIES = 2**11
     ngram_entries: int
     ngram_lambda_init: tuple[float, float]
+        if self.ngram_entries < 1:
+            raise ValueError(f"NGRAM_ENTRIES ({self.ngram_entries}) is below 1")
         self.ngram_lambda = scalar(*config.ngram_lambda_init)
         # On bigrams, on trigrams; 1 at first.
         self.ngram_gate = Linear(GATE_CHANNELS, 2, std=0.0)

@@ -229,6 +229,7 @@ def test_importing_train_prints_nothing_writes_nothing_and_leaves_the_gpu_alone(
         ("HEAD_DIM", 48),
         ("WINDOW_PATTERN", "SM"),
         ("SHORT_WINDOW", 10**6),
+        ("NGRAM_ENTRIES", 0),
         ("SOFTCAP", 0.0),
         ("SOFTCAP", 1e6),
     ],
