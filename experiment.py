@@ -283,8 +283,8 @@ def status() -> int:
     else:
         at_best = git("rev-parse", "HEAD") == night.best
         off = "" if at_best else ", but HEAD is not the best"
-        then = "the night is over" if night.over else "the next experiment begins with `run`"
-        print(f"nothing is open{off}; {then}")
+        so = "the night is over" if night.over else "`run` begins the next experiment"
+        print(f"nothing is open{off}; {so}")
     lines, tried = night.all_lines(), {x.idea for x in night.lines()}
     for line in lines:
         if not line.status:

@@ -25,7 +25,7 @@ def set_environment(smoke: bool) -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Triton's default up to 3.9, which it says will change: that would change what kernels compute.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    if smoke:  # threads that wait do not spin, and a check leaves cores to the run beside it
+    if smoke:  # threads that wait do not spin, and there are few: a GPU's run may go on
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
         os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 2)))

@@ -348,7 +348,9 @@ def test_on_a_machine_whose_speed_doubled_the_page_says_what_more_steps_are_wort
 
 
 def test_a_discard_that_the_whole_nights_noise_puts_above_the_bar_is_worth_another_run():
-    best = [(f"aaaaaa{s}", 1.0 + s / 1e3, "keep", f"baseline, seed {s}") for s in (0, 0, 1)]
+    best = [
+        (f"aaaaaa{s}", 1.0 + s / 1e3, "keep", f"baseline, seed {s}") for s in (0, 0, 1)
+    ]
     tried = ("bbbbbbb", 0.9980, "discard", "a skip, seed 42")
     then = ("ccccccc", 0.9970, "keep", "rates, seed 42")
     night = analyse(log([*best[:2], tried, then]))
@@ -517,7 +519,9 @@ def test_what_a_night_without_gains_tried_is_not_all_above_the_picture():
     """The numbers of a real one; two thirds of its experiments were above."""
     base = (1.213591, 1.211656, 1.211768)
     tried = [1.217956, 1.212848, 1.218899, 1.215826, 1.216031, 1.218060, 1.212549, 1.9]
-    lines = [("aaaaaaa", x, "keep", f"baseline, seed {i}") for i, x in enumerate(base, 42)]
+    lines = [
+        ("aaaaaaa", x, "keep", f"baseline, seed {i}") for i, x in enumerate(base, 42)
+    ]
     for i, x in enumerate(tried):
         lines.append((f"bbbbbb{i}", x, "discard", f"idea {i}, seed 42"))
     night = analyse(log(lines))

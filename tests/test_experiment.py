@@ -810,7 +810,7 @@ def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
     assert fresh.do("run", "one more", status=4) and "keep" in fresh.rows()[-1]
     assert "nothing is open" in fresh.do("wait", status=4)
     said = fresh.do("status")
-    assert "nothing is open; the night is over" in said and "begins with" not in said
+    assert "nothing is open; the night is over" in said and "begins the next" not in said
 
 
 def test_a_commit_that_turns_out_broken_is_taken_back(clone):
