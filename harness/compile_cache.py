@@ -85,9 +85,9 @@ def open_folder(base: Path, tag: str) -> Path | None:
 def start_compiler(opened: threading.Event) -> None:
     """Import torch.compile; once the run is open, start the processes that compile kernels.
 
-    Those import torch for seconds, and until they have, this process compiles every kernel. So
-    they start after a third of the import where the run is open by then. (A process that ends
-    without a run would wait for them, up to 300 s.)
+    They import torch for seconds, and until they are ready this process compiles every kernel
+    itself. So they start after a third of the import if the run is open by then, and else when
+    it is: a process that ends before that would wait for them, up to 300 s.
     """
     import torch._dynamo  # noqa: F401  (first, as optimizers do beside this thread)
     from torch._inductor.async_compile import AsyncCompile

@@ -65,7 +65,7 @@ def measure_health(device: torch.device) -> Health:
         b = torch.randn(n, n, **options)
         c = torch.empty_like(a)
         tflops = measure_rate(lambda: torch.mm(a, b, out=c), 2 * n**3 / 1e12, 0.15)
-        # No power limit slows copies, but a host that is busy for 2 ms does, by 4 % of 0.05 s.
+        # No power limit slows copies. A host that is busy for 2 ms does: 4 % of 0.05 s.
         gb_per_sec = measure_rate(lambda: c.copy_(a), 2 * a.nbytes / 1e9, 0.01, windows=5)
     except torch.OutOfMemoryError:
         tflops = gb_per_sec = math.nan
