@@ -180,7 +180,7 @@ class Night:
 
     def doing(self) -> str:
         """Return what is open, in words."""
-        again = ", again as a control" if self.open.get("control") else ""
+        again = ", again as a control" if "control" in self.open else ""
         return self.open["idea"] + again
 
     def busy(self) -> str:
