@@ -8,11 +8,12 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import constants as C
 from harness.evaluation import call_model, check_model, nats_of
@@ -180,6 +181,44 @@ class Gradients:
             hook.remove()
 
 
+@contextmanager
+def calls_of(device: torch.device) -> Iterator[set[nn.Module]]:
+    """Collect the modules that training calls. On a CPU: a GPU would compile the hook in."""
+    called: set[nn.Module] = set()
+
+    def see(module: nn.Module, args: tuple) -> None:
+        if module.training:  # an evaluation may call more
+            called.add(module)
+
+    hook = register_module_forward_pre_hook(see) if device.type == "cpu" else None
+    try:
+        yield called
+    finally:
+        if hook:
+            hook.remove()
+
+
+@torch.no_grad()
+def find_bypassed(model: nn.Module, called: set[nn.Module]) -> list[str]:
+    """Return the linear layers that training did not call and that do more than multiply.
+
+    A fused operation reads the weight alone.
+    """
+
+    def multiplies(layer: nn.Linear) -> bool:
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+        x = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
+        with suppress(Exception):  # of one that takes more than x
+            product = x @ layer.weight.T
+            error = (layer.forward(x) - product).abs().max()
+            return bool(error <= 0.01 * product.abs().max())
+        return True
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return [n for n, m in layers.items() if m not in called and not multiplies(m)]
+
+
 def checksum(p: torch.Tensor) -> torch.Tensor:
     """Return a sum of the bits of `p`, 0-dim on its device: equal for equal values."""
     whole = p.detach().contiguous()
@@ -318,13 +357,15 @@ def warm_up(
                 batches = [random_batch(rows) for _ in range(count)]
                 if number == 1:  # logits are near zero before
                     evaluated = evaluated_loss(model, batches)
-                losses.append(train_step(model, optimizers, Once(batches), count))
+                with calls_of(device) as called:
+                    losses.append(train_step(model, optimizers, Once(batches), count))
                 check_loss(losses[-1])
         finally:
             gradients.close()
         if late := [name for name in trainable(model) if name not in before]:
             what = "made in the first steps, so no optimizer has it; make it in __init__"
             raise RuntimeError(f"{join(late)}: {what}")
+        bypassed = find_bypassed(model, called) if device.type == "cpu" else []
         model.eval()
         check_model(model, random_batch(rows)[0], kept=8)
         moved = {
@@ -335,7 +376,7 @@ def warm_up(
             name for name in gradients.watched if not moved[name] and name not in dead
         ]
         found = {"dead": dead, "still": still, "losses": losses, "steps": steps}
-        return found | {"evaluated": evaluated}
+        return found | {"evaluated": evaluated, "bypassed": bypassed}
 
     rows = find_batch_size(attempt, limit, row_bytes, device, fixed_bytes(optimizers))
     check_first_loss(float(result["losses"][0]), "of the first step on random ids")
@@ -346,6 +387,13 @@ def warm_up(
         raise RuntimeError(f"{join(dead)}: the gradient is zero in {when}; {ADVICE}")
     if still := result["still"]:
         text = f"{join(still)}: not moved by {STEPS} steps; is its learning rate 0?"
+        print(warning("edit", text), flush=True)
+    if bypassed := result["bypassed"]:
+        text = (
+            f"{join(bypassed)}: training reads the weight and does not call the layer, so a hook, "
+            "or what its forward does beside the product, is left out; where train.py calls a "
+            "fused operation, a comment has the form that calls the layer"
+        )
         print(warning("edit", text), flush=True)
     return rows, micro_steps * (limit // rows)
 

@@ -222,6 +222,49 @@ def test_the_last_line_says_that_the_step_was_not_tried(tmp_path):
     assert "step was not tried: aten.nonzero" in done.stdout.splitlines()[-1]
 
 
+# ---- Layers whose weight a fused operation reads -------------------------------------------------
+class Fused(Model):
+    """Its middle is not called: its weight is read, as fused operations do."""
+
+    def __init__(self, middle: nn.Module):
+        super().__init__(middle)
+
+    def forward(self, idx):
+        x = self.wte(idx)
+        return self.lm_head(x + x @ self.middle.weight.T)
+
+
+class Normed(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm())
+
+
+def hooked(layer: nn.Linear) -> nn.Linear:
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "middle, named",
+    [
+        (lambda: Normed(8, 8, bias=False), True),
+        (lambda: hooked(nn.Linear(8, 8, bias=False)), True),
+        (lambda: nn.Linear(8, 8, bias=False), False),
+    ],
+)
+def test_what_a_bypassed_layer_does_beside_its_product_is_a_warning(
+    middle, named, capsys
+):
+    warm(Fused(middle()))
+    said = capsys.readouterr().out
+    assert (
+        "warning: edit: middle: training reads the weight and does not" in said
+    ) == named
+    warm(Model(middle()))  # which calls it
+    assert "training reads the weight" not in capsys.readouterr().out
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
 # ---- Schedules ----------------------------------------------------------------------------------
 def test_a_groups_own_weight_decay_is_what_the_schedules_scale():
     optimizers = train.build_optimizers(fresh())
