@@ -75,11 +75,16 @@ def check_groups(model: nn.Module, optimizers: Optimizers) -> None:
                 f"{join(names)}: {problem}; each parameter belongs to one group of the table in "
                 "build_optimizers (requires_grad_(False) if it is not to learn)"
             )
-    strangers = len(counts.keys() - {id(p) for p in params.values()})
+    strangers = counts.keys() - {id(p) for p in params.values()}
+    if frozen := [name for name, p in model.named_parameters() if id(p) in strangers]:
+        raise ValueError(
+            f"{join(frozen)}: does not learn (requires_grad is False), and stands in a group of "
+            "the table in build_optimizers; take it out there"
+        )
     if strangers:
         raise ValueError(
-            f"{strangers} parameters of the optimizers are not of the model, or do not learn "
-            "(requires_grad is False); take them out of the table in build_optimizers"
+            f"{len(strangers)} parameters of the optimizers are not of the model; take them out "
+            "of the table in build_optimizers"
         )
 
 

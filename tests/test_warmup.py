@@ -116,6 +116,16 @@ def test_a_parameter_that_is_not_of_the_model_is_counted():
         check_groups(model, [sgd(*model.parameters(), stranger)])
 
 
+def test_a_frozen_parameter_in_a_group_is_named():
+    model = Model()
+    optimizer = sgd(*model.parameters())
+    model.wte.weight.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"^wte\.weight: does not learn .* in a group of"
+    ):
+        check_groups(model, [optimizer])
+
+
 def test_the_groups_are_checked_before_a_step_is_made():
     model = Model()
     with pytest.raises(ValueError, match=r"^wte\.weight: in two groups"):
