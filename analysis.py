@@ -153,12 +153,8 @@ class Night:
         """Return ln(num_steps) and val_bpb of repeated commits, less each commit's mean."""
         found = [np.empty((0, 2))]
         for change in self.changes:
-            runs = [run for run in change.runs if run.valid]
-            steps = [re.findall(r", (\d+) steps\b", run.description) for run in runs]
-            both = [
-                (int(n[-1]), run.val_bpb) for n, run in zip(steps, runs, strict=True) if n
-            ]
-            pairs = np.array([(math.log(n), bpb) for n, bpb in both if n])
+            runs = [run for run in change.runs if run.valid and run.steps]
+            pairs = np.array([(math.log(run.steps), run.val_bpb) for run in runs])
             found += [pairs - pairs.mean(0)] if len(pairs) > 1 else []
         return tuple(np.concatenate(found).T)
 

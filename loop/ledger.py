@@ -14,7 +14,8 @@ STATUSES = ("keep", "discard", "crash")
 # How a description ends. What stands before is the idea, in whatever words.
 TAIL = re.compile(
     r"(?P<idea>.*?), seed (?P<seed>\d+)(, gpu (?P<gpu>\w+))?"
-    r"(, \d+ steps(, (?P<speed>[\d.]+) M tok/s|(?P<smoke> under the smoke rules)))?"
+    r"(, (?P<steps>\d+) steps"
+    r"(, (?P<speed>[\d.]+) M tok/s|(?P<smoke> under the smoke rules)))?"
     r"(, void: (?P<void>.*))?"
 )
 
@@ -32,6 +33,7 @@ class Line:
     idea: str = ""
     seed: int = 0
     gpu: str = ""  # "" on a night with one
+    steps: int = 0  # 0: the log does not say
     speed: float = 0.0  # millions of tokens per second; 0: it means nothing
     smoke: bool = False  # under the smoke rules
     void: str = ""  # why
@@ -70,7 +72,7 @@ def read_line(text: str) -> Line:
     if tail := TAIL.fullmatch(line.description):
         line.idea, line.gpu, line.void = (tail[k] or "" for k in ("idea", "gpu", "void"))
         line.seed, line.speed = int(tail["seed"]), number(tail["speed"] or "0")
-        line.smoke = bool(tail["smoke"])
+        line.steps, line.smoke = int(tail["steps"] or 0), bool(tail["smoke"])
     return line
 
 

@@ -348,12 +348,10 @@ def test_on_a_machine_whose_speed_doubled_the_page_says_what_more_steps_are_wort
 
 
 def test_a_discard_that_the_whole_nights_noise_puts_above_the_bar_is_worth_another_run():
-    best = [
-        (f"aaaaaa{s}", 1.0 + s / 1e3, "keep", f"baseline, seed {s}") for s in (0, 0, 1)
-    ]
+    base = [("aaaaaaa", 1.0, "keep", f"baseline, seed {seed}") for seed in (42, 43)]
     tried = ("bbbbbbb", 0.9980, "discard", "a skip, seed 42")
     then = ("ccccccc", 0.9970, "keep", "rates, seed 42")
-    night = analyse(log([*best[:2], tried, then]))
+    night = analyse(log([*base, tried, then]))
     assert night.tried("discard")[0].times > 1.5
     assert "a skip" in words(page.try_next(night))
 
