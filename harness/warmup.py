@@ -187,20 +187,17 @@ class Gradients:
 
 
 @contextmanager
-def calls_of(device: torch.device) -> Iterator[set[nn.Module]]:
-    """Collect the modules that training calls. On a CPU: a GPU would compile the hook in."""
+def collect_calls(model: nn.Module, device: torch.device) -> Iterator[set[nn.Module]]:
+    """Collect the modules that are called; all, unseen, on a GPU: it would compile the hook in."""
+    if device.type != "cpu":
+        yield set(model.modules())
+        return
     called: set[nn.Module] = set()
-
-    def see(module: nn.Module, args: tuple) -> None:
-        if module.training:  # an evaluation may call more
-            called.add(module)
-
-    hook = register_module_forward_pre_hook(see) if device.type == "cpu" else None
+    hook = register_module_forward_pre_hook(lambda module, args: called.add(module))
     try:
         yield called
     finally:
-        if hook:
-            hook.remove()
+        hook.remove()
 
 
 @torch.no_grad()
@@ -220,8 +217,8 @@ def find_bypassed(model: nn.Module, called: set[nn.Module]) -> list[str]:
             return bool(error <= 0.01 * product.abs().max())
         return True
 
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return [n for n, m in layers.items() if m not in called and not multiplies(m)]
+    passed = [(name, m) for name, m in model.named_modules() if m not in called]
+    return [n for n, m in passed if isinstance(m, nn.Linear) and not multiplies(m)]
 
 
 def checksum(p: torch.Tensor) -> torch.Tensor:
@@ -362,7 +359,7 @@ def warm_up(
                 batches = [random_batch(rows) for _ in range(count)]
                 if number == 1:  # logits are near zero before
                     evaluated = evaluated_loss(model, batches)
-                with calls_of(device) as called:
+                with collect_calls(model, device) as called:
                     losses.append(train_step(model, optimizers, Once(batches), count))
                 check_loss(losses[-1])
         finally:
@@ -370,7 +367,7 @@ def warm_up(
         if late := [name for name in trainable(model) if name not in before]:
             what = "made in the first steps, so no optimizer has it; make it in __init__"
             raise RuntimeError(f"{join(late)}: {what}")
-        bypassed = find_bypassed(model, called) if device.type == "cpu" else []
+        bypassed = find_bypassed(model, called)
         model.eval()
         check_model(model, random_batch(rows)[0], kept=8)
         moved = {
