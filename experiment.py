@@ -89,7 +89,7 @@ def wait(minutes: float, ours: bool = False) -> int:
             return 3
         time.sleep(POLL)
     if night and night.open and not ours:
-        print(f"going on with {night.open['commit'][:8]}, {night.doing()}")
+        print(f"going on with {night.open['commit'][:8]}, {night.task()}")
         work(night)
         return wait((end - time.monotonic()) / 60, ours=True)
     there = night or there
@@ -213,7 +213,7 @@ def run(idea: str, minutes: float) -> int:
         raise Refused('say in a few words what is tried: run "wider MLP"')
     night = Night.ours()
     if night.open:
-        print(f"first what is open: {night.doing()}")
+        print(f"first what is open: {night.task()}")
         work(night)
         if status := wait(minutes, ours=True):
             return status
@@ -271,14 +271,14 @@ def status() -> int:
     print(night.summary())
     if reference < math.inf:
         print(f"best mean ever kept {reference:.6f}, noise {noise:.6f}")
-    doing = "at work"
+    now = "at work"
     try:
-        doing = "interrupted" if night.take() else doing
+        now = "interrupted" if night.take() else now
         night.leave()
     except Refused as error:
         print(error)
     if job := night.open:
-        print(f"open: {job['commit'][:8]} {night.doing()}, {doing}; `{ME} wait` goes on")
+        print(f"open: {job['commit'][:8]} {night.task()}, {now}; `{ME} wait` goes on")
         print(night.stopped, end="\n" if night.stopped else "")
     else:
         at_best = git("rev-parse", "HEAD") == night.best

@@ -178,8 +178,8 @@ class Night:
         end = "; the night is over" if self.over else ""
         return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
 
-    def doing(self) -> str:
-        """Return what is open, in words."""
+    def task(self) -> str:
+        """Return the idea that is open, and whether it is a control."""
         again = ", again as a control" if "control" in self.open else ""
         return self.open["idea"] + again
 
@@ -193,7 +193,7 @@ class Night:
         begun = logs and not self.read(logs[-1])  # else it is of the run before
         lines = ledger.read_ends(logs[-1]).splitlines() if begun else []
         steps = [x for x in lines if x.startswith("step ")] or ["starting"]
-        return f"{self.doing()} is going on ({steps[-1]}); uv run experiment.py wait"
+        return f"{self.task()} is going on ({steps[-1]}); uv run experiment.py wait"
 
     def used_up(self) -> bool:
         """Return whether the budget of the night is."""

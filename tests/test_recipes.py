@@ -68,8 +68,8 @@ def clone(origin, tmp_path) -> Clone:
     python = f'#!/bin/sh\nexec "{sys.executable}" -SE "$@"\n'
     scripts = {"ssh": APART + SSH, "srun": APART + SRUN}
     scripts["uv"] = python.replace("exec", "shift\nexec")
+    (tmp_path / "bin").mkdir()
     for name, text in scripts.items():
-        (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     venv = clone.folder / ".venv" / "bin" / "python"
