@@ -292,7 +292,7 @@ def status() -> int:
         elif line.status == "keep" and line.valid and line.idea not in tried:
             tried.add(line.idea)
             print(f"kept on gpu {line.gpu}: {line.idea}; git show {line.commit}")
-    print("\n".join(line.text() for line in lines[-20:] if line.status))
+    print(night.log, *(line.text() for line in lines[-20:] if line.status), sep="\n")
     return 0
 
 

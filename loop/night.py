@@ -192,7 +192,10 @@ class Night:
         logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
         begun = logs and not self.read(logs[-1])  # else it is of the run before
         lines = ledger.read_ends(logs[-1]).splitlines() if begun else []
-        steps = [x for x in lines if x.startswith("step ")] or ["starting"]
+        steps = [x for x in lines if x.startswith("step ")]
+        if not steps:  # "queued", say, where the GPU is elsewhere
+            words = [x.strip() for x in lines if x.strip()]
+            steps = [": ".join(["starting", *words[-1:]])]
         return f"{self.task()} is going on ({steps[-1]}); uv run experiment.py wait"
 
     def used_up(self) -> bool:

@@ -457,6 +457,22 @@ def test_a_run_that_has_no_step_yet_does_not_show_the_last_ones(clone):
         assert "wider MLP, again as a control is going on" in said
 
 
+def test_a_run_that_waits_in_a_queue_says_so(clone):
+    path = clone.folder / "runs" / "night.json"
+    night = json.loads(path.read_text())
+    night["open"] = {"commit": night["best"], "idea": "wider MLP", "runs": 0}
+    path.write_text(json.dumps(night))
+    with lock(path.with_name("tree.lock")):
+        for words, so in (
+            ("", "starting"),
+            ("job 7 is queued\n\n", "starting: job 7 is queued"),
+        ):
+            (path.parent / night["tag"] / "new-42.log").write_text(words)
+            assert f"wider MLP is going on ({so})" in clone.do(
+                "wait", "--minutes=0", status=3
+            )
+
+
 def test_a_git_that_is_at_work_for_a_moment_is_waited_for(clone):
     lock = clone.folder / ".git" / "index.lock"
     clone.edit(0.43)
