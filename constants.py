@@ -91,6 +91,7 @@ FLASH_ATTENTION_VERSION = 1
 WARNINGS = {
     "gpu": True,  # throttled or shared: the run was slower than it can be
     "edit": False,  # something in train.py looks half-done
+    "data": False,  # rows were trained on again
     "repeat": False,  # the commit alone does not repeat the run
 }
 

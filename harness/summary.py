@@ -29,6 +29,11 @@ def summarise(run, root: Path, flops_per_token: float) -> str:
     run.tokens_M = run.tokens / 1e6
     run.total_seconds = time.perf_counter() - C.STARTED_AT
     warnings = [warning("gpu", problem) for problem in problems]
+    if run.tokens > run.epoch_tokens and not C.SMOKE:
+        there = run.epoch_tokens / 1e6
+        what = f"trained on {run.tokens_M:.1f} M tokens, but there are {there:.1f} M"
+        harm = "tables memorise rows that come again; prepare more shards (docs/data.md)"
+        warnings.append(warning("data", f"{what}: {harm}"))
     problems = repeat.explain(root, run.variables)
     warnings += [warning("repeat", problem) for problem in problems]
     return "\n".join([*warnings, C.SUMMARY.format(run=run)])

@@ -26,6 +26,7 @@ from harness.guard import MAX_LATE_GRAPHS
 from harness.loader import Rows
 from harness.manifest import load_manifest
 from harness.run import LOG_EVERY, Clock, Run, Step, open_run
+from harness.summary import summarise
 
 CPU = torch.device("cpu")
 ROOT = Path(C.__file__).parent
@@ -901,6 +902,22 @@ def test_a_run_without_a_gpu_says_so(summary):
     values = parse(summary)
     assert values["gpu"] == "none (cpu)" and values["peak_vram_mb"] == "0.0"
     assert values["mfu_percent"] == "nan"
+
+
+def test_text_that_ran_out_is_told_of(run, seconds, monkeypatch):
+    def warnings(there: int, smoke: bool = False) -> list[str]:
+        monkeypatch.setattr(C, "SMOKE", smoke)
+        run.epoch_tokens = there
+        lines = summarise(run, ROOT, 1.0).splitlines()
+        return [line for line in lines if line.startswith("warning: data:")]
+
+    go_through(run, seconds)
+    run.evaluate(zeros)
+    run.tokens, run.depth, run.attention = 3_000_000, 1, "masked"
+    assert not warnings(3_000_000) and not warnings(2_000_000, smoke=True)
+    (line,) = warnings(2_900_000)
+    assert "3.0 M tokens, but there are 2.9 M" in line
+    assert not C.WARNINGS["data"]  # own text may be short
 
 
 def test_the_commit_is_a_short_hash_or_none(summary):
