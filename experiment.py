@@ -31,6 +31,7 @@ from pathlib import Path
 from harness.streams import keep_output
 from loop import ledger
 from loop.git import (
+    MARKS,
     ROOT,
     Refused,
     changed_files,
@@ -46,7 +47,6 @@ from loop.ledger import idea_in
 from loop.night import BASELINE_RUNS, NIGHT, Night
 
 ME = "uv run experiment.py"
-MARKS = b"\n<<<<<<< "  # of a draft that did not fit
 POLL = 1.0  # seconds between two looks at what is going on
 IDLE = 5  # looks that find nothing open, and the locks held nevertheless
 PROBE = """from harness import gpu, health
@@ -226,7 +226,7 @@ def run(idea: str, minutes: float) -> int:
     if night.over:
         print(f"the night is over and nothing was run; `{ME} status`", file=sys.stderr)
         return 4
-    check_tree(night)
+    night.check_draft()
     tree = night.folder / "tree"
     make_tree(tree, night.best)
     shutil.copyfile(ROOT / "train.py", tree / "train.py")
@@ -239,26 +239,6 @@ def run(idea: str, minutes: float) -> int:
     print("train.py is the best's again: edit it for the next experiment")
     work(night)
     return wait(minutes, ours=True)
-
-
-def check_tree(night: Night) -> None:
-    """Refuse what is not one edit of train.py on top of the best commit."""
-    if git("rev-parse", "--symbolic-full-name", "HEAD") != f"refs/heads/{night.branch}":
-        raise Refused(f"HEAD is not the branch of the night; git switch {night.branch}")
-    if git("rev-parse", "HEAD") != night.best:
-        help = f"git reset {night.best[:8]} leaves train.py as it is; then run"
-        raise Refused(f"the branch is not at the best commit, {night.best[:8]}; {help}")
-    check_index()
-    if not (ROOT / "train.py").is_file():
-        raise Refused("train.py is missing; git checkout train.py")
-    if MARKS in b"\n" + (ROOT / "train.py").read_bytes():
-        raise Refused("train.py has marks (<<<<<<<) where a draft did not fit; fix it")
-    changed = changed_files()
-    if others := " ".join(name for name in changed if name != "train.py"):
-        help = f"only train.py may; git stash push {others}, then run"
-        raise Refused(f"{others} differs from the best commit; {help}")
-    if not changed:
-        raise Refused("train.py is the best commit's; edit it, then run")
 
 
 def status() -> int:
@@ -285,6 +265,8 @@ def status() -> int:
         off = "" if at_best else ", but HEAD is not the best"
         so = "the night is over" if night.over else "`run` begins the next experiment"
         print(f"nothing is open{off}; {so}")
+    for line in night.elsewhere():
+        print(line)
     lines, tried = night.all_lines(), {x.idea for x in night.lines()}
     for line in lines:
         if not line.status:

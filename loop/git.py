@@ -15,6 +15,7 @@ except ImportError:  # Windows; WSL has it
 ROOT = Path(__file__).resolve().parent.parent
 # Set by a git that runs us, in a hook or an alias, for its own repository.
 WHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+MARKS = b"\n<<<<<<< "  # of a draft that did not fit
 PATIENCE = 3.0  # seconds for another git, such as an agent's `git diff`, to be done
 
 

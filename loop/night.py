@@ -19,7 +19,18 @@ from pathlib import Path
 from statistics import fmean
 
 from loop import ledger
-from loop.git import ROOT, WHERE, Refused, git, lock, make_tree, succeeds
+from loop.git import (
+    MARKS,
+    ROOT,
+    WHERE,
+    Refused,
+    changed_files,
+    check_index,
+    git,
+    lock,
+    make_tree,
+    succeeds,
+)
 from loop.ledger import Line
 from loop.verdict import noise_of, number_stretches, verdict
 
@@ -334,6 +345,54 @@ class Night:
             ledger.rewrite(Path(self.log), lambda lines, new=line: [*lines, new.text()])
             if not line.void or again + 1 >= VOID_RUNS:
                 return line
+
+    # ---- The draft, and the others ---------------------------------------------------------
+    def check_draft(self) -> None:
+        """Refuse what is not one edit of train.py on top of the best commit."""
+        if (
+            git("rev-parse", "--symbolic-full-name", "HEAD")
+            != f"refs/heads/{self.branch}"
+        ):
+            raise Refused(
+                f"HEAD is not the branch of the night; git switch {self.branch}"
+            )
+        if git("rev-parse", "HEAD") != self.best:
+            help = f"git reset {self.best[:8]} leaves train.py as it is; then run"
+            raise Refused(
+                f"the branch is not at the best commit, {self.best[:8]}; {help}"
+            )
+        check_index()
+        if not (ROOT / "train.py").is_file():
+            raise Refused("train.py is missing; git checkout train.py")
+        if MARKS in b"\n" + (ROOT / "train.py").read_bytes():
+            raise Refused(
+                "train.py has marks (<<<<<<<) where a draft did not fit; fix it"
+            )
+        changed = changed_files()
+        if others := " ".join(name for name in changed if name != "train.py"):
+            help = f"only train.py may; git stash push {others}, then run"
+            raise Refused(f"{others} differs from the best commit; {help}")
+        if not changed:
+            raise Refused("train.py is the best commit's; edit it, then run")
+        now, *_ = self.stand()
+        same = [c for c in now if succeeds("diff", "--quiet", c, "--", "train.py")]
+        if same:
+            what = f"{same[0]} {self.idea_of(same[0])}: {fmean(now[same[0]]):.6f}"
+            help = "it would only run again; try another idea"
+            raise Refused(f"this very train.py has a result, {what}; {help}")
+
+    def elsewhere(self) -> list[str]:
+        """Return what the other GPUs of this night are at work on, a line each."""
+        said = []
+        for tree in re.findall(
+            r"(?m)^worktree (.*)$", git("worktree", "list", "--porcelain")
+        ):
+            with suppress(OSError, ValueError, TypeError):
+                path = Path(tree, *NIGHT.relative_to(ROOT).parts)
+                other = Night(**json.loads(path.read_text("utf-8")))
+                if other.open and other.log == self.log and other.gpu != self.gpu:
+                    said.append(f"at work on gpu {other.gpu}: {other.task()}")
+        return said
 
     # ---- What is open --------------------------------------------------------------------
     def follow(self) -> None:

@@ -207,6 +207,19 @@ def test_a_draft_that_is_staged_does_not_stop_what_is_kept(clone):
     assert "keep: " in clone.experiment("next", 0.42)
 
 
+def test_a_train_py_that_has_a_result_is_not_run_for_a_luckier_one(clone):
+    tried = [("wider MLP", 0.45, "discard: "), ("deeper", 0.43, "keep: ")]
+    for idea, value, verdict in tried:
+        assert verdict in clone.experiment(idea, value)
+    log = clone.said()
+    for value, idea in ((0.45, "wider MLP: 0.45"), (0.44, "baseline: 0.44")):
+        said = clone.experiment("once more", value, status=1)
+        assert "this very train.py has a result" in said and idea in said
+        assert clone.value() == value and clone.said() == log
+    for _ in range(2):  # what crashed has none: the machine may be to blame
+        assert "crash: " in clone.experiment("an accident", 0.42, FAULT="crash")
+
+
 @pytest.mark.parametrize("ref", ["deleted", "a tag of its name"])
 def test_a_branch_that_is_not_what_it_was_does_not_stop_the_night(clone, ref):
     clone.experiment("wider MLP", 0.43)
@@ -755,7 +768,7 @@ def test_a_control_that_crashes_says_that_the_machine_is_not_ready(clone):
         clone.experiment(f"bad {number}", 0.5, lines=number)
     speed = clone.folder.parent / "speed"
     speed.write_text("none")  # every run crashes
-    said = clone.experiment("bad 9", 0.5, status=1)
+    said = clone.experiment("bad 9", 0.5, status=1, lines=9)
     assert "the machine is not ready" in said
     assert "the machine is not ready" in clone.do("wait", status=1)
     speed.write_text("1")
@@ -811,7 +824,7 @@ def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
     fresh.do("start", "nov24", "--budget", budget)
     if budget == "2":
         assert "over" not in fresh.experiment("wider MLP", 0.43)
-        fresh.edit(0.44)
+        fresh.edit(0.44, lines=1)
         said = fresh.do("run", "deeper", status=4)  # it was run, and is the last
         assert (
             "control, the best: 0.430000 0.430500" in said and "the night is over" in said
@@ -978,6 +991,18 @@ def test_several_gpus_share_a_log_and_each_is_judged_by_its_own(origin, tmp_path
     ]
     environment = (tmp_path / "environment").read_text()
     assert environment.count("'0'") == 4 and environment.count("'1'") == 5
+
+
+def test_status_says_what_the_other_gpu_is_at_work_on(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    clone.run_slowly(0.43)
+    assert "at work on gpu 0: slow\n" in clone.do("status", cwd=other)
+    assert "at work on" not in clone.do("status")
+    clone.go()
+    assert "keep: " in clone.do("wait")
+    assert "at work on" not in clone.do("status", cwd=other)
 
 
 def test_a_commit_is_void_in_the_tree_of_its_own_gpu(origin, tmp_path):

@@ -104,7 +104,7 @@ class Agent:
 # Idea, train.py, and what it is after a slip in it is fixed.
 PLAN = [
     ("wider MLP", train_py(0.4360)),
-    ("no value embeddings", train_py(0.4400)),
+    ("no value embeddings", train_py(0.4400) + "# none\n"),
     ("rates x 1.5", train_py(0.4353)),  # 1.7 x noise: both again, kept
     ("softcap 20", train_py(0.4350)),  # 1.4 x noise: again, discarded
     ("fp8 head", train_py(0.40, FAULT="crash")),
