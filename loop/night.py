@@ -349,25 +349,20 @@ class Night:
     # ---- The draft, and the others ---------------------------------------------------------
     def check_draft(self) -> None:
         """Refuse what is not one edit of train.py on top of the best commit."""
-        if (
-            git("rev-parse", "--symbolic-full-name", "HEAD")
-            != f"refs/heads/{self.branch}"
-        ):
-            raise Refused(
-                f"HEAD is not the branch of the night; git switch {self.branch}"
-            )
+        head = git("rev-parse", "--symbolic-full-name", "HEAD")
+        if head != f"refs/heads/{self.branch}":
+            help = f"git switch {self.branch}"
+            raise Refused(f"HEAD is not the branch of the night; {help}")
         if git("rev-parse", "HEAD") != self.best:
-            help = f"git reset {self.best[:8]} leaves train.py as it is; then run"
-            raise Refused(
-                f"the branch is not at the best commit, {self.best[:8]}; {help}"
-            )
+            short = self.best[:8]
+            help = f"git reset {short} leaves train.py as it is; then run"
+            raise Refused(f"the branch is not at the best commit, {short}; {help}")
         check_index()
         if not (ROOT / "train.py").is_file():
             raise Refused("train.py is missing; git checkout train.py")
         if MARKS in b"\n" + (ROOT / "train.py").read_bytes():
-            raise Refused(
-                "train.py has marks (<<<<<<<) where a draft did not fit; fix it"
-            )
+            where = "where a draft did not fit"
+            raise Refused(f"train.py has marks (<<<<<<<) {where}; fix it")
         changed = changed_files()
         if others := " ".join(name for name in changed if name != "train.py"):
             help = f"only train.py may; git stash push {others}, then run"
@@ -383,10 +378,8 @@ class Night:
 
     def elsewhere(self) -> list[str]:
         """Return what the other GPUs of this night are at work on, a line each."""
-        said = []
-        for tree in re.findall(
-            r"(?m)^worktree (.*)$", git("worktree", "list", "--porcelain")
-        ):
+        said, trees = [], git("worktree", "list", "--porcelain")
+        for tree in re.findall(r"(?m)^worktree (.*)$", trees):
             with suppress(OSError, ValueError, TypeError):
                 path = Path(tree, *NIGHT.relative_to(ROOT).parts)
                 other = Night(**json.loads(path.read_text("utf-8")))
