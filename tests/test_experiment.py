@@ -456,34 +456,28 @@ def test_a_second_agent_in_the_same_tree_is_refused(clone):
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
 
 
-def test_a_run_that_has_no_step_yet_does_not_show_the_last_ones(clone):
+def while_it_starts(clone, log: str | None = None, **job) -> str:
+    """Return what `wait` says of a run that is open, and held by somebody, with this log."""
     path = clone.folder / "runs" / "night.json"
     night = json.loads(path.read_text())
-    night["open"] = {"commit": night["best"], "idea": "wider MLP", "runs": 0}
+    night["open"] = {"commit": night["best"], "idea": "wider MLP", "runs": 0, **job}
     path.write_text(json.dumps(night))
+    if log is not None:
+        (path.parent / night["tag"] / "new-42.log").write_text(log)
     with lock(path.with_name("tree.lock")):
-        said = clone.do("wait", "--minutes=0", status=3)
-        assert "wider MLP is going on (starting)" in said
-        night["open"]["control"] = True
-        path.write_text(json.dumps(night))
-        said = clone.do("wait", "--minutes=0", status=3)
-        assert "wider MLP, again as a control is going on" in said
+        return clone.do("wait", "--minutes=0", status=3)
+
+
+def test_a_run_that_has_no_step_yet_does_not_show_the_last_ones(clone):
+    assert "wider MLP is going on (starting)" in while_it_starts(clone)
+    said = while_it_starts(clone, control=True)
+    assert "wider MLP, again as a control is going on" in said
 
 
 def test_a_run_that_waits_in_a_queue_says_so(clone):
-    path = clone.folder / "runs" / "night.json"
-    night = json.loads(path.read_text())
-    night["open"] = {"commit": night["best"], "idea": "wider MLP", "runs": 0}
-    path.write_text(json.dumps(night))
-    with lock(path.with_name("tree.lock")):
-        for words, so in (
-            ("", "starting"),
-            ("job 7 is queued\n\n", "starting: job 7 is queued"),
-        ):
-            (path.parent / night["tag"] / "new-42.log").write_text(words)
-            assert f"wider MLP is going on ({so})" in clone.do(
-                "wait", "--minutes=0", status=3
-            )
+    assert "wider MLP is going on (starting)" in while_it_starts(clone, "")
+    said = while_it_starts(clone, "job 7 is queued\n\n")
+    assert "wider MLP is going on (starting: job 7 is queued)" in said
 
 
 def test_a_git_that_is_at_work_for_a_moment_is_waited_for(clone):
