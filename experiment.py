@@ -6,7 +6,7 @@
     uv run experiment.py wait [--minutes 8]   for the end of what is going on
     uv run experiment.py status               where the night stands
     uv run experiment.py void COMMIT "WHY"    take back a commit that turned out broken
-    uv run --group analysis experiment.py report   the morning's page
+    uv run --group analysis experiment.py report [LOG]   the morning's page
 
 The branch is always at the best commit. An attempt is committed, pinned under refs/attempts
 and run in a worktree of its own, runs/TAG/tree, so train.py here is free for the next edit.
@@ -44,14 +44,13 @@ from loop.git import (
     succeeds,
 )
 from loop.ledger import idea_in
+from loop.machine import check_machine
 from loop.night import BASELINE_RUNS, NIGHT, Night
 
 ME = "uv run experiment.py"
+REPORT = "uv run --group analysis experiment.py report"
 POLL = 1.0  # seconds between two looks at what is going on
 IDLE = 5  # looks that find nothing open, and the locks held nevertheless
-PROBE = """from harness import gpu, health
-found = health.measure_health(gpu.choose_device())
-if found.company == "shared": raise SystemExit(f"another process holds the GPU: {found}")"""
 
 
 # ---- The process that works --------------------------------------------------------------
@@ -145,14 +144,13 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     finally:
         succeeds("worktree", "remove", "--force", str(trial))
     if trains_here(first.env):
-        probe("prepare.py", "--check")
-        for night in nights.values():
-            probe("-c", PROBE, **night.env)
+        check_machine([night.env for night in nights.values()])
     for path in (ROOT / "results.tsv", first.folder):
         if path.exists():
             when = time.strftime("%Y%m%d-%H%M%S")
             new = path.rename(path.with_name(f"{path.stem}-{when}{path.suffix}"))
-            print(f"{path.name} of an earlier night is now {new.name}")
+            page = f"; `{REPORT} {new.name}` writes its page" if new.suffix else ""
+            print(f"{path.name} of an earlier night is now {new.name}{page}")
     ledger.rewrite(ROOT / "results.tsv", lambda lines: lines)
     for tree, night in reversed(nights.items()):  # ours last: then the night has begun
         if tree == ROOT:
@@ -198,15 +196,6 @@ def trains_here(env: dict[str, str]) -> bool:
     return not env.get("AUTORESEARCH_RUN") and env.get("AUTORESEARCH_SMOKE") != "1"
 
 
-def probe(*command: str, **env: str) -> None:
-    """Run Python on something that has to work before a night begins."""
-    io = {"env": os.environ | env, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, **io)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise Refused(f"the machine is not ready: {' '.join(said)}")
-
-
 def run(idea: str, minutes: float) -> int:
     """Commit train.py as it is, put the best's back in its place, and start the run."""
     if not (idea := idea_in(idea)):
@@ -228,12 +217,17 @@ def run(idea: str, minutes: float) -> int:
         return 4
     night.check_draft()
     tree = night.folder / "tree"
-    make_tree(tree, night.best)
-    shutil.copyfile(ROOT / "train.py", tree / "train.py")
-    commit = make_commit(tree, idea, "--", "train.py")
-    git("update-ref", f"refs/attempts/{commit[:8]}", commit)
-    night.save(open={"commit": commit, "idea": idea, "runs": 0}, said=[])
+    if job := night.same_attempt():
+        print(f"the train.py of {job['idea']}: its next seed, and all its runs count")
+    else:
+        make_tree(tree, night.best)
+        shutil.copyfile(ROOT / "train.py", tree / "train.py")
+        commit = make_commit(tree, idea, "--", "train.py")
+        git("update-ref", f"refs/attempts/{commit[:8]}", commit)
+        job = {"commit": commit, "idea": idea, "runs": 0}
+    night.save(open=job, said=[])
     night.follow()
+    commit = job["commit"]
     lines = git("show", "--format=", "--numstat", commit).split("\t")
     print(f"running {commit[:8]}, +{lines[0]} -{lines[1]} lines of train.py")
     print("train.py is the best's again: edit it for the next experiment")
@@ -263,6 +257,8 @@ def status() -> int:
     else:
         at_best = git("rev-parse", "HEAD") == night.best
         off = "" if at_best else ", but HEAD is not the best"
+        if not is_on(ROOT, f"refs/heads/{night.branch}"):
+            off = f", but HEAD is not its branch; git switch {night.branch}"
         so = "the night is over" if night.over else "`run` begins the next experiment"
         print(f"nothing is open{off}; {so}")
     for line in night.elsewhere():
@@ -289,15 +285,16 @@ def void(commit: str, why: str, minutes: float) -> int:
     return wait(minutes, ours=True)
 
 
-def report() -> int:
-    """Write the morning's page."""
-    night = Night.load()
+def report(log: str) -> int:
+    """Write the morning's page, of this night's log or of another."""
+    path = Path(log or Night.load().log)
+    if not path.is_file():
+        raise Refused(f"{path} is no file; without a name, `{REPORT}` is of this night")
     try:
         import analysis
     except ImportError as error:
-        help = "uv run --group analysis experiment.py report"
-        raise Refused(f"{error}; it is in the group analysis: {help}") from error
-    print(analysis.write_report(ROOT, Path(night.log)))
+        raise Refused(f"{error}; it is in the group analysis: {REPORT}") from error
+    print(analysis.write_report(ROOT, path))
     return 0
 
 
@@ -305,12 +302,20 @@ def main() -> int:
     keep_output(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    words = {start: "tag --gpus --budget", run: "idea", void: "commit why"}
+    words = {start: "tag --gpus --budget", run: "idea", void: "commit why", report: "log"}
+    helps = {
+        "tag": "of the branch, such as nov24",
+        "--gpus": "such as 0,1: a worktree for each",
+        "--budget": "hours (8h) or experiments (100)",
+        "log": "such as results-20261124-073000.tsv; without it, this night's",
+    }
     for function in (start, run, wait, status, void, report):
         doc = function.__doc__.splitlines()[0]
         add = commands.add_parser(function.__name__, help=doc).add_argument
         for name in words.get(function, "").split():
-            add(name, **({"default": ""} if name.startswith("--") else {}))
+            how = {"nargs": "?"} if name == "log" else {}
+            free = {"default": ""} if name[:2] == "--" or how else {}
+            add(name, help=helps.get(name), **how, **free)
         if function not in (status, report):
             add("--minutes", type=float, default=8, help="to wait at most (%(default)s)")
     # An idea such as "-x" is no option: a blank hides it from argparse.

@@ -71,6 +71,7 @@ def make_commit(tree: Path, message: str, *what: str) -> str:
     except Refused as error:
         help = "if a hook did it, `git config core.hooksPath /dev/null` turns hooks off"
         if re.search("ident|who you are", str(error)):
+            error = "git does not know who commits"
             help = "run `git config user.name NAME` and `git config user.email ADDRESS`"
         elif re.search("gpg|sign", str(error)):
             help = "`git config commit.gpgsign false` turns signing off in this clone"

@@ -369,12 +369,20 @@ class Night:
             raise Refused(f"{others} differs from the best commit; {help}")
         if not changed:
             raise Refused("train.py is the best commit's; edit it, then run")
+
+    def same_attempt(self) -> dict | None:
+        """Return the job of a further run of an attempt at the best, if train.py is its.
+
+        A commit of its own would begin at the first seed, for a luckier number.
+        """
         now, *_ = self.stand()
-        same = [c for c in now if succeeds("diff", "--quiet", c, "--", "train.py")]
-        if same:
-            what = f"{same[0]} {self.idea_of(same[0])}: {fmean(now[same[0]]):.6f}"
-            help = "it would only run again; try another idea"
-            raise Refused(f"this very train.py has a result, {what}; {help}")
+        for short, values in now.items():
+            if succeeds("diff", "--quiet", short, "--", "train.py"):
+                commit, *parents = git("rev-parse", short, f"{short}^@").split()
+                if parents == [self.best]:
+                    job = {"commit": commit, "idea": self.idea_of(short), "runs": 0}
+                    return job | {"again": len(values) + 1}
+        return None
 
     def elsewhere(self) -> list[str]:
         """Return what the other GPUs of this night are at work on, a line each."""
@@ -450,10 +458,16 @@ class Night:
             self.mark([commit[:8]], "discard")
         self.save(open=None, said=[*self.said, *said], **changes)
 
-    def attempt(self, commit: str, idea: str, runs: int) -> None:
-        """Run and repeat an attempt until there is a verdict on it."""
+    def attempt(self, commit: str, idea: str, runs: int, again: int = 0) -> None:
+        """Run and repeat an attempt until there is a verdict on it.
+
+        again: the runs that it has at least, if it had a verdict before.
+        """
+        while len(self.stand(commit)[0].get(commit[:8], [])) < again:
+            if not self.run_once(commit, idea, "discard").valid:
+                break
         while True:
-            what, words = self.state(commit)
+            what, words = self.state(commit, again)
             if what == "repeat new":
                 self.run_once(commit, idea, "discard")
             elif what == "repeat best":
@@ -472,7 +486,7 @@ class Night:
             }
         self.save(said=[f"{what}: {commit[:8]} {idea}", *words], controls=due, **changes)
 
-    def state(self, commit: str) -> tuple[str, list[str]]:
+    def state(self, commit: str, again: int = 0) -> tuple[str, list[str]]:
         """Return what is to be done with an attempt, or the verdict, and lines on it."""
         mine, lines = self.lines(commit), self.lines()
         what, words = self.judge(commit)
@@ -496,7 +510,8 @@ class Night:
         if len(voids) == VOID_RUNS:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"
             return "void", [why, f"to try it again: {back}; `run`"]
-        if what.startswith("repeat") and len(lines) - lines.index(mine[0]) >= MOST_RUNS:
+        first = mine[min(again, len(mine)) - 1 if again else 0]
+        if what.startswith("repeat") and len(lines) - lines.index(first) >= MOST_RUNS:
             what, why = (
                 "discard",
                 f"no verdict in {MOST_RUNS} runs: the GPU's speed varies",
@@ -515,12 +530,14 @@ class Night:
         full = git("rev-parse", "--verify", f"{commit}^{{commit}}")
         short, ideas = full[:8], {x.commit: x.idea for x in self.lines()}
         if short not in [*ideas][1:]:
-            why = f"has no line of this GPU in {self.log}, or is the baseline"
+            why = f"has no line of this GPU in {self.log}"
             raise Refused(f"{short} {why}")
         in_best = succeeds("merge-base", "--is-ancestor", full, self.best)
         gone = any(x.void and x.status != "crash" for x in self.lines(short))
         if f"without {short}" in ideas.values() or (gone and not in_best):
             raise Refused(f"{short} is void already")
+        if not (in_best or any(x.valid for x in self.lines(short))):
+            raise Refused(f"{short} crashed; there is no result to take back")
         if (other := ideas[short].removeprefix("without ")) in ideas:
             raise Refused(f"{short} takes {other} back; void what brought the fault")
         above, changes, said = [], {}, f"void: {short} {ideas[short]}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,17 +208,29 @@ def test_a_draft_that_is_staged_does_not_stop_what_is_kept(clone):
     assert "keep: " in clone.experiment("next", 0.42)
 
 
-def test_a_train_py_that_has_a_result_is_not_run_for_a_luckier_one(clone):
-    tried = [("wider MLP", 0.45, "discard: "), ("deeper", 0.43, "keep: ")]
-    for idea, value, verdict in tried:
-        assert verdict in clone.experiment(idea, value)
-    log = clone.said()
-    for value, idea in ((0.45, "wider MLP: 0.45"), (0.44, "baseline: 0.44")):
-        said = clone.experiment("once more", value, status=1)
-        assert "this very train.py has a result" in said and idea in said
-        assert clone.value() == value and clone.said() == log
-    for _ in range(2):  # what crashed has none: the machine may be to blame
-        assert "crash: " in clone.experiment("an accident", 0.42, FAULT="crash")
+def test_a_train_py_that_has_a_result_gets_its_next_seed_and_no_luckier_first(clone):
+    assert "discard: " in clone.experiment("wider MLP", 0.45)
+    said = clone.experiment("for luck", 0.45)
+    assert "the train.py of wider MLP: its next seed" in said and "discard: " in said
+    assert "val_bpb 0.450000 0.450500" in said and clone.value() == 0.44
+    tail = [f"discard wider MLP, seed {seed}" for seed in (42, 43)]
+    assert clone.said() == [*BASELINE, *tail]
+    assert len(clone.git("for-each-ref", "refs/attempts").splitlines()) == 1
+    assert "1 experiment, 0 kept" in clone.do("status")
+
+
+def test_an_attempt_that_runs_again_is_judged_by_the_mean_of_all_its_runs(clone):
+    assert "discard: " in clone.experiment("unlucky", 0.4392)
+    attempt = clone.rows()[-1]
+    said = clone.experiment("again", 0.4392)
+    assert "val_bpb 0.439200 0.439700 0.438800" in said and "keep: " in said
+    assert clone.git("log", "-1", "--format=%s") == "unlucky" and clone.value() == 0.4392
+    assert [row[2] for row in clone.rows() if "unlucky" in row[3]] == ["keep"] * 3
+    assert attempt[2] == "discard"
+
+    assert "keep: " in clone.experiment("deeper", 0.43)  # on it
+    said = clone.experiment("without it", 0.4392)  # an attempt at another best
+    assert "its next seed" not in said and "discard: " in said
 
 
 @pytest.mark.parametrize("ref", ["deleted", "a tag of its name"])
@@ -226,6 +239,7 @@ def test_a_branch_that_is_not_what_it_was_does_not_stop_the_night(clone, ref):
     best = clone.git("rev-parse", "HEAD")
     if ref == "deleted":
         clone.git("switch", "-q", "main")
+        assert "git switch autoresearch/nov24" in clone.do("status")
         clone.git("branch", "-qD", "autoresearch/nov24")
         assert "best: " in clone.do("wait")
         clone.git("switch", "-q", "autoresearch/nov24")
@@ -333,6 +347,7 @@ def test_what_git_cannot_commit_is_not_run(fresh, fault, when):
     said = fresh.do(*command, status=1)
     assert words[fault] in said and "nothing was run" in said
     assert fault != "hook" or "no tabs, please" in said
+    assert "--global" not in said  # git's own advice beside ours
     if when == "start":
         assert not (fresh.folder / "results.tsv").exists()
         assert fresh.git("branch", "--format=%(refname:short)") == "main"
@@ -352,6 +367,25 @@ def test_start_refuses_a_dirty_tree_and_touches_nothing(fresh):
     assert fresh.git("branch", "--show-current") == "main"
     for words in (["a b"], ["x", "--budget", "soon"], ["x", "--gpus", "0;1"]):
         assert fresh.do("start", *words, status=1).startswith("experiment.py: ")
+
+
+def test_a_start_without_a_gpu_says_so_before_it_asks_for_data(fresh):
+    del fresh.env["AUTORESEARCH_RUN"]
+    (fresh.folder / "prepare.py").write_text('raise SystemExit("no data")')
+    fresh.git("commit", "-qam", "unprepared")
+    gpu, health = (fresh.folder / "harness" / f"{x}.py" for x in ("gpu", "health"))
+    gpu.write_text(
+        'def choose_device(): raise ValueError("no GPU; smoke tries the same")'
+    )
+    health.write_text(
+        "class measure_health:\n def __init__(self, _): self.company = 'alone'"
+    )
+    said = fresh.do("start", "nov24", status=1)
+    assert (
+        said == "experiment.py: the machine is not ready: no GPU; smoke tries the same\n"
+    )
+    gpu.write_text("def choose_device(): pass")
+    assert "not ready: no data" in fresh.do("start", "nov24", status=1)
 
 
 def test_start_refuses_a_folder_that_is_no_checkout_of_its_own(fresh):
@@ -668,6 +702,27 @@ def test_killed_at_any_step_an_experiment_is_finished_once(clone, tmp_path_facto
     assert 15 < kill_at < 40
 
 
+def test_killed_at_any_step_a_further_run_is_had_once(clone, tmp_path_factory):
+    clone.experiment("unlucky", 0.4392)
+    before = clone.said()
+    clone.edit(0.4392)
+    for kill_at in range(1, 99):
+        other = clone.copy(tmp_path_factory.mktemp("killed"))
+        killed = driven(other, kill_at, "run", "again")
+        other.do("wait")
+        if other.said() == before:
+            assert other.value() == 0.4392, kill_at
+            other.do("run", "again")
+        assert len(other.said()) == len(before) + 1, kill_at
+        assert other.said()[-1] == "keep unlucky, seed 44", kill_at
+        assert (
+            other.git("log", "-1", "--format=%s") == "unlucky" and other.value() == 0.4392
+        )
+        if not killed:
+            break
+    assert 5 < kill_at < 40
+
+
 def test_killed_at_any_step_a_start_can_be_repeated(fresh, tmp_path_factory):
     begun = 0  # nights written down; from there on it is as in the test above
     for kill_at in range(1, 99):
@@ -857,6 +912,14 @@ def test_a_commit_that_turns_out_broken_is_taken_back(clone):
     assert clone.value() == 0.44 and clone.git("status", "--short") == ""
     assert (clone.folder / "train.py").read_text() == text.replace("0.2", "0.44", 1)
     assert goes_on(clone)
+
+
+def test_a_crash_is_nothing_to_take_back(clone):
+    clone.experiment("an accident", 0.4, FAULT="crash")
+    commit = (clone.folder / "results.tsv").read_text().splitlines()[-1].split("\t")[0]
+    log = clone.said()
+    assert f"{commit} crashed" in clone.do("void", commit, "why", status=1)
+    assert clone.said() == log
 
 
 def test_a_discarded_commit_can_be_void_too_and_others_cannot(clone):
@@ -1096,6 +1159,18 @@ def test_the_report_names_the_group_that_it_needs(clone):
     writes = "def write_report(folder, ledger): return folder / ledger.name"
     (clone.folder / "analysis.py").write_text(writes)
     assert clone.do("report") == f"{clone.folder / 'results.tsv'}\n"
+
+
+def test_the_page_of_an_earlier_night_can_be_written(clone):
+    writes = (
+        "def write_report(folder, ledger): return ledger.read_text().count('baseline')"
+    )
+    (clone.folder / "analysis.py").write_text(writes)
+    said = clone.do("start", "nov25")
+    (name,) = re.findall(r"report (results-\S+\.tsv)` writes its page", said)
+    clone.experiment("wider MLP", 0.43)
+    assert clone.do("report", name) == "3\n"
+    assert "is no file" in clone.do("report", "results-gone.tsv", status=1)
 
 
 def test_the_loop_needs_the_standard_library_alone():
