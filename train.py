@@ -78,7 +78,6 @@ WTE_WEIGHT_DECAY = 0.001
 VALUE_EMBED_WEIGHT_DECAY = 0.003
 LM_HEAD_WEIGHT_DECAY = 0.01
 NGRAM_WEIGHT_DECAY = 0.003
-NGRAM_REPEAT_WEIGHT_DECAY = 0.03  # from the second epoch on, or the table memorises rows
 MATRIX_WEIGHT_DECAY = 0.1  # cautious; falls to 0 over the run
 
 # Schedules, in fractions of the time budget
@@ -86,6 +85,7 @@ WARMUP_RATIO = 0.0  # learning rates rise from 0
 WARMDOWN_RATIO = 0.75  # learning rates fall to FINAL_LR_FRAC
 FINAL_LR_FRAC = 0.05
 MOMENTUM_WARMUP_RATIO = 0.15
+NGRAM_REFILL = 0.3  # epochs left, or a new one does not empty the table
 
 # The same code, tiny. A smoke run checks the knobs above as well.
 if SMOKE:
@@ -591,7 +591,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """Return the optimizers, from one table: what moves by which, how fast, what decay.
 
     The warm-up checks that each parameter is in one group. The schedules go by
-    `kind`: matrix (momentum and decay), ngram (decay), any other (learning rate alone).
+    `kind`: matrix (momentum, decay), others (learning rate alone).
     """
     grouped: dict[str, str] = {}  # name of a parameter -> patterns of its group
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -660,13 +660,8 @@ def muon_momentum(progress: float) -> float:
     return low + (high - low) * min(1.0, risen)
 
 
-def set_schedules(
-    optimizers: Iterable[torch.optim.Optimizer], progress: float, epoch: int = 1
-) -> float:
-    """Set every group for the step that begins at `progress`; return the factor on all lrs.
-
-    progress: fraction of the time budget that is gone, 0 to 1; epoch: 1 is the first.
-    """
+def set_schedules(optimizers: Iterable[torch.optim.Optimizer], progress: float) -> float:
+    """Set every group for `progress`, 0 to 1; return the factor on all learning rates."""
     lrm = lr_multiplier(progress)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -674,9 +669,6 @@ def set_schedules(
             if group["kind"] == "matrix":
                 group["momentum"] = muon_momentum(progress)
                 group["weight_decay"] = group["initial_weight_decay"] * (1 - progress)
-            elif group["kind"] == "ngram":
-                decay = group["initial_weight_decay"]
-                group["weight_decay"] = decay if epoch == 1 else NGRAM_REPEAT_WEIGHT_DECAY
     return lrm
 
 
@@ -713,8 +705,15 @@ def main() -> None:
         device_batch_size=DEVICE_BATCH_SIZE,
         row_bytes=model.row_bytes(),
     )
+    epoch = 1
     for step in run.steps():
-        step.lrm = set_schedules(optimizers, step.progress, step.epoch)
+        if step.epoch > epoch:  # the n-grams know its rows
+            epoch, gone = step.epoch, step.progress
+            if (epoch - 1) * (1 - gone) > NGRAM_REFILL * gone:
+                nn.init.zeros_(model.ngram.weight)
+            else:  # it alone learns on
+                optimizers = [o for o in optimizers if isinstance(o, RowRMSprop)]
+        step.lrm = set_schedules(optimizers, step.progress)
         step.loss = train_step(model, optimizers, step.batches, step.micro_steps)
     run.evaluate(model)
     run.print_summary(config.n_layer, model.flops_per_token(), attention)

@@ -284,7 +284,7 @@ def test_a_new_vector_in_a_group(run, honest):
 
 ADDS = " + a * x0 + ngram"
 KNOBS = """NGRAM_ENTRIES NGRAM_LAMBDA_INIT NGRAM_LR NGRAM_LAMBDA_LR NGRAM_BETA2 NGRAM_WEIGHT_DECAY
-NGRAM_REPEAT_WEIGHT_DECAY NgramEmbedding RowRMSprop""".split()
+NGRAM_REFILL NgramEmbedding RowRMSprop""".split()
 OF_NGRAMS = """
     NGRAM_ENTRIES = 2**11
     ngram_entries: int
@@ -302,9 +302,13 @@ OF_NGRAMS = """
         ngram_lambda_init=NGRAM_LAMBDA_INIT,
     ngram_lr = NGRAM_LR * width_scale
         RowRMSprop(row_rmsprop),
-            elif group["kind"] == "ngram":
-                decay = group["initial_weight_decay"]
-                group["weight_decay"] = decay if epoch == 1 else NGRAM_REPEAT_WEIGHT_DECAY
+    epoch = 1
+        if step.epoch > epoch:  # the n-grams know its rows
+            epoch, gone = step.epoch, step.progress
+            if (epoch - 1) * (1 - gone) > NGRAM_REFILL * gone:
+                nn.init.zeros_(model.ngram.weight)
+            else:  # it alone learns on
+                optimizers = [o for o in optimizers if isinstance(o, RowRMSprop)]
 """.strip("\n")
 
 

@@ -272,8 +272,8 @@ def test_a_groups_own_weight_decay_is_what_the_schedules_scale():
     if not matrices:
         pytest.skip("train.py has no group of matrices")
     (group, *_) = matrices
-    train.set_schedules(optimizers, 0.5, 1)
+    train.set_schedules(optimizers, 0.5)
     before = group["weight_decay"]
     group["initial_weight_decay"] *= 4
-    train.set_schedules(optimizers, 0.5, 1)
+    train.set_schedules(optimizers, 0.5)
     assert group["weight_decay"] == pytest.approx(4 * before)

@@ -55,7 +55,7 @@ def test_training_lowers_the_loss():
     model, batch, losses = fresh(), some_batch(4), []
     optimizers = train.build_optimizers(model)
     for _ in range(10):
-        train.set_schedules(optimizers, 0.3, 1)
+        train.set_schedules(optimizers, 0.3)
         losses.append(float(train.train_step(model, optimizers, [batch], 1)))
     assert losses[-1] < 0.9 * losses[0]  # the same batch each time
 

@@ -35,7 +35,7 @@ def numbers(optimizers) -> list[dict]:
 
 
 def test_the_factor_lies_between_0_and_1_and_never_jumps(optimizers):
-    factors = [train.set_schedules(optimizers, p, 1) for p in THOUSANDTHS]
+    factors = [train.set_schedules(optimizers, p) for p in THOUSANDTHS]
     assert all(math.isfinite(factor) for factor in factors)
     assert min(factors) >= 0.0 and 0.5 < max(factors) <= 1.0
     jumps = [abs(b - a) for a, b in zip(factors, factors[1:], strict=False)]
@@ -44,15 +44,14 @@ def test_the_factor_lies_between_0_and_1_and_never_jumps(optimizers):
 
 def test_every_learning_rate_moves_by_the_factor(optimizers, initial):
     for progress in THOUSANDTHS[::10]:
-        lrm = train.set_schedules(optimizers, progress, 1)
+        lrm = train.set_schedules(optimizers, progress)
         rates = [group["lr"] for group in groups(optimizers)]
         assert rates == pytest.approx([lr * lrm for lr in initial], rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 7])
-def test_every_number_of_every_group_is_finite(optimizers, epoch):
+def test_every_number_of_every_group_is_finite(optimizers):
     for progress in THOUSANDTHS:
-        train.set_schedules(optimizers, progress, epoch)
+        train.set_schedules(optimizers, progress)
         for group in numbers(optimizers):
             for value in group.values():
                 parts = value if isinstance(value, tuple) else (value,)
@@ -60,19 +59,12 @@ def test_every_number_of_every_group_is_finite(optimizers, epoch):
             assert group["lr"] >= 0 and group.get("weight_decay", 0.0) >= 0
 
 
-def test_the_schedules_are_functions_of_progress_and_epoch_alone(optimizers):
-    moments = [(p, epoch) for p in THOUSANDTHS[::50] for epoch in (1, 2, 3)]
+def test_the_schedules_are_functions_of_progress_alone(optimizers):
+    moments = THOUSANDTHS[::50]
     seen = {}
     for moment in moments:
-        seen[moment] = train.set_schedules(optimizers, *moment), numbers(optimizers)
+        seen[moment] = train.set_schedules(optimizers, moment), numbers(optimizers)
     random.Random(0).shuffle(moments)  # whatever came before
     for moment in moments:
-        again = train.set_schedules(optimizers, *moment), numbers(optimizers)
+        again = train.set_schedules(optimizers, moment), numbers(optimizers)
         assert again == seen[moment]
-
-
-def test_the_epoch_moves_no_learning_rate(optimizers):
-    first = train.set_schedules(optimizers, 0.4, 1)
-    rates = [group["lr"] for group in groups(optimizers)]
-    assert train.set_schedules(optimizers, 0.4, 2) == first
-    assert [group["lr"] for group in groups(optimizers)] == rates
