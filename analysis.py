@@ -12,6 +12,7 @@ best mean before it on the same GPU, in the picture and in the tables alike.
 import datetime
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -25,9 +26,10 @@ from morning.page import headline, write_page
 from morning.picture import draw_night, png
 
 STANDS = 2.0  # standard errors, above which a kept gain is believed
-REVERT = re.compile(
-    r"without [0-9a-f]{8}"
-)  # an "idea" of `experiment.py void`: no experiment
+# What `experiment.py void` writes: the "idea" of a revert, which is no experiment, and why
+# a change is void that was kept on top of the one withdrawn.
+REVERT = re.compile(r"without ([0-9a-f]{8})")
+STOOD = re.compile(r"stood on ([0-9a-f]{8})")
 
 
 # ---- The night -------------------------------------------------------------------------
@@ -43,6 +45,7 @@ class Change:
     gain: float = math.nan  # against the best mean before, in the same stretch
     error: float = math.nan  # standard error of the gain
     noise: float = FLOOR  # of its GPU
+    gone: str = ""  # the withdrawn commit that it is, or was made on: it does not count
 
     def __post_init__(self):
         first = self.runs[0]
@@ -52,14 +55,22 @@ class Change:
 
     @property
     def values(self) -> list[float]:
-        return [run.val_bpb for run in self.runs if run.valid]
+        return [run.val_bpb for run in self.runs if run.measured]
 
     @property
     def status(self) -> str:
+        if self.gone:
+            return "withdrawn" if self.gone == self.commit else "on withdrawn"
         if not self.values:
             return "crash"
         kept = not self.number or any(run.status == "keep" for run in self.runs)
         return "keep" if kept else "discard"
+
+    @property
+    def outcome(self) -> str:
+        """Its status in words."""
+        on = f"made on top of {self.gone}, withdrawn"
+        return on if self.status == "on withdrawn" else self.status
 
     @property
     def revert(self) -> bool:
@@ -85,10 +96,8 @@ class Change:
 class Night:
     """A log with its arithmetic."""
 
-    changes: list[Change]
+    every: list[Change]
     strays: list[str]  # lines of the log that are no runs
-    experiments: int  # how many there were; an idea that was mended counts once
-    withdrawn: list[Line]  # one of each commit that `experiment.py void` took out
     # A later run of a commit, how many experiments were before it, and by which fraction
     # the commit's speed had changed (nan in logs without speed).
     controls: list[tuple[Line, int, float]]
@@ -97,6 +106,27 @@ class Night:
     folder: Path  # of train.py and its git
     note: str  # under the title
     made_up: bool = False  # the example, which the title then says
+
+    @property
+    def changes(self) -> list[Change]:
+        """Those that count: without what was withdrawn, and what was made on top of that."""
+        return [c for c in self.every if not c.gone]
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Return status -> experiments that ended so, each counted once.
+
+        An idea that was mended is one experiment, and so is a commit on several GPUs.
+        """
+        ends: dict[int, str] = {}
+        for status in ("crash", "on withdrawn", "withdrawn", "discard", "keep"):
+            tried = [c for c in self.every if c.number and not c.revert]
+            ends |= {c.number: status for c in tried if c.status == status}
+        return Counter(ends.values())
+
+    @property
+    def experiments(self) -> int:
+        return self.outcomes.total()
 
     @property
     def best(self) -> Change | None:
@@ -167,13 +197,23 @@ def expected_best(n: int) -> float:
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 
+def left_out(lines: list[Line]) -> dict[tuple[str, str], str]:
+    """Return GPU and commit -> the withdrawn commit that it is, or was made on.
+
+    A void run is a crash. What has a number and is void was withdrawn as a whole.
+    """
+    found = {}
+    for x in (x for x in lines if x.measured and x.void):
+        stood = STOOD.fullmatch(x.void)
+        found[x.gpu, x.commit] = stood[1] if stood else x.commit
+    return found
+
+
 def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     """Return the night that the text of a log tells."""
     lines = read_log(text)
     logged = [line for line in lines if line.status]
-    # A void run is a crash. What has a number and is void was withdrawn as a whole.
-    gone = {(x.gpu, x.commit): x for x in logged if x.void and x.status != "crash"}
-    runs = [line for line in logged if (line.gpu, line.commit) not in gone]
+    gone = left_out(logged)
     baselines = {line.gpu: line.commit for line in reversed(logged)}
     if any(line.smoke for line in logged):
         note += " Smoke rules: a tiny model, whose numbers say nothing of the real one."
@@ -182,7 +222,7 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     last, newest, controls = {}, 0, []
     begun: dict[str, int] = {}  # by GPU, commits so far
     crashed: dict[tuple[str, str], int] = {}  # numbers of ideas that gave no number yet
-    for run in runs:
+    for run in logged:
         # A crash that was mended is a new commit, but the same experiment.
         idea = run.gpu, run.idea or run.description
         new = newest + (not REVERT.fullmatch(run.idea))
@@ -194,8 +234,8 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
             crashed[idea] = number
         key = run.gpu, run.commit
         if key not in changes:
-            changes[key] = Change(number, [run], {})
-            begun[run.gpu] = begun.get(run.gpu, 0) + 1
+            changes[key] = Change(number, [run], {}, gone=gone.get(key, ""))
+            begun[run.gpu] = begun.get(run.gpu, 0) + (key not in gone)
         # A later run shows drift when another idea was begun in between.
         elif run.valid and changes[key].values and last[key] < begun[run.gpu]:
             speeds = [r.speed for r in changes[key].runs if r.valid and r.speed > 0]
@@ -205,16 +245,19 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
         if run is not changes[key].runs[0]:
             changes[key].runs.append(run)
     noises: dict[str, tuple[float, int]] = {}
-    for gpu in sorted({run.gpu for run in runs}):
-        valid = [run for run in runs if run.gpu == gpu and run.valid]
+    for gpu in sorted({run.gpu for run in logged}):
+        here = [c for c in changes.values() if c.gpu == gpu and not c.gone]
+        runs = [run for run in logged if run.gpu == gpu and run.valid]
+        valid = [run for run in runs if (gpu, run.commit) not in gone]
         for run, stretch in zip(valid, number_stretches(valid), strict=True):
             changes[gpu, run.commit].groups.setdefault(stretch, []).append(run.val_bpb)
-        here = [change for change in changes.values() if change.gpu == gpu]
         groups = [values for change in here for values in change.groups.values()]
         noises[gpu] = noise_of(groups), sum(len(values) - 1 for values in groups)
     kept: dict[str, list[Change]] = {}  # by GPU, so far
     for change in (c for c in changes.values() if c.values):
         change.mean, before = fmean(change.values), kept.setdefault(change.gpu, [])
+        if change.gone:
+            continue
         change.noise, _ = noises[change.gpu]
         pairs = [
             (new, [c.groups[stretch] for c in before if stretch in c.groups])
@@ -228,11 +271,7 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
                 break
         before += [change] if change.status == "keep" else []
     strays = [line.description for line in lines if not line.status]
-    ideas = {c.idea for c in changes.values()}
-    lost = {x.idea for x in gone.values() if not REVERT.fullmatch(x.idea)} - ideas
-    experiments = len({c.number for c in changes.values() if c.number} | lost)
-    found = list(changes.values()), strays, experiments, [*gone.values()]
-    return Night(*found, controls, noises, Path(folder), note)
+    return Night([*changes.values()], strays, controls, noises, Path(folder), note)
 
 
 # ---- The report ------------------------------------------------------------------------

@@ -39,10 +39,14 @@ class Line:
     void: str = ""  # why
 
     @property
+    def measured(self) -> bool:
+        """Whether it has a number, though `experiment.py void` may have withdrawn it."""
+        return self.status in ("keep", "discard") and 0 < self.val_bpb < math.inf
+
+    @property
     def valid(self) -> bool:
         """Whether it is a result to count with."""
-        measured = self.status in ("keep", "discard") and 0 < self.val_bpb < math.inf
-        return measured and not self.void
+        return self.measured and not self.void
 
     def text(self) -> str:
         """Return it as it stands in the log."""

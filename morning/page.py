@@ -62,9 +62,11 @@ def headline(night: Night) -> str:
     if not tried:
         start = f"{night.start.mean:.4f}{on_gpu(night.start.gpu)}"
         return f"{start}, the baseline alone, {noise}"
-    kept = len({c.number for c in night.tried("keep")})
+    kept = f"{night.outcomes['keep']} kept"
+    if out := night.outcomes["withdrawn"] + night.outcomes["on withdrawn"]:
+        kept += f", {out} left out"
     ends = f"{night.start.mean:.4f} \u2192 {night.best.mean:.4f}{on_gpu(night.best.gpu)}"
-    return f"{made_up}{ends}, {experiments}, {kept} kept, {noise}"
+    return f"{made_up}{ends}, {experiments}, {kept}, {noise}"
 
 
 def gain_words(change: Change) -> tuple[str, str]:
@@ -78,7 +80,8 @@ def table(changes: list[Change], last: str) -> str:
     """Return changes as an HTML table; its last column is their attribute `last`."""
     lines = [["#", "idea", "val_bpb", "runs", "gain", "in noises", "commit", last]]
     for c in changes:
-        line = [f"{c.number}{on_gpu(c.gpu)}", c.idea, f"{c.mean:.6f}" if c.values else ""]
+        number = "" if c.revert else c.number
+        line = [f"{number}{on_gpu(c.gpu)}", c.idea, f"{c.mean:.6f}" if c.values else ""]
         line += [len(c.values), *gain_words(c), c.commit, getattr(c, last)]
         lines.append(line)
     cells = [[f"<td>{html.escape(str(cell))}" for cell in line] for line in lines]
@@ -150,8 +153,7 @@ def try_next(night: Night) -> Html:
     text, dropped = ["<h2>What to try next</h2>"], night.tried("discard")
     below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
     near = [c for c in dropped if c.times >= NEAR]
-    measured = {c.number for c in night.changes if c.values}
-    gone = {line.idea for line in night.withdrawn}
+    measured = {c.number for c in night.every if c.values}
     groups = {
         "Discarded, though below today's best: run them again": below,
         f"Near misses, from {NEAR} noise on: run them again, or two together": [
@@ -161,9 +163,7 @@ def try_next(night: Night) -> Html:
             c for c in night.tried("keep") if c.believe == "may be luck"
         ],
         "Never measured, because every run crashed or was void": [
-            c
-            for c in night.tried("crash")
-            if c.number not in measured and c.idea not in gone
+            c for c in night.tried("crash") if c.number not in measured
         ],
     }
     for title, changes in groups.items():
@@ -205,14 +205,7 @@ def best_commit(night: Night) -> Html:
         command = f"git diff {night.start.commit} {best.commit} -- train.py"
         if best is not night.start:
             text.append(f"<pre>{html.escape(command)}</pre>")
-    runs = [run for change in night.changes for run in change.runs]
-    crashed = [run for run in runs if run.status == "crash"]
-    void = sum(bool(run.void) or run.description.endswith(", void") for run in crashed)
-    text.append(
-        f"Counts: {many(len(runs), 'run')}; changes: {len(night.tried('keep'))} kept, "
-        f"{len(night.tried('discard'))} discarded, {len(night.withdrawn)} withdrawn as broken. "
-        f"Of the runs {len(crashed) - void} crashed, {void} were void."
-    )
+    text.append(counts(night))
     if night.strays:
         lines = "\n".join(line[:90] for line in night.strays[:MOST])
         text.append(f"Lines of the log that are no runs: {len(night.strays)}.")
@@ -220,14 +213,43 @@ def best_commit(night: Night) -> Html:
     return Html("\n<p>".join(text))
 
 
+def counts(night: Night) -> str:
+    """Say how the experiments and the runs ended; what there was none of is left out."""
+    ends = {
+        "kept": night.outcomes["keep"],
+        "discarded": night.outcomes["discard"],
+        "without a number": night.outcomes["crash"],
+        "withdrawn as broken": night.outcomes["withdrawn"],
+        "made on top of what was withdrawn": night.outcomes["on withdrawn"],
+    }
+    every = [(run, bool(c.gone)) for c in night.every for run in c.runs]
+    crashed = [run for run, gone in every if not run.valid and not gone]
+    void = sum(bool(run.void) or run.description.endswith(", void") for run in crashed)
+    out = sum(gone for _, gone in every)
+    runs = {
+        "counted": len(every) - out - len(crashed),
+        "crashed": len(crashed) - void,
+        "void": void,
+        "left out with what was withdrawn": out,
+    }
+    said = [many(night.experiments, "experiment"), many(len(every), "run")]
+    for i, found in enumerate((ends, runs)):
+        pieces = ", ".join(f"{n} {word}" for word, n in found.items() if n)
+        said[i] += f": {pieces}." if pieces else "."
+    return " ".join(said)
+
+
 def everything(night: Night) -> Html:
-    """Every change of the night, and below them those that were withdrawn."""
-    text = "<h2>Every experiment</h2>" + table(night.changes, "status")
-    lines = [
-        f"<li>{html.escape(f'{x.commit}, {x.idea}: {x.void}')}" for x in night.withdrawn
-    ]
+    """Every experiment of the night, and below them why some were withdrawn."""
+    text = "<h2>Every experiment</h2>" + table(night.every, "outcome")
+    lines = []
+    for c in night.every:
+        if c.status == "withdrawn":
+            why = next(run.void for run in c.runs if run.measured)
+            lines.append(f"<li>{html.escape(f'{c.commit}, {c.idea}: {why}')}")
     if lines:
         text += f"<p>Withdrawn as broken, and why:<ul>{''.join(lines)}</ul>"
+        text += "No gain, noise or picture counts these, or what was made on top of them."
     return Html(text)
 
 

@@ -53,7 +53,7 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
     if not night.best:
         ax.text(0.5, 0.5, "no result yet", ha="center", transform=ax.transAxes)
         return figure
-    last = max(c.number for c in night.changes)
+    last = max(c.number for c in night.every)
     shown, dropped = [c for c in night.changes if c.values], night.tried("discard")
     # Bad experiments must not flatten the picture: what lies above `top` is at the edge. But
     # where it can, the better half of what was discarded is seen.
@@ -207,7 +207,7 @@ def draw_drift(night, dark: bool = False) -> Figure:
     _, at, moved = zip(*night.controls, strict=True)
     left.scatter(at, 100 * np.array(moved), color=GPUS[1], s=24)
     left.axhspan(-2, 2, color="#888", alpha=0.2, lw=0)
-    left.set_xlim(0, max(c.number for c in night.changes) + 1)
+    left.set_xlim(0, max(c.number for c in night.every) + 1)
     left.set(xlabel="experiment", ylabel="tokens per second, %")
     left.set_title("Controls: speed against the commit's first run", fontsize=9)
     steps, bpb = night.drift()

@@ -66,7 +66,7 @@ def test_a_night_counted_by_hand():
     # Pooled: baseline 2 e-6 with 2 degrees, 0.5 e-6 and 0.98 e-6 with one each.
     assert night.noise == pytest.approx(math.sqrt((2 + 0.5 + 0.98) * 1e-6 / 4))
     assert night.spare == 4
-    numbers = {c.commit: (c.number, c.status, len(c.values)) for c in night.changes}
+    numbers = {c.commit: (c.number, c.status, len(c.values)) for c in night.every}
     assert numbers == {
         "0000000": (0, "keep", 3),
         "1111111": (1, "keep", 2),
@@ -74,17 +74,20 @@ def test_a_night_counted_by_hand():
         "33333e3": (3, "crash", 0),
         "4444444": (4, "keep", 2),
         "5555555": (5, "crash", 0),
-        "7777777": (6, "keep", 1),
+        "6666666": (6, "withdrawn", 1),
+        "7777777": (7, "keep", 1),
     }
     gains = {c.number: c.gain for c in night.changes if c.number and c.values}
     # 1 has the mean 0.9945, 4 has 0.9942; each against the best mean before it.
-    expected = {1: 0.0035, 2: 0.0013, 4: 0.0003, 6: 0.0062}
+    expected = {1: 0.0035, 2: 0.0013, 4: 0.0003, 7: 0.0062}
     assert gains == pytest.approx(expected)
     assert night.changes[1].error == pytest.approx(night.noise * math.sqrt(1 / 2 + 1 / 3))
     assert [c.believe for c in night.tried("keep")] == ["stands", "no gain", "stands"]
-    assert headline(night) == "0.9980 \u2192 0.9880, 7 experiments, 3 kept, noise 0.0009"
+    assert (
+        headline(night)
+        == "0.9980 \u2192 0.9880, 7 experiments, 3 kept, 1 left out, noise 0.0009"
+    )
     assert night.luck == pytest.approx(night.noise * expected_best(4))
-    assert len(night.withdrawn) == 1
 
 
 def test_gains_of_a_chain_add_up_to_the_whole():
@@ -105,7 +108,7 @@ def test_a_simpler_change_does_not_lower_the_bar_for_the_next():
 def test_drift_shows_in_the_control_and_in_the_steps():
     night = analyse(log(NIGHT))
     ((run, at, moved),) = night.controls
-    assert (run.commit, at) == ("1111111", 6)
+    assert (run.commit, at) == ("1111111", 7)
     assert moved == pytest.approx(0.943 / 0.950 - 1)
     assert "1 control: an earlier commit ran again. Speed stayed within 0.7%." in (
         page.drift_words(night)
@@ -185,7 +188,7 @@ def test_what_one_gpu_withdrew_is_not_gone_from_another():
     lines += [("aaaaaa1", 0.980, "keep", "wider, seed 42, gpu 1")]  # in the same second
     night = analyse(log(lines))
     assert [(c.gpu, c.idea) for c in night.tried("keep")] == [("1", "wider")]
-    assert [x.gpu for x in night.withdrawn] == ["0"]
+    assert [c.gpu for c in night.every if c.gone] == ["0"]
 
 
 def test_a_joined_logs_second_baseline_is_no_experiment():
@@ -277,7 +280,7 @@ def test_logs_joined_by_the_recipe_do_not_mix_two_machines(tmp_path, quick):
         ("b1", 1, "both, seed 43 first", 0.979),
     ]
     assert night.gain == pytest.approx(0.001)
-    assert [(x.idea, x.gpu) for x in night.withdrawn] == [("leak", "b0")]
+    assert [(c.idea, c.gpu) for c in night.every if c.gone] == [("leak", "b0")]
     assert "The noise on GPU a is " in words(write_page(night))
 
 
@@ -328,8 +331,7 @@ def test_older_logs_read_the_same(quick):
     night = analyse(log(lines))
     assert headline(night).startswith("0.4450 \u2192 0.4200, 2 experiments, 1 kept")
     text = words(write_page(night))
-    assert "2 runs crashed, 0 were void" not in text
-    assert "1 crashed, 1 were void" in text
+    assert "1 crashed, 1 void." in text
     assert "drift would not show" in text.lower()
 
 
@@ -444,15 +446,40 @@ def test_what_void_took_back_is_no_experiment_and_was_measured(quick):
     assert low < 0.970  # the discarded point below the best is in the picture
 
 
+def test_the_counts_of_the_page_meet_and_what_is_left_out_is_said(quick):
+    leak = "66666666"
+    lines = [(leak, *x[1:]) if x[0] == "6666666" else x for x in NIGHT]
+    end = f"on it, seed 42, void: stood on {leak}"
+    lines += [("88888888", 0.98, "discard", end)]
+    lines += [("99999999", 0.99, "keep", f"without {leak}, seed 42")]
+    lines += [("aaaaaaaa", 0.99, "discard", "softcap 30, seed 42")]
+    night = analyse(log(lines))
+    text = write_page(night)
+    assert ", 9 experiments, 3 kept, 2 left out, noise" in headline(night)
+    counts = (
+        "9 experiments: 3 kept, 2 discarded, 2 without a number, 1 withdrawn as broken, "
+    )
+    counts += (
+        "1 made on top of what was withdrawn. 15 runs: 11 counted, 1 crashed, 1 void, "
+    )
+    assert counts + "2 left out with what was withdrawn." in words(text)
+    rows = text.split("Every experiment</h2>")[1].split("</table>")[0].split("<tr>")[2:]
+    cells = [row.split("<td>")[1:] for row in rows]
+    assert [row[0] for row in cells] == [*"012345678", "", "9"]  # a revert has no number
+    assert sum(int(row[3]) for row in cells) == 15 - 2  # a crash and a void run
+    assert (
+        cells[6][-1] == "withdrawn"
+        and cells[8][-1] == f"made on top of {leak}, withdrawn"
+    )
+
+
 def test_the_page_says_what_to_try(quick):
     text = words(write_page(analyse(log(NIGHT))))
     assert "Near misses" in text and "2 softcap 20 (gain +0.0013, +1.4 noises)" in text
     assert "Never measured, because every run crashed or was void. 3 fp8 head" in text
     assert "git diff 0000000 7777777 -- train.py" in text
-    assert "1 withdrawn as broken. Of the runs 1 crashed, 1 were void" in text
-    assert (
-        text.count("leak") == 2 and "6666666, leak: leaks" in text.split("Withdrawn")[1]
-    )
+    assert "leak" not in text.split("Every experiment")[0]
+    assert "6666666, leak: leaks" in text.split("Withdrawn")[1]
     assert (
         "2 of 3 kept changes gained more than twice the standard error. 0 may be" in text
     )
