@@ -10,6 +10,7 @@ best mean before it on the same GPU, in the picture and in the tables alike.
 """
 
 import datetime
+import itertools
 import math
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from loop.ledger import Line, read_log, write_whole
 from loop.verdict import FLOOR, noise_of, number_stretches
 from morning.page import headline, write_page
+from morning.parts import Descent
 from morning.picture import draw_night, png
 
 STANDS = 2.0  # standard errors, above which a kept gain is believed
@@ -197,23 +199,37 @@ def expected_best(n: int) -> float:
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 
-def left_out(lines: list[Line]) -> dict[tuple[str, str], str]:
+def left_out(lines: list[Line], descent: Descent) -> dict[tuple[str, str], str]:
     """Return GPU and commit -> the withdrawn commit that it is, or was made on.
 
-    A void run is a crash. What has a number and is void was withdrawn as a whole.
+    A void run is a crash. What has a number and is void was withdrawn as a whole. What was
+    kept on top of it is void too; what was tried on top and discarded is found by git.
     """
-    found = {}
-    for x in (x for x in lines if x.measured and x.void):
-        stood = STOOD.fullmatch(x.void)
-        found[x.gpu, x.commit] = stood[1] if stood else x.commit
-    return found
+    gone, reverts, starts = {}, {}, {}
+    for x in lines:
+        starts.setdefault(x.gpu, x.commit)
+        if x.measured and x.void:
+            stood = STOOD.fullmatch(x.void)
+            gone[x.gpu, x.commit] = stood[1] if stood else x.commit
+        if revert := REVERT.fullmatch(x.idea):
+            reverts[x.gpu, x.commit] = revert[1]
+    broken = {(gpu, commit) for (gpu, _), commit in gone.items()}
+    for gpu, commit in {(x.gpu, x.commit) for x in lines if broken} - gone.keys():
+        taken = set()  # back out
+        for below in itertools.takewhile(starts[gpu].__ne__, descent.below(commit)):
+            taken.add(reverts.get((gpu, below)))
+            if (gpu, below) in broken and below not in taken:
+                gone[gpu, commit] = below
+                break
+    return gone
 
 
 def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
     """Return the night that the text of a log tells."""
     lines = read_log(text)
     logged = [line for line in lines if line.status]
-    gone = left_out(logged)
+    descent = Descent(Path(folder), [line.commit for line in logged])
+    gone = left_out(logged, descent)
     baselines = {line.gpu: line.commit for line in reversed(logged)}
     if any(line.smoke for line in logged):
         note += " Smoke rules: a tiny model, whose numbers say nothing of the real one."
@@ -237,7 +253,12 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
             changes[key] = Change(number, [run], {}, gone=gone.get(key, ""))
             begun[run.gpu] = begun.get(run.gpu, 0) + (key not in gone)
         # A later run shows drift when another idea was begun in between.
-        elif run.valid and changes[key].values and last[key] < begun[run.gpu]:
+        elif (
+            run.valid
+            and changes[key].values
+            and not changes[key].gone
+            and last[key] < begun[run.gpu]
+        ):
             speeds = [r.speed for r in changes[key].runs if r.valid and r.speed > 0]
             moved = run.speed / speeds[0] - 1 if speeds and run.speed > 0 else math.nan
             controls.append((run, newest, moved))

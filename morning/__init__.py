@@ -2,5 +2,5 @@
 
 page.py     what the page says
 picture.py  the pictures
-parts.py    which parts of train.py were changed, by git
+parts.py    what git knows: what a change was made on, which parts of train.py it changed
 """

@@ -1,9 +1,36 @@
-"""Which parts of train.py the experiments of a night changed, by its git."""
+"""What git knows of the experiments: what each was made on, and the parts that it changed."""
 
 import ast
 import functools
 import re
 import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from loop.git import Refused, git
+
+NAME = "[0-9a-f]{4,40}"  # of a commit; the log may hold any word
+
+
+class Descent:
+    """What each commit of a log was made on; nothing where git does not know."""
+
+    def __init__(self, folder: Path, commits: Iterable[str]):
+        names = sorted({name for name in commits if re.fullmatch(NAME, name)})
+        walk = "rev-list", "--first-parent", "--parents", "--ignore-missing"
+        try:
+            lines = git(*walk, *names, tree=folder).splitlines()
+        except Refused:
+            lines = []  # no git here, or none of them is in it
+        self.parents = dict([*line.split(), ""][:2] for line in lines)
+        self.full = {commit[:8]: commit for commit in self.parents}
+
+    def below(self, commit: str) -> Iterator[str]:
+        """Yield a commit and what it was made on, down to the first; as the log names them."""
+        at = self.full.get(commit)
+        while at:
+            yield at[:8]
+            at = self.parents.get(at)
 
 
 @functools.cache
@@ -41,7 +68,7 @@ def touched(night) -> dict[str, list]:
         except (OSError, subprocess.CalledProcessError, SyntaxError, ValueError):
             return {}  # an attempt may be anything
 
-    tries = [c for c in night.changes if re.fullmatch("[0-9a-f]{4,40}", c.commit)]
+    tries = [c for c in night.changes if re.fullmatch(NAME, c.commit)]
     bases = [split(c.commit) for c in tries if not c.number]
     found = {name: [] for name in bases[0]} if bases else {}
     for change in (c for c in tries if c.number and found):

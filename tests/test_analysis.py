@@ -584,33 +584,112 @@ def test_parts_are_functions_classes_and_blocks_of_constants():
     assert [k for k, v in parts(source).items() if other[k] != v] == ["knobs: Model"]
 
 
-def test_parts_that_no_experiment_touched(tmp_path, quick):
-    git = [
-        "git",
-        "-C",
-        str(tmp_path),
-        "-c",
-        "user.name=a",
-        "-c",
-        "user.email=a@localhost",
-    ]
-    subprocess.run([*git, "init", "-q"], check=True)
+class Repository:
+    """A repository in which train.py is committed."""
 
-    def commit(text: str) -> str:
-        (tmp_path / "train.py").write_text(text)
-        subprocess.run([*git, "add", "train.py"], check=True)
-        subprocess.run(
-            [*git, "-c", "commit.gpgsign=false", "commit", "-qm", "a"], check=True
-        )
-        found = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
-        return found.strip()
+    def __init__(self, folder):
+        self.folder = folder
+        who = ["-c", "user.name=a", "-c", "user.email=a@localhost"]
+        self.start = ["git", "-C", str(folder), *who, "-c", "commit.gpgsign=false"]
+        self.git("init", "-q")
 
+    def git(self, *command: str) -> str:
+        return subprocess.check_output([*self.start, *command], text=True).strip()
+
+    def commit(self, text: str, on: str = "HEAD") -> str:
+        """Commit `text` as train.py on top of a commit; return the hash as a log has it."""
+        if on != "HEAD":
+            self.git("checkout", "-q", on)
+        (self.folder / "train.py").write_text(text)
+        self.git("add", "train.py")
+        self.git("commit", "-qm", "a")
+        return self.name()
+
+    def name(self) -> str:
+        return self.git("rev-parse", "HEAD")[:8]
+
+
+@pytest.fixture
+def repository(tmp_path) -> Repository:
+    return Repository(tmp_path)
+
+
+def with_a_leak(repository: Repository) -> list[tuple]:
+    """Return lines of a night whose first keep was withdrawn after two attempts on top."""
+    base = repository.commit("A = 1\n")
+    near = repository.commit("A = 2\n", base)
+    leak = repository.commit("A = 3\n", base)
+    again = repository.commit("A = 4\n", leak)
+    slip = repository.commit("A = 5\n", leak)
+    lines = [(base, 1.6, "keep", f"baseline, seed {seed}") for seed in (42, 43)]
+    lines += [(near, 1.5997, "discard", "a comment, seed 42")]
+    lines += [(leak, 1.3, "discard", "a leak, seed 42, void: sees the future")]
+    lines += [(again, 1.31, "discard", "one layer on the leak, seed 42")]
+    return [*lines, (slip, 0, "crash", "a slip on the leak, seed 42")]
+
+
+def test_what_was_made_on_a_withdrawn_change_is_no_advice_and_no_point(repository, quick):
+    lines = with_a_leak(repository)
+    night = analyse(log(lines), repository.folder)
+    text = words(write_page(night)).partition("Every experiment")
+    assert "leak" not in text[0] and "a comment (gain +0.0003" in text[0]
+    start = "1.6000 \u2192 1.6000, 4 experiments, 0 kept, 3 left out, noise"
+    assert headline(night).startswith(start)
+    assert text[2].count(f"made on top of {lines[3][0]}, withdrawn") == 2
+    assert [c.idea for c in night.rivals] == ["a comment"]
+    ax = draw_night(night).axes[0]
+    points = {y for drawn in ax.collections for _, y in drawn.get_offsets()}
+    assert 1.5997 in points and 1.31 not in points and ax.get_ylim()[0] > 1.5
+
+
+def test_what_was_made_once_a_withdrawn_change_is_out_again_counts(repository):
+    base = repository.commit("A = 1\n\n\n\n\nB = 1\n")
+    leak = repository.commit("A = 2\n\n\n\n\nB = 1\n")
+    wide = repository.commit("A = 2\n\n\n\n\nB = 2\n")
+    on_it = repository.commit("A = 2\n\n\n\n\nB = 3\n", wide)
+    repository.git("checkout", "-q", wide)
+    repository.git("revert", "--no-edit", leak)
+    revert = repository.name()
+    after = repository.commit("A = 1\n\n\n\n\nB = 4\n")
+    lines = [(base, 1.6, "keep", f"baseline, seed {seed}") for seed in (42, 43)]
+    lines += [(leak, 1.3, "discard", "a leak, seed 42, void: sees the future")]
+    lines += [(wide, 1.2, "discard", f"wide, seed 42, void: stood on {leak}")]
+    lines += [(on_it, 1.21, "discard", "wider on it, seed 42")]
+    lines += [(revert, 1.5, "keep", f"without {leak}, seed 42")]
+    lines += [(after, 1.4996, "discard", "after it, seed 42")]
+    night = analyse(log(lines), repository.folder)
+    assert {c.idea: c.gone for c in night.every if c.gone} == {
+        "a leak": leak,
+        "wide": leak,
+        "wider on it": leak,
+    }
+    assert [c.idea for c in night.tried("discard")] == ["after it"]
+
+
+def test_where_git_cannot_tell_the_page_is_written_as_the_log_has_it(
+    repository, tmp_path_factory, quick
+):
+    lines = with_a_leak(repository)
+    there = words(write_page(analyse(log(lines), tmp_path_factory.mktemp("without git"))))
+    assert "one layer on the leak (gain +0.2900" in there
+    lines = [(*x[:3], re.sub(r"(, seed \d+)", r"\1, gpu a", x[3])) for x in lines]
+    lines += [
+        ("0badcafe", 1.61, "keep", "baseline, seed 42, gpu b")
+    ]  # of another machine
+    lines += [("1badcafe", 1.60, "discard", "leak, seed 42, gpu b, void: why")]
+    lines += [("2badcafe", 1.59, "discard", "there, seed 42, gpu b")]
+    night = analyse(log(lines), repository.folder)
+    assert "there" in words(page.try_next(night))
+    assert len([c for c in night.every if c.gone]) == 4
+
+
+def test_parts_that_no_experiment_touched(repository, quick):
     text = "# Model\nDEPTH = 9\n\n\ndef f():\n    return 1\n\n\ndef g():\n    return 2\n"
-    base = commit(text)
-    deep = commit(text.replace("9", "10"))
-    slip = commit(text.replace("9", "10").replace("return 1", "return 3 / 0"))
-    changed = commit(text.replace("9", "10").replace("return 1", "return 3"))
-    broken = commit("def (\n")
+    base = repository.commit(text)
+    deep = repository.commit(text.replace("9", "10"))
+    slip = repository.commit(text.replace("9", "10").replace("return 1", "return 3 / 0"))
+    changed = repository.commit(text.replace("9", "10").replace("return 1", "return 3"))
+    broken = repository.commit("def (\n")
     lines = [
         (base, 0.990, "keep", "baseline, seed 42"),
         (deep, 0.98, "keep", "deep, seed 42"),
@@ -620,7 +699,7 @@ def test_parts_that_no_experiment_touched(tmp_path, quick):
         (changed, 0.985, "discard", "f, seed 42"),
         (broken, 0, "crash", "b, seed 42"),
     ]
-    night = analyse(log(lines), tmp_path)
+    night = analyse(log(lines), repository.folder)
     text = words(page.try_next(night))
     assert "none of whose experiments was kept: f (1)." in text
     assert "that no experiment touched: g." in text
