@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,9 @@ def headline(night: Night) -> str:
     tried, made_up = night.experiments, "made up: " if night.made_up else ""
     experiments = many(tried, "experiment")
     if not night.best:
-        return f"No result yet: {experiments} without a number"
+        return (
+            f"No result yet: {experiments} without a number" if tried else "No result yet"
+        )
     noise = f"noise {night.noise:.4f}" + ("" if night.spare else " (assumed)")
     if not tried:
         start = f"{night.start.mean:.4f}{on_gpu(night.start.gpu)}"
@@ -99,13 +102,15 @@ def believe(night: Night) -> Html:
             text.append(f"The noise{on_gpu(gpu)} is {noise:.4f}.")
     kept = [c for c in night.tried("keep") if not math.isnan(c.gain)]
     if kept:
-        beliefs = [c.believe for c in kept]
-        text.append(
-            f"<b>{beliefs.count('stands')} of {many(len(kept), 'kept change')}</b> gained more "
-            f"than twice the standard error. {beliefs.count('may be luck')} may be luck: "
-            f"another run may undo the gain. {beliefs.count('no gain')} gained nothing that "
-            "shows, as simpler code may."
-        )
+        believed = Counter(c.believe for c in kept)
+        stand = f"{believed['stands']} of {many(len(kept), 'kept change')}"
+        stand = stand if believed["stands"] else "No kept change"
+        said = [f"<b>{stand}</b> gained more than twice the standard error."]
+        if n := believed["may be luck"]:
+            said.append(f"{n} may be luck: another run may undo the gain.")
+        if n := believed["no gain"]:
+            said.append(f"{n} gained nothing that shows, as simpler code may.")
+        text.append(" ".join(said))
         text.append(table(kept, "believe"))
         text.append("In noises of the whole night; a verdict went by those known then.")
     if night.luck and night.best:
@@ -205,7 +210,7 @@ def best_commit(night: Night) -> Html:
         command = f"git diff {night.start.commit} {best.commit} -- train.py"
         if best is not night.start:
             text.append(f"<pre>{html.escape(command)}</pre>")
-    text.append(counts(night))
+    text += [said] if (said := counts(night)) else []
     if night.strays:
         lines = "\n".join(line[:90] for line in night.strays[:MOST])
         text.append(f"Lines of the log that are no runs: {len(night.strays)}.")
@@ -232,10 +237,10 @@ def counts(night: Night) -> str:
         "void": void,
         "left out with what was withdrawn": out,
     }
-    said = [many(night.experiments, "experiment"), many(len(every), "run")]
-    for i, found in enumerate((ends, runs)):
-        pieces = ", ".join(f"{n} {word}" for word, n in found.items() if n)
-        said[i] += f": {pieces}." if pieces else "."
+    said = []
+    for word, found in (("experiment", ends), ("run", runs)):
+        pieces = ", ".join(f"{n} {how}" for how, n in found.items() if n)
+        said += [f"{many(sum(found.values()), word)}: {pieces}."] if pieces else []
     return " ".join(said)
 
 

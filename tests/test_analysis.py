@@ -375,8 +375,8 @@ def test_a_log_that_was_torn_edited_and_written_on_windows():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "No result yet: 0 experiments without a number"),
-        ("", "No result yet: 0 experiments without a number"),
+        (None, "No result yet As of"),
+        ("", "No result yet As of"),
         (HEADER.rstrip("\n"), "Nothing has been measured yet."),
         (log([("aaaaaa0", 0, "crash", "baseline, seed 42")]), "1 crashed"),
         (log(NIGHT[:1]), "0.9980, the baseline alone, noise 0.0005 (assumed)"),
@@ -480,10 +480,19 @@ def test_the_page_says_what_to_try(quick):
     assert "git diff 0000000 7777777 -- train.py" in text
     assert "leak" not in text.split("Every experiment")[0]
     assert "6666666, leak: leaks" in text.split("Withdrawn")[1]
-    assert (
-        "2 of 3 kept changes gained more than twice the standard error. 0 may be" in text
-    )
+    assert "2 of 3 kept changes gained more than twice the standard error. 1 gain" in text
     assert not re.search("[{}]|nan", text)
+
+
+@pytest.mark.parametrize("kept", [(), (0.98,), (0.9897,), (0.9893,), (0.98, 0.9797)])
+def test_the_page_has_no_clause_of_nothing_and_no_plural_of_one(quick, kept):
+    base = [("aaaaaa0", 0.99, "keep", f"baseline, seed {n}") for n in (42, 43, 44)]
+    lines = [(f"bbbbbb{i}", x, "keep", f"b {i}, seed 42") for i, x in enumerate(kept)]
+    for night in ([], base[:1] + lines, base + lines):
+        text = write_page(analyse(log(night))).replace(", 0 kept,", "")
+        said = words(re.sub("<table>.*?</table>", "", text))
+        assert not re.search(r"(?<![\w.+-])(0 [a-z]+|1 (?!was)\w+s)\b", said)
+    assert ("No kept change gained more" in said) == (kept in ((0.9897,), (0.9893,)))
 
 
 def test_near_misses_gained_half_a_noise_or_more_without_a_keep():
