@@ -48,6 +48,7 @@ class Change:
     error: float = math.nan  # standard error of the gain
     noise: float = FLOOR  # of its GPU
     gone: str = ""  # the withdrawn commit that it is, or was made on: it does not count
+    parent: str = ""  # the commit that it was made on; "" where git does not know
 
     def __post_init__(self):
         first = self.runs[0]
@@ -176,6 +177,11 @@ class Night:
         kept = [c for c in self.changes if c.gpu == gpu and c.status == "keep"]
         return [c for c in kept if not c.gain <= 0]
 
+    def at_best(self, change: Change) -> bool:
+        """Whether it was made on the commit at which the branch of its GPU is now."""
+        kept = [c for c in self.changes if c.gpu == change.gpu and c.status == "keep"]
+        return change.parent in [c.commit for c in kept[-1:]]
+
     def tried(self, *statuses: str) -> list[Change]:
         """Return the changes of these statuses, without the baseline and reverts."""
         found = [c for c in self.changes if c.number and not c.revert]
@@ -250,7 +256,9 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
             crashed[idea] = number
         key = run.gpu, run.commit
         if key not in changes:
-            changes[key] = Change(number, [run], {}, gone=gone.get(key, ""))
+            change = Change(number, [run], {}, gone=gone.get(key, ""))
+            change.parent = (*descent.below(run.commit), "", "")[1]
+            changes[key] = change
             begun[run.gpu] = begun.get(run.gpu, 0) + (key not in gone)
         # A later run shows drift when another idea was begun in between.
         elif (

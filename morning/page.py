@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loop.night import BASELINE_RUNS, CONTROL_EVERY
 from loop.verdict import DRIFT, FLOOR
 from morning.parts import touched
 from morning.picture import draw_drift, draw_night, png
@@ -153,33 +154,64 @@ def drift_words(night: Night) -> str:
     return " ".join(text)
 
 
+def again(night: Night, change: Change) -> str:
+    """Return the command that brings a discarded attempt back; "" where git does not know."""
+    if change.status != "discard" or not change.parent:
+        return ""
+    if night.at_best(change):
+        return f"git restore --source {change.commit} train.py"
+    return f"git show {change.commit} | git apply"
+
+
+def how_again(night: Night, lists: list[str]) -> list[str]:
+    """Say what comes after the commands in these lists, and what it does."""
+    shown = "".join(lists)
+    if "<code>" not in shown:
+        return []
+    tree = " in the tree of its GPU" if any(c.gpu for c in night.changes) else ""
+    run = 'then <code>uv run experiment.py run "IDEA"</code>'
+    text = [f"To run one again{tree}: its command, {run}."]
+    if "<code>git restore" in shown:
+        text.append(
+            "After git restore, which writes over a draft in train.py, the commit runs with "
+            "its next seed, and the mean of all its runs decides."
+        )
+    if "<code>git show" in shown:
+        text.append("After git apply, the edit is a new experiment on today's best.")
+    return [" ".join(text)]
+
+
+def listed(night: Night, title: str, changes: list[Change]) -> list[str]:
+    """Return changes as an HTML list, the largest gains first; [] where there are none."""
+    lines = []
+    for c in sorted(changes, key=lambda c: -c.gain):
+        gain, times = gain_words(c)
+        gain = f" (gain {gain}, {times} noises)" if gain else ""
+        command = again(night, c)
+        command = f": <code>{command}</code>" if command else ""
+        where = html.escape(c.idea) + on_gpu(c.gpu)
+        lines.append(f"<li><b>{c.number}</b> {where}{gain}{command}")
+    lines[MOST:] = [f"<li>and {len(lines) - MOST} more"] if lines[MOST:] else []
+    return [f"{title}.<ul>{''.join(lines)}</ul>"] if lines else []
+
+
 def try_next(night: Night) -> Html:
     """What to try next: near misses, what may be luck, parts of train.py without a keep."""
-    text, dropped = ["<h2>What to try next</h2>"], night.tried("discard")
-    below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
-    near = [c for c in dropped if c.times >= NEAR]
+    dropped = night.tried("discard")
     measured = {c.number for c in night.every if c.values}
-    groups = {
-        "Discarded, though below today's best: run them again": below,
-        f"Near misses, from {NEAR} noise on: run them again, or two together": [
-            c for c in near if c not in below
-        ],
-        "Kept, but may be luck: run them with another seed": [
-            c for c in night.tried("keep") if c.believe == "may be luck"
-        ],
-        "Never measured, because every run crashed or was void": [
-            c for c in night.tried("crash") if c.number not in measured
-        ],
-    }
-    for title, changes in groups.items():
-        lines = []
-        for c in sorted(changes, key=lambda c: -c.gain):
-            gain, times = gain_words(c)
-            gain = f" (gain {gain}, {times} noises)" if gain else ""
-            where = html.escape(c.idea) + on_gpu(c.gpu)
-            lines.append(f"<li><b>{c.number}</b> {where}{gain}")
-        lines[MOST:] = [f"<li>and {len(lines) - MOST} more"] if lines[MOST:] else []
-        text += [f"{title}.<ul>{''.join(lines)}</ul>"] if lines else []
+    below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
+    near = [c for c in dropped if c.times >= NEAR and c not in below]
+    lucky = [c for c in night.tried("keep") if c.believe == "may be luck"]
+    crashed = [c for c in night.tried("crash") if c.number not in measured]
+    lists = listed(night, "Discarded, though below today's best: run them again", below)
+    title = f"Near misses, from {NEAR} noise on: run them again, or two together"
+    lists += listed(night, title, near)
+    text = ["<h2>What to try next</h2>", *lists, *how_again(night, lists)]
+    control = f"The best runs again after every {CONTROL_EVERY} experiments, as a control"
+    new = f"a new night from it begins with {BASELINE_RUNS} runs of it"
+    text += listed(night, f"Kept, but may be luck. {control}, and {new}", lucky)
+    title = "Never measured, because every run crashed or was void"
+    text += listed(night, title, crashed)
     where = touched(night)
     never = [name for name, changes in where.items() if not changes]
     kept = {

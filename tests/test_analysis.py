@@ -675,6 +675,35 @@ def test_what_was_made_once_a_withdrawn_change_is_out_again_counts(repository):
     assert [c.idea for c in night.tried("discard")] == ["after it"]
 
 
+def test_the_page_names_the_commands_that_run_a_near_miss_again(repository, quick):
+    text = "A = 1\n" + 9 * "\n" + "B = 1\n"
+    base = repository.commit(text)
+    early = repository.commit(text.replace("A = 1", "A = 2"), base)
+    kept = repository.commit(text.replace("B = 1", "B = 2"), base)
+    late = repository.commit(text.replace("B = 1", "B = 3"), kept)
+    repository.git("checkout", "-q", kept)
+    lines = [(base, 1.6, "keep", f"baseline, seed {seed}") for seed in (42, 43)]
+    lines += [(early, 1.5996, "discard", "early, seed 42")]
+    lines += [(kept, 1.599, "keep", "kept, seed 42")]
+    lines += [(late, 1.5987, "discard", "late, seed 42")]
+    shown = page.try_next(analyse(log(lines), repository.folder))
+    commands = dict(re.findall("</b> (early|late) .*?: <code>(git .*?)</code>", shown))
+    assert 'then <code>uv run experiment.py run "IDEA"</code>' in shown
+    for idea, there in (("early", "A = 2 B = 2"), ("late", "A = 1 B = 3")):
+        repository.git("checkout", "-q", "--", "train.py")
+        subprocess.run(commands[idea], shell=True, cwd=repository.folder, check=True)
+        assert " ".join((repository.folder / "train.py").read_text().split()) == there
+        assert repository.name() == kept
+    assert "git" not in page.try_next(analyse(log(lines), repository.folder / "none"))
+
+
+def test_what_may_be_luck_is_kept_so_the_page_names_no_seed(quick):
+    lines = [*NIGHT[:3], ("8888888", 0.9965, "keep", "wider, seed 42")]
+    text = words(page.try_next(analyse(log(lines))))
+    assert "another seed" not in text and "1 wider (gain" in text
+    assert "The best runs again after every 10 experiments, as a control" in text
+
+
 def test_where_git_cannot_tell_the_page_is_written_as_the_log_has_it(
     repository, tmp_path_factory, quick
 ):
