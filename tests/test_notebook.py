@@ -52,11 +52,23 @@ def test_no_more_code_than_a_reader_skips_before_the_answer():
 
 def test_the_first_stored_output_is_the_answer_and_says_that_it_is_made_up():
     stored = [outputs(cell) for cell in cells() if cell["cell_type"] == "code"]
-    assert "made up: 0.9980 \u2192 0.9852, 20 experiments, 6 kept" in stored[0]["stdout"]
+    assert "made up: 0.9980 \u2192 0.9852, 21 experiments, 6 kept" in stored[0]["stdout"]
     assert stored[0]["image/png"]
     assert all("<h2>" in shown["text/html"] for shown in stored[1:])
     counts = [cell["execution_count"] for cell in cells() if cell["cell_type"] == "code"]
     assert counts == list(range(1, len(counts) + 1)), "not run from top to bottom"
+
+
+def test_the_stored_outputs_say_what_the_page_says_today():
+    pytest.importorskip("matplotlib")
+    import analysis
+    from morning import page
+
+    night = analysis.read_night(ledger=ROOT / "docs" / "example.tsv")
+    stored = [outputs(cell) for cell in cells() if cell["cell_type"] == "code"]
+    said = [page.believe(night), page.try_next(night)]
+    said += [page.best_commit(night) + page.everything(night)]
+    assert [shown["text/html"] for shown in stored[1:]] == said, __doc__
 
 
 def test_no_machine_paths():
