@@ -38,7 +38,7 @@ from harness.streams import keep_output
 NO_SPACE = "free some space or move AUTORESEARCH_CACHE"
 NO_FILES = "close programs"
 if not WINDOWS:
-    NO_FILES += " or raise the limit of open files (ulimit -n 4096)"
+    NO_FILES += " or raise the limit of open files (`ulimit -n 4096`)"
 NO_MEMORY = "free some memory, or write the file with smaller row groups"
 NOT_OURS = "make it readable, or take it out of its folder"
 FORBIDDEN = "make it writable or set AUTORESEARCH_CACHE to a folder that is"
@@ -87,7 +87,7 @@ def explain(error: Exception, args: argparse.Namespace) -> str:
     if advice == FORBIDDEN and folder not in (path, *path.parents):
         # A folder that holds ours is still to be written to; else it is the user's text.
         advice = FORBIDDEN if path in folder.parents else NOT_OURS
-    return f"{error}; {advice}, and run {command} again: it goes on where it stopped"
+    return f"{error}; {advice}, and run `{command}` again: it goes on where it stopped"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None, compiles: bool = False) -> None:
             problems = check(folder)
             if problems:
                 print("\n".join(problems), flush=True)
-                advice = f"run {command_of(args)} to repair them"
+                advice = f"run `{command_of(args)}` to repair them"
                 sys.exit(f"prepare.py: {len(problems)} damaged; {advice}")
             print(f"all is well in {folder}", flush=True)
             return
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None, compiles: bool = False) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         remove_temporaries(folder, os.getpid())
-        advice = f"run {command_of(args)} again, it goes on"
+        advice = f"run `{command_of(args)}` again, it goes on"
         if args.check:
             advice = "nothing was changed"
         print(f"\nprepare.py: interrupted; {advice}", file=sys.stderr, flush=True)

@@ -224,7 +224,7 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
             name = "flex"
             why = f"fallback: {error}"
             if "could not be loaded" in why:
-                why += f"; {PREPARE} fetches it"
+                why += f"; `{PREPARE}` fetches it"
     print(f"attention: {name} ({why})")
     if name == "masked":
         return name, masked_attention

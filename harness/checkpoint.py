@@ -43,10 +43,10 @@ def save(run: Run, model: torch.nn.Module, config: object) -> None:
 
 def load() -> tuple[dict, dict[str, torch.Tensor]]:
     """Return what is known of the model in MODEL, and its weights; ValueError if it is no good."""
-    again = f"run {TRAIN} first, without AUTORESEARCH_SAVE=0"
+    again = f"run `{TRAIN}` first, without AUTORESEARCH_SAVE=0"
     if not MODEL.is_file():
-        smoke = f"; {smoke_command('uv run sample.py TEXT')} takes a smoke run's"
-        smoke = "" if C.SMOKE else smoke
+        command = smoke_command("uv run sample.py TEXT")
+        smoke = "" if C.SMOKE else f"; `{command}` takes a smoke run's"
         raise ValueError(f"there is no {MODEL}; {again}{smoke}")
     try:
         with np.load(MODEL, allow_pickle=False) as file:

@@ -73,7 +73,7 @@ def ensure_source(
     The last of them is for validation. Arguments and errors are those of `prepare`.
     """
     if source != "hub":
-        advice = "--source hub goes back to the hub's"
+        advice = "`--source hub` goes back to the hub's"
         print(f"shards: those of {source}; {advice}", flush=True)
         place = Path(source)
         shards = describe_source(place, num_shards, manifest)
@@ -106,8 +106,10 @@ def refuse_to_guess(folder: Path, source: str | None) -> None:
     count = len([*folder.glob("rows/*.u16")]) - 1  # of training
     number = f" --num-shards {count}" if count > 0 else ""
     problem = f"{path} is damaged, and it alone says where the shards are from"
-    advice = f"{PREPARE} --source hub{number}, or --source DIR if they are your own"
-    raise ValueError(f"{problem}; run {advice}")
+    advice = (
+        f"run `{PREPARE} --source hub{number}`, or `--source DIR` if they are your own"
+    )
+    raise ValueError(f"{problem}; {advice}")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ MAX_BATCH_BYTES = 1 << 28
 # dictionary for every batch.
 DICTIONARY_BATCH = 512 * C.PACK_BATCH_DOCS
 # For a shard that is as it should not be. It may be the user's only copy.
-REPLACE = f"replace it or take it out of its folder, and run {PREPARE}"
+REPLACE = f"replace it or take it out of its folder, and run `{PREPARE}`"
 SOUNDS_LIKE_VALIDATION = re.compile(
     "(?<![a-z])(val|valid|validation|test|eval|dev)(?![a-z])", re.IGNORECASE
 )

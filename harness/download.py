@@ -48,7 +48,7 @@ FLOOR_BYTES = 60_000
 FLOOR_SECONDS = 60
 GONE = "does not have the commit"
 PROXY_LOGIN = "the proxy wants a login: set HTTPS_PROXY to an address like http://USER:PASSWORD@HOST:PORT"
-LOGIN = "run uvx hf auth login or set HF_TOKEN, with a token that may read the data set"
+LOGIN = "run `uvx hf auth login` or set HF_TOKEN, with a token that may read the data set"
 REFUSALS = {
     401: f"wants a login: {LOGIN}",
     403: f"forbids it: {LOGIN}",
@@ -152,7 +152,7 @@ def check_environment(endpoint: str) -> None:
     proxy = requests.utils.select_proxy(endpoint, proxies) or ""
     if proxy.lower().startswith("socks") and not find_spec("socks"):
         text = "the proxy in HTTPS_PROXY or ALL_PROXY is a SOCKS proxy"
-        advice = f"run {with_socks(PREPARE)}"
+        advice = f"run `{with_socks(PREPARE)}`"
         raise ValueError(f"{text}, which needs the package pysocks; {advice}")
 
 
@@ -188,7 +188,7 @@ def open_session(workers: int) -> Session:
     endpoint = hub_endpoint()  # before anything is tried again and again
     if hub_constants.HF_HUB_OFFLINE:
         text = "HF_HUB_OFFLINE is set, and shards have to be fetched"
-        raise ConnectionError(f"{text}; unset it, or use --source")
+        raise ConnectionError(f"{text}; unset it, or use `--source DIR`")
     check_environment(endpoint)
     token, origin = find_token()
     user, password = requests.utils.get_auth_from_url(endpoint)
@@ -341,7 +341,7 @@ def persist(
             tries = 1 if more else tries + 1
             most = max(most, there)
             if tries >= len(RETRY_SECONDS):
-                advice = f"run {PREPARE} again, it goes on"
+                advice = f"run `{PREPARE}` again, it goes on"
                 raise ConnectionError(f"{problem}; {advice}") from error
             wait_seconds = max(RETRY_SECONDS[tries], getattr(error, "seconds", 0.0))
             progress.note(f"{problem}; again in {wait_seconds:.0f} s")
@@ -510,7 +510,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         text = f"{folder} has {metric(free, 'B')} free, and shards and rows need"
-        advice = "free some, move AUTORESEARCH_CACHE or lower --num-shards"
+        advice = "free some, move AUTORESEARCH_CACHE or lower `--num-shards`"
         raise OSError(f"{text} {metric(needed, 'B')}; {advice}")
 
 

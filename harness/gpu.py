@@ -39,7 +39,8 @@ def choose_device(training: bool = True) -> torch.device:
         major, minor = capability
         found = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"
         problem = f"{found}, and training in bf16 needs 8.0 (Ampere) or higher"
-    advice = f"{smoke_command('uv run train.py')} tries the same code on a CPU in about a minute"
+    command = smoke_command("uv run train.py")
+    advice = f"`{command}` tries the same code on a CPU in about a minute"
     raise ValueError(f"{problem}; {advice}")
 
 

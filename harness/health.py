@@ -125,13 +125,13 @@ def judge_health(before: Health, after: Health) -> tuple[str, list[str]]:
             warnings.append(
                 f"the GPU's {what} went {speeds} ({100 * change:+.1f} %): "
                 "throttled or shared, so do not trust the result; "
-                "see nvidia-smi -q -d PERFORMANCE and run again"
+                "see `nvidia-smi -q -d PERFORMANCE` and run again"
             )
     both = {before.company, after.company}
     company = next(word for word in ("shared", "unknown", "alone") if word in both)
     if company == "shared":
         problem = "another process holds the GPU, so both were slower than they can be"
-        warnings.append(f"{problem}; see nvidia-smi, end it and run again")
+        warnings.append(f"{problem}; see `nvidia-smi`, end it and run again")
     return ", ".join([*words, company]), warnings
 
 

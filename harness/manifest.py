@@ -29,5 +29,6 @@ def require_manifest(folder: Path) -> dict:
     manifest = load_manifest(folder)
     if manifest.get("rules") != C.DATA_RULES:
         path = folder / "manifest.json"
-        raise ValueError(f"{path} is missing, damaged or of other rules; run {PREPARE}")
+        problem = f"{path} is missing, damaged or of other rules"
+        raise ValueError(f"{problem}; run `{PREPARE}`")
     return manifest

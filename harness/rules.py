@@ -40,15 +40,15 @@ def open_basis(root: Path, folder: Path) -> Basis:
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if manifest.get("tokenizer") != tokenizer.sha256:
         problem = f"the rows in {folder} are of another tokenizer"
-        raise ValueError(f"{problem}; run {PREPARE}")
+        raise ValueError(f"{problem}; run `{PREPARE}`")
     paths: dict[str, list[Path]] = {"train": [], "val": []}
     rows: dict[str, list[list[str]]] = {"train": [], "val": []}
     for name, entry in manifest["rows"].items():
         path, split = folder / "rows" / name, entry["split"]
         if not path.is_file() or path.stat().st_size != entry["size"]:
-            raise ValueError(f"{path} is missing or cut short; run {PREPARE}")
+            raise ValueError(f"{path} is missing or cut short; run `{PREPARE}`")
         if split == "val" and describe(path)["sha256"] != entry["sha256"]:
-            raise ValueError(f"{path} is damaged: its bytes changed; run {PREPARE}")
+            raise ValueError(f"{path} is damaged: its bytes changed; run `{PREPARE}`")
         paths[split].append(path)
         rows[split].append([name, entry["sha256"]])
     fixed = [root / "constants.py", root / "prepare.py", *root.glob("harness/*.py")]

@@ -88,7 +88,7 @@ class Tokenizer:
             return tokenizer
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"the tokenizer in {folder} is missing or damaged ({error})"
-            raise ValueError(f"{problem}; run {PREPARE}") from error
+            raise ValueError(f"{problem}; run `{PREPARE}`") from error
 
 
 def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
@@ -110,7 +110,7 @@ def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
         print("tokenizer: of other shards or rules, it is retrained", flush=True)
     except ValueError as error:
         if folder.exists():
-            print(str(error).replace(f"run {PREPARE}", "it is retrained"), flush=True)
+            print(str(error).replace(f"run `{PREPARE}`", "it is retrained"), flush=True)
     progress = Progress("tokenizer", " characters", C.TOKENIZER_CHARS)
     chars = 0
 

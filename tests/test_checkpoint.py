@@ -120,7 +120,7 @@ def test_what_was_saved_is_loaded(ended_run, model, model_file):
 def test_a_missing_model_names_the_smoke_runs_under_the_full_rules_alone(
     model_file, monkeypatch
 ):
-    smoke = "; AUTORESEARCH_SMOKE=1 uv run sample.py TEXT takes a smoke run's"
+    smoke = "; `AUTORESEARCH_SMOKE=1 uv run sample.py TEXT` takes a smoke run's"
     for is_smoke, end in ((True, ""), (False, smoke)):
         monkeypatch.setattr(C, "SMOKE", is_smoke)
         with pytest.raises(ValueError, match=f"^there is no .*AUTORESEARCH_SAVE=0{end}$"):

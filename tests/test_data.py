@@ -502,7 +502,7 @@ def test_a_plain_run_goes_on_with_own_shards_and_hub_goes_back(own, cache, capsy
     before = listing(cache)
     prepare.main([])
     assert listing(cache) == before
-    assert f"shards: those of {own}; --source hub goes back" in capsys.readouterr().out
+    assert f"shards: those of {own}; `--source hub` goes back" in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.download.RETRY_SECONDS", (0,))
         assert C.DATASET in sentence(prepare.main, ["--source", "hub"])
@@ -736,7 +736,7 @@ def test_error_on_own_shards_never_says_delete(own, cache, monkeypatch):
     said = sentence(prepare.main, ["--source", str(own)])
     assert "replace it or take it out of its folder" in said and "delete" not in said
     command = f"uv run prepare.py --source {own}"
-    assert said.endswith(f"and run {command}")
+    assert said.endswith(f"and run `{command}`")
 
 
 # ---- --check ------------------------------------------------------------------------------------
@@ -816,7 +816,7 @@ def test_a_damaged_manifest_does_not_send_own_shards_to_the_hub(whole, own, caps
     before = listing(whole)
     said = sentence(prepare.main, [])
     assert f"{whole / 'manifest.json'} is damaged" in said
-    hub = "run uv run prepare.py --source hub --num-shards 2, or --source DIR"
+    hub = "run `uv run prepare.py --source hub --num-shards 2`, or `--source DIR`"
     assert hub in said
     assert listing(whole) == before
     prepare.main(["--source", str(own)])

@@ -171,7 +171,7 @@ def test_the_commands_that_errors_name_are_those_of_the_readme(readme):
         patch.setattr(C, "SMOKE", False)
         patch.setattr("harness.gpu.compute_capability", lambda: (0, 0))
         gpu.choose_device()
-    (command,) = re.findall(r"AUTORESEARCH_SMOKE=1 uv run \S+", str(error.value))
+    (command,) = re.findall(r"`(AUTORESEARCH_SMOKE=1 uv run [^`]+)`", str(error.value))
     assert command in readme
 
 

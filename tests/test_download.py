@@ -595,7 +595,7 @@ def test_proxy_that_wants_a_login_is_named(hub, cache, monkeypatch, nowhere):
 @pytest.mark.skipif(bool(find_spec("socks")), reason="pysocks is installed")
 def test_socks_proxy_without_its_package_is_named_at_once(hub, cache, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
-    command = "run uv run --with pysocks prepare.py --num-shards 1$"
+    command = "run `uv run --with pysocks prepare.py --num-shards 1`$"
     with pytest.raises(SystemExit, match=command):
         prepare.main(["--num-shards", "1"])
 

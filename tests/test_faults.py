@@ -166,7 +166,7 @@ def test_ctrl_c_ends_the_command_itself(bench):
         said = process.stderr.read()
     assert time.monotonic() - start < 2 and process.returncode == 130
     assert said.splitlines()[-1].startswith(
-        "prepare.py: interrupted; run uv run prepare.py --num-shards 2 again"
+        "prepare.py: interrupted; run `uv run prepare.py --num-shards 2` again"
     )
     assert "Traceback" not in said
 
@@ -224,7 +224,9 @@ def test_file_that_cannot_grow_is_named_with_what_to_do(bench, phase, limit):
     assert last.startswith("prepare.py: ") and "File too large" in last
     assert str(bench.folder / {"download": "shards", "rows": "rows"}[phase]) in last
     command = "uv run prepare.py --num-shards 2"
-    assert f"free some space or move AUTORESEARCH_CACHE, and run {command} again" in last
+    assert (
+        f"free some space or move AUTORESEARCH_CACHE, and run `{command}` again" in last
+    )
     bench.check_whole()
     assert not [name for name in listing(bench.folder) if name.endswith(".tmp")]
     assert bench.run()[0] == 0

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import sentence
@@ -78,7 +79,7 @@ def test_the_help_and_the_docstring_of_prepare_agree(capsys):
         (errno.EDQUOT, "free some space or move AUTORESEARCH_CACHE, and run"),
         (errno.EROFS, "make it writable or set AUTORESEARCH_CACHE to a folder that is"),
         (errno.EACCES, "make it writable or set AUTORESEARCH_CACHE to a folder that is"),
-        (errno.EMFILE, "raise the limit of open files (ulimit -n 4096), and run"),
+        (errno.EMFILE, "raise the limit of open files (`ulimit -n 4096`), and run"),
         (errno.ENOMEM, "free some memory, or write the file with smaller row groups"),
         (errno.EIO, "check the disk or the network mount that it is on, and run"),
         (errno.EEXIST, "a link to nowhere is in its place: repair or move that, and"),
@@ -119,8 +120,8 @@ ARGUMENTS = [
     [
         KeyboardInterrupt(),
         OSError(errno.ENOSPC, "No space left on device", "x"),
-        ConnectionError(f"shard_00000.parquet: HOST answered 500; run {PREPARE} again"),
-        ValueError(f"x holds no document; replace it, and run {PREPARE}"),
+        ConnectionError(f"shard_00000.parquet: HOST answered 500; run `{PREPARE}` again"),
+        ValueError(f"x holds no document; replace it, and run `{PREPARE}`"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -140,11 +141,20 @@ def test_the_command_in_an_advice_repeats_the_run_that_failed(
         said = capsys.readouterr().err.strip()
     except SystemExit as end:
         said = end.code
-    command = re.search(r"run (?:A\S+ )?uv run prepare\.py(.*?)( again|, it|$)", said)[1]
+    command = re.search(r"run `(?:A\S+ )?uv run prepare\.py(.*?)`( again|, it|$)", said)[
+        1
+    ]
     assert line is None or command == line
     with contextlib.suppress(SystemExit):
         prepare.main(shlex.split(command))
     assert len(calls) == 2 and calls[0] == calls[1]
+
+
+def test_a_command_in_a_message_stands_in_backticks():
+    root = Path(C.__file__).parent
+    for path in [root / "prepare.py", *root.glob("harness/*.py")]:
+        bare = r"[^`]\{(with_socks\()?(PREPARE|TRAIN|command)\b|run (uvx?|nvidia-smi) "
+        assert path.name == "files.py" or not re.search(bare, path.read_text()), path
 
 
 def test_advice_on_windows_is_for_powershell(monkeypatch):

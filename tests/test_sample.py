@@ -165,13 +165,13 @@ def test_no_model_is_one_sentence_that_names_the_smoke_runs(
 ):
     said = sentence(sample.main, ["a"])
     assert said.startswith(
-        f"sample.py: there is no {model_file}; run {files.TRAIN} first"
+        f"sample.py: there is no {model_file}; run `{files.TRAIN}` first"
     )
     assert "takes a smoke run's" not in said  # these are the smoke rules
     monkeypatch.setattr(C, "SMOKE", False)
     monkeypatch.setattr("harness.gpu.compute_capability", lambda: (0, 0))
     said = sentence(sample.main, ["a"])
-    command = "AUTORESEARCH_SMOKE=1 uv run sample.py TEXT"
+    command = "`AUTORESEARCH_SMOKE=1 uv run sample.py TEXT`"
     assert said.endswith(f"; {command} takes a smoke run's")
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_model_is_one_sentence(ended_run, model_file, damage):
         np.savez(model_file, wte=np.zeros(3), **about)
     said = sentence(sample.main, ["a"])
     assert said.startswith(f"sample.py: {model_file} is damaged (")
-    assert f"run {files.TRAIN}" in said
+    assert f"run `{files.TRAIN}`" in said
 
 
 def test_nothing_is_unpickled_from_it(ended_run, model_file, tmp_path):
