@@ -56,6 +56,20 @@ def _run(
     prepare.main(argv)
 
 
+def read_and_weigh(path: Path, out) -> None:
+    """Read a shard; report the error, the memory it took in MiB, and if conftest is imported.
+
+    Here, for a test's own module imports conftest, whose folder no such process removes.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        said = f"read {sum(map(len, read_documents(path)))} documents"
+    except (ValueError, OSError) as error:
+        said = str(error)
+    took = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    out.put((said, took, "conftest" in sys.modules))
+
+
 def start(
     cache: Path, url: str, log: Path, *argv: str, slow: float = 0.0, file_limit: int = 0
 ) -> multiprocessing.Process:
