@@ -39,6 +39,9 @@ ANSWER_SECONDS = 120  # until the head of an answer is there, redirects included
 DOWNLOADS = 8  # side by side
 # Seconds to wait before each try for a shard, while no more of it comes.
 RETRY_SECONDS = (0, 1, 2, 4, 8, 16, 32)
+# Of these, those before the very first word of a hub, while nothing has come of any shard:
+# 15 s cover a network that is coming up, and an interrupted download has all tries.
+FIRST_TRIES = 5
 MAX_RETRY_AFTER = 600  # seconds that a server may ask to wait
 MAX_REDIRECTS = 5
 ANSWERS = ".answers.jsonl"  # what the hub said of shards, one a line, beside them
@@ -47,6 +50,10 @@ CHUNK = 1 << 16  # bytes that are written at once at most
 FLOOR_BYTES = 60_000
 FLOOR_SECONDS = 60
 GONE = "does not have the commit"
+NO_HUB = (
+    "if the hub cannot be reached from here, HF_ENDPOINT names a mirror and "
+    "`--source DIR` takes text of your own (docs/install.md)"
+)
 PROXY_LOGIN = "the proxy wants a login: set HTTPS_PROXY to an address like http://USER:PASSWORD@HOST:PORT"
 LOGIN = "run `uvx hf auth login` or set HF_TOKEN, with a token that may read the data set"
 REFUSALS = {
@@ -316,10 +323,13 @@ def persist(
     name: str,
     progress: Progress,
     size: Callable = lambda: 0,
+    first_tries: int = 0,
 ):
     """Return action(), tried again while the network fails; ConnectionError at last.
 
     size: returns the bytes that are there; while they become more, tries are not counted.
+    first_tries: that it may take until the hub says anything, where it has said nothing yet;
+    0: it has.
     """
     tries = 0
     wait_seconds = RETRY_SECONDS[0]
@@ -340,8 +350,12 @@ def persist(
             more = there > most and not isinstance(error, Slow)
             tries = 1 if more else tries + 1
             most = max(most, there)
-            if tries >= len(RETRY_SECONDS):
+            unheard = first_tries and not isinstance(error, Busy)
+            most_tries = first_tries if unheard else len(RETRY_SECONDS)
+            if tries >= min(most_tries, len(RETRY_SECONDS)):
                 advice = f"run `{PREPARE}` again, it goes on"
+                if unheard:
+                    advice += f"; {NO_HUB}"
                 raise ConnectionError(f"{problem}; {advice}") from error
             wait_seconds = max(RETRY_SECONDS[tries], getattr(error, "seconds", 0.0))
             progress.note(f"{problem}; again in {wait_seconds:.0f} s")
@@ -541,7 +555,10 @@ def ensure_shards(
             if new:  # the others need no question
                 ask = partial(stat_shard, session, revision, new[0])
                 asking = Progress("asking the hub", " shards", 1)
-                told = persist(session, ask, f"{new[0]} of {C.DATASET}", asking)
+                begun = known or any(folder.iterdir())  # a download was interrupted, say
+                most = len(RETRY_SECONDS) if begun else FIRST_TRIES
+                name = f"{new[0]} of {C.DATASET}"
+                told = persist(session, ask, name, asking, first_tries=most)
                 revision, answers[new[0]] = told
             shards |= fetch_shards(session, folder, missing, revision, answers, workers)
         except ConnectionError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import hub as hub_module
 import pytest
-from conftest import write_shard
+from conftest import sentence, write_shard
 
 import constants as C
 import prepare
@@ -842,6 +842,38 @@ def test_command_fails_with_one_sentence_without_a_network(nowhere, cache):
     assert isinstance(message, str) and "\n" not in message
     assert C.DATASET in message
     assert listing(cache) == [".lock"]
+
+
+def test_a_hub_that_cannot_be_reached_is_said_with_what_does_without_it(
+    nowhere, cache, waits
+):
+    said = sentence(prepare.main, ["--num-shards", "1"])
+    assert "Connection refused; run `uv run prepare.py --num-shards 1` again" in said
+    assert said.endswith(f"; {download.NO_HUB}")
+    page = (Path(C.__file__).parent / "docs" / "install.md").read_text("utf-8")
+    assert "HF_ENDPOINT" in page and "--source DIR" in page
+
+
+def test_a_hub_that_answers_is_not_said_to_be_out_of_reach(hub, cache, waits):
+    hub.fail("500", times=math.inf)
+    said = sentence(prepare.main, ["--num-shards", "1"])
+    assert "answered 500" in said and "mirror" not in said
+
+
+@pytest.mark.parametrize("there", ["nothing", "a part", "a shard", "an answer"])
+def test_the_first_word_of_a_hub_is_waited_for_a_minute_only_if_something_has_come(
+    nowhere, cache, waits, monkeypatch, there
+):
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0, 1, 2, 4, 8, 16, 32))
+    shards = cache / "shards"
+    shards.mkdir(parents=True)
+    if there == "an answer":
+        download.save_answer(shards, "a" * 40, NAMES[1], {"size": 1, "sha256": "b" * 64})
+    elif there != "nothing":
+        name = NAMES[1] if there == "a shard" else f".{NAMES[1]}.{'a' * 12}.part"
+        (shards / name).write_bytes(b"PAR1")
+    sentence(prepare.main, ["--num-shards", "2"])
+    assert sum(waits) == (15 if there == "nothing" else 63)
 
 
 # ---- The stand-in itself ------------------------------------------------------------------------
