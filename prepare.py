@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None, compiles: bool = False) -> None:
             problems = check(folder)
             if problems:
                 print("\n".join(problems), flush=True)
-                advice = f"run `{command_of(args)}` to repair them"
+                them = "it" if len(problems) == 1 else "them"
+                advice = f"run `{command_of(args)}` to repair {them}"
                 sys.exit(f"prepare.py: {len(problems)} damaged; {advice}")
             print(f"all is well in {folder}", flush=True)
             return

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 import constants as C
 from harness.files import PREPARE, atomic_write, describe
+from harness.output import plural
 
 # Of text in PACK_BATCH_DOCS documents; what is larger is a lie or a bomb.
 MAX_BATCH_BYTES = 1 << 28
@@ -114,7 +115,7 @@ def to_documents(texts: pa.Array) -> list[str]:
     """Return the documents of an array; one that is null or not UTF-8 is empty."""
     size = count_bytes(texts)
     if size > MAX_BATCH_BYTES:
-        raise ValueError(f"{len(texts)} documents are {size:,} bytes")
+        raise ValueError(f"{size:,} bytes in {plural(len(texts), 'document')}")
     if pa.types.is_dictionary(texts.type):
         texts = texts.dictionary_decode()
     try:
@@ -148,7 +149,8 @@ def read_documents(path: Path) -> Iterator[list[str]]:
             limit = MAX_BATCH_BYTES * max(1, column.num_values / C.PACK_BATCH_DOCS)
             if column.total_uncompressed_size > limit:
                 size = f"{column.total_uncompressed_size:,} bytes"
-                raise ValueError(f"{column.num_values} documents are {size}")
+                count = plural(column.num_values, "document")
+                raise ValueError(f"{size} in {count}")
             batches = shard.iter_batches(
                 DICTIONARY_BATCH if is_dictionary else C.PACK_BATCH_DOCS,
                 row_groups=[group],
@@ -160,7 +162,7 @@ def read_documents(path: Path) -> Iterator[list[str]]:
                 for start in range(0, batch.num_rows, C.PACK_BATCH_DOCS):
                     yield to_documents(batch.column(0).slice(start, C.PACK_BATCH_DOCS))
         if found != stated:
-            raise ValueError(f"it says {stated} documents and holds {found}")
+            raise ValueError(f"it says {plural(stated, 'document')} and holds {found:,}")
 
 
 def count_rows(path: Path) -> int:
@@ -230,11 +232,11 @@ def list_source(source: Path, num_shards: int | None) -> list[str]:
     if empty:
         print(f"shards: left out, no document: {name_few(empty)}", flush=True)
     if len(names) < 2:
-        what = "files *.parquet" + (" with documents" if empty else "")
+        what = "*.parquet" + (" with documents" if empty else "")
         advice = "give two or more, the last by name is for validation"
-        raise ValueError(f"{source} holds {len(names)} {what}; {advice}")
+        raise ValueError(f"{source} holds {plural(len(names), 'file')} {what}; {advice}")
     if num_shards is not None and num_shards >= len(names):
-        count = f"{len(names) - 1} training shards, not {num_shards}"
+        count = f"{plural(len(names) - 1, 'training shard')}, not {num_shards}"
         raise ValueError(f"{source} holds {count}")
     *train, val = names
     train = train[:num_shards]

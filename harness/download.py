@@ -32,7 +32,7 @@ from huggingface_hub import constants as hub_constants
 import constants as C
 from harness.files import PREPARE, content_key, describe, naming
 from harness.jobs import Progress, describe_all, metric, run_jobs
-from harness.output import clean
+from harness.output import clean, plural
 
 HTTP_TIMEOUT = (10, 60)  # seconds: to connect, between two bytes
 ANSWER_SECONDS = 120  # until the head of an answer is there, redirects included
@@ -416,7 +416,7 @@ def read_chunks(answer: requests.Response, host: str) -> Iterator[bytes]:
         seconds = time.monotonic() - begun
         if seconds > FLOOR_SECONDS:
             if came < FLOOR_BYTES:
-                problem = f"sent {came} bytes in {seconds:.0f} s"
+                problem = f"sent {plural(came, 'byte')} in {seconds:.0f} s"
                 raise Slow(f"{host} {problem}, too slow to go on")
             begun, came = time.monotonic(), 0
 

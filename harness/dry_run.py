@@ -18,6 +18,7 @@ import constants as C
 from harness.evaluation import call_model
 from harness.loader import Once
 from harness.machine import end_with
+from harness.output import plural
 from harness.warmup import check_groups, check_loss, plan_batch
 
 SECONDS = 120  # for imports on a busy machine; the work itself takes two or three
@@ -76,7 +77,9 @@ class DryRun:
                 f"; the full model's step was not tried: {str(error).splitlines()[0]}"
             )
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        batch = f"{micro_steps} micro-steps of up to {rows} rows per step"
+        batch = (
+            f"{plural(micro_steps, 'micro-step')} of up to {plural(rows, 'row')} per step"
+        )
         print(f"full rules: {millions:.1f} M parameters, {batch}{untried}", flush=True)
         os._exit(0)  # torch would take half a second to end
 

@@ -15,6 +15,7 @@ import torch
 import constants as C
 from harness.files import smoke_command
 from harness.machine import available_memory, is_wsl
+from harness.output import plural
 
 
 def compute_capability() -> tuple[int, int]:
@@ -115,7 +116,7 @@ def find_batch_size(
 
 def explain_memory(run, error: BaseException) -> str:
     """Return one line on where a `run.Run` ran out of GPU memory, and what to lower."""
-    where = f"at step {run.num_steps} with {run.batch_size} rows per micro-step"
+    where = f"at step {run.num_steps} with {plural(run.batch_size, 'row')} per micro-step"
     advice = "lower DEPTH or N_EMBD, or end what else uses the GPU"
     if run.evaluated:
         where = "in the evaluation"

@@ -17,7 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness import gpu
-from harness.output import warning
+from harness.output import plural, warning
 
 # Backward passes before the clock beside the warm-up's: enough to look at a gradient or to
 # scale an initialisation, too few to train.
@@ -118,7 +118,9 @@ class LateGraphs:
     def check(self, step: int) -> None:
         """Print a warning at the first graph; RuntimeError from MAX_LATE_GRAPHS + 1 on."""
         late = count_graphs() - self.before
-        text = f"step {step}: {late} graphs were compiled while the clock runs"
+        were = "was" if late == 1 else "were"
+        graphs = plural(late, "graph")
+        text = f"step {step}: {graphs} {were} compiled while the clock runs"
         if late > MAX_LATE_GRAPHS:
             advice = "a Python number that changes? pass it as a 0-dim tensor"
             raise RuntimeError(f"{text}: {advice}; the run is void")

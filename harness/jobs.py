@@ -61,7 +61,8 @@ class Progress:
         seconds = time.monotonic() - self.started_at
         speed = max(self.done - self.before, 0) / max(seconds, 1e-3)
         done = metric(self.done, "").strip()
-        parts = [f"{self.what}: {done} of {metric(self.total, self.unit)}"]
+        unit = self.unit.removesuffix("s") if self.total == 1 else self.unit
+        parts = [f"{self.what}: {done} of {metric(self.total, unit)}"]
         if speed:
             left = max(self.total - self.done, 0) / speed
             clock = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
@@ -123,7 +124,8 @@ def run_jobs(jobs: dict[str, Callable], workers: int | None, progress: Progress)
                     break
             progress.show()
         if problems:
-            count = f"{len(problems)} of {len(jobs)} failed, {len(results)} are done"
+            done = f"{len(results)} {'is' if len(results) == 1 else 'are'} done"
+            count = f"{len(problems)} of {len(jobs)} failed, {done}"
             more = ["and more"] if len(problems) > 4 else []
             raise ConnectionError("; ".join([count, *sorted(problems)[:4], *more]))
         return {name: results[name] for name in jobs}  # not in the order of their ends

@@ -1,4 +1,7 @@
-"""Lines of the log that tools read: warnings and steps. The summary's text is in constants.py."""
+"""Lines of the log that tools read, warnings and steps, and words of messages.
+
+The summary's text is in constants.py.
+"""
 
 import re
 
@@ -20,6 +23,11 @@ def step_line(step, remaining: float) -> str:
         f"tok/sec: {step.tokens / step.seconds:,.0f} | epoch: {step.epoch} | "
         f"remaining: {max(0.0, remaining):.0f}s"
     )
+
+
+def plural(n: int, thing: str) -> str:
+    """Return a number with its noun, such as "1 file" or "2,000 files"."""
+    return f"{n:,} {thing}" + ("" if n == 1 else "s")
 
 
 def clean(text: str) -> str:

@@ -17,6 +17,7 @@ import constants as C
 from harness.documents import REPLACE, count_rows, name_few, read_documents
 from harness.files import atomic_write, content_key
 from harness.jobs import Progress, describe_all, run_jobs
+from harness.output import plural
 from harness.tokenizer import Tokenizer
 
 LOW_KEPT = 0.5  # of training tokens: text of usual lengths keeps 0.65 and more
@@ -111,7 +112,8 @@ def build_rows(
             file.write(row.astype("<u2").tobytes())
             made += 1
         if n_rows and made < n_rows:
-            fill = f"its {counts.tokens:,} tokens fill {made:,} rows of {C.MAX_SEQ_LEN}"
+            rows = plural(made, "row")
+            fill = f"its {counts.tokens:,} tokens fill {rows} of {C.MAX_SEQ_LEN}"
             need = f"validation needs {n_rows:,} rows, {C.EVAL_TOKENS:,} tokens"
             advice = "give it more text"
             if counts.tokens > C.EVAL_TOKENS:  # what is longer than a row is cropped
@@ -162,7 +164,8 @@ def report_distinct(path: Path, own: bool) -> None:
         while row := file.read(size):
             seen.add(hashlib.sha256(row).digest())
     n_rows = path.stat().st_size // size
-    text = f"{len(seen):,} of {n_rows:,} validation rows are distinct"
+    are = "is" if len(seen) == 1 else "are"
+    text = f"{len(seen):,} of {n_rows:,} validation rows {are} distinct"
     print(f"rows: {text}", flush=True)
     if own and len(seen) < LOW_DISTINCT * n_rows:
         what = "val_bpb rests on little text"
@@ -212,7 +215,7 @@ def ensure_rows(
     if tokens == 0:
         raise ValueError(f"the training shards in {place} do not fill one row")
     seconds = time.monotonic() - progress.started_at
-    text = f"{tokens / 1e6:.1f} M training tokens in {len(train)} files"
+    text = f"{tokens / 1e6:.1f} M training tokens in {plural(len(train), 'file')}"
     print(f"rows: {text}, {len(jobs)} packed in {seconds:.1f} s", flush=True)
     empty = sum(count.empty for count in counts.values())
     if empty:

@@ -19,7 +19,7 @@ import constants as C
 from harness.evaluation import call_model, check_model, nats_of
 from harness.gpu import find_batch_size, free_memory, has_room
 from harness.loader import Once
-from harness.output import warning
+from harness.output import plural, warning
 
 # (model, optimizers, batches, micro_steps) -> mean loss in nats per token, as train.py has it
 TrainStep = Callable[..., torch.Tensor]
@@ -82,9 +82,10 @@ def check_groups(model: nn.Module, optimizers: Optimizers) -> None:
             "the table in build_optimizers; take it out there"
         )
     if strangers:
+        are, them = ("is", "it") if len(strangers) == 1 else ("are", "them")
         raise ValueError(
-            f"{len(strangers)} parameters of the optimizers are not of the model; take them out "
-            "of the table in build_optimizers"
+            f"{plural(len(strangers), 'parameter')} of the optimizers {are} not of the model; "
+            f"take {them} out of the table in build_optimizers"
         )
 
 
@@ -385,7 +386,9 @@ def warm_up(
     check_same_loss(float(result["losses"][1]), float(result["evaluated"]))
     if dead := result["dead"]:
         steps = result["steps"]
-        when = f"{steps} steps" + (f" of {STEPS} train_steps" if steps < STEPS else "")
+        when = plural(steps, "step") + (
+            f" of {STEPS} train_steps" if steps < STEPS else ""
+        )
         raise RuntimeError(f"{join(dead)}: the gradient is zero in {when}; {ADVICE}")
     if still := result["still"]:
         text = f"{join(still)}: not moved by {STEPS} steps; is its learning rate 0?"

@@ -237,7 +237,7 @@ def test_text_that_repeats_a_long_document_without_end_is_an_error(tmp_path, kin
     texts = ["x" * 3_000_000, *[f"{k}" for k in range(5)]] + ["x" * 3_000_000] * 127
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": TEXT[kind](texts)}), path, compression="zstd")
-    with pytest.raises(ValueError, match="128 documents are 369,"):
+    with pytest.raises(ValueError, match=r"369,[\d,]+ bytes in 128 documents"):
         flat(read_documents(path))
 
 

@@ -64,7 +64,7 @@ def test_a_model_that_works_at_full_size_ends_well_before_the_clock(tmp_path):
     done = run_dry(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     # 8192 x 8 and 2048 x 8 numbers.
-    expected = "full rules: 0.1 M parameters, 1 micro-steps of up to 64 rows per step\n"
+    expected = "full rules: 0.1 M parameters, 1 micro-step of up to 64 rows per step\n"
     assert done.stdout == expected
 
 

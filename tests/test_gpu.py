@@ -189,7 +189,7 @@ CUDA_SAYS = (
         ),
         (
             {"batch_size": 1},
-            "at step 0 with 1 rows per micro-step; lower DEPTH or N_EMBD",
+            "at step 0 with 1 row per micro-step; lower DEPTH or N_EMBD",
         ),
         (
             {"batch_size": 64, "evaluated": True},

@@ -146,6 +146,15 @@ def test_lost_connection_of_one_leaves_the_others_at_work():
     assert done == [1, 1]
 
 
+def test_one_that_is_done_is_not_said_in_the_plural():
+    def fail():
+        raise ConnectionError("x is gone")
+
+    with pytest.raises(ConnectionError, match="1 of 2 failed, 1 is done; x is gone"):
+        run_jobs({"a": fail, "b": int}, 2, quiet())
+    assert Progress("checking", " files", 1).line() == "checking: 0 of 1 file"
+
+
 def test_counts_of_many_threads_add_up():
     progress = quiet()
     run_jobs(

@@ -4,7 +4,7 @@ import pytest
 from conftest import STEP_LINE
 
 import constants as C
-from harness.output import step_line, warning
+from harness.output import plural, step_line, warning
 from harness.run import Step
 
 
@@ -39,3 +39,8 @@ def test_a_kind_that_no_tool_knows_is_refused():
 def test_what_an_edit_is_warned_of_voids_nothing_and_a_slow_gpu_does():
     assert C.WARNINGS["gpu"] is True and C.WARNINGS["edit"] is False
     assert all(isinstance(voids, bool) for voids in C.WARNINGS.values())
+
+
+def test_one_thing_is_not_said_in_the_plural():
+    said = [plural(n, "file") for n in (0, 1, 2, 2000)]
+    assert said == ["0 files", "1 file", "2 files", "2,000 files"]

@@ -111,7 +111,7 @@ def test_a_parameter_that_is_not_of_the_model_is_counted():
     model = Model()
     stranger = nn.Parameter(torch.ones(3))
     with pytest.raises(
-        ValueError, match="1 parameters of the optimizers are not of the model"
+        ValueError, match="1 parameter of the optimizers is not of the model"
     ):
         check_groups(model, [sgd(*model.parameters(), stranger)])
 
@@ -475,5 +475,5 @@ def test_optimizers_that_step_now_and_then_are_told_how_often_they_did():
         optimizers = optimizers if len(calls) == 2 else []
         return train_step(model, optimizers, batches, micro_steps)
 
-    with pytest.raises(RuntimeError, match="zero in 1 steps of 3 train_steps"):
+    with pytest.raises(RuntimeError, match="zero in 1 step of 3 train_steps"):
         warm(Model(Late(8, 8)), step=seldom)
