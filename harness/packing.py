@@ -213,7 +213,8 @@ def ensure_rows(
     rows |= describe_all(folder / "rows", list(jobs))
     tokens = sum(rows[name]["size"] // 2 for name in train)
     if tokens == 0:
-        raise ValueError(f"the training shards in {place} do not fill one row")
+        problem = f"the training shards in {place} do not fill one row"
+        raise ValueError(f"{problem} of {C.MAX_SEQ_LEN} tokens; give them more text")
     seconds = time.monotonic() - progress.started_at
     text = f"{tokens / 1e6:.1f} M training tokens in {plural(len(train), 'file')}"
     print(f"rows: {text}, {len(jobs)} packed in {seconds:.1f} s", flush=True)

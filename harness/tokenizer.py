@@ -4,6 +4,7 @@ import base64
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,8 +16,9 @@ import tiktoken
 
 import constants as C
 from harness.files import PREPARE, atomic_write, content_key
-from harness.jobs import Progress, run_jobs
+from harness.jobs import Progress, metric, run_jobs
 
+CHARS_PER_TOKEN = 5  # of English text, about: for the advice to give more
 PIECE_CHARS = 100_000  # of a document that tiktoken cannot take in one
 
 
@@ -97,7 +99,7 @@ def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
     shards: path -> what `describe` returns. ValueError if they hold too little text.
     """
     # Here, for a run, which trains no tokenizer, has no need of pyarrow.
-    from harness.documents import read_documents
+    from harness.documents import name_few, read_documents
 
     shards = dict(itertools.islice(shards.items(), C.TOKENIZER_SHARDS))
     rules = (C.SPLIT_PATTERN, C.SPECIAL_TOKENS, C.VOCAB_SIZE, C.TOKENIZER_CHARS)
@@ -132,8 +134,13 @@ def ensure_tokenizer(folder: Path, shards: dict[Path, dict]) -> Tokenizer:
     run_jobs({"": train}, 1, progress)
     ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
     if len(ranks) != n_ranks:
-        got = f"{len(ranks)} of {n_ranks} tokens"
-        raise ValueError(f"{chars:,} characters give {got}; use more")
+        place = Path(os.path.commonpath([path.parent for path in shards]))
+        names = name_few([path.relative_to(place).as_posix() for path in shards])
+        problem = f"the training text in {place} ({names}) is too short"
+        got = f"its {chars:,} characters give {len(ranks):,} of {n_ranks:,} tokens"
+        least = metric(float(f"{CHARS_PER_TOKEN * C.EVAL_TOKENS:.0e}"), " characters")
+        need = f"validation alone needs {C.EVAL_TOKENS:,} tokens, {least} or more"
+        raise ValueError(f"{problem}: {got}; give it more text, and {need}")
     body = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
     sha256 = hashlib.sha256(body).hexdigest()
     about = {

@@ -689,6 +689,25 @@ def test_validation_text_that_is_too_short_is_an_error_with_its_tokens(own, cach
     )
 
 
+def test_too_little_training_text_is_an_error_with_its_folder_and_what_is_needed(
+    own, cache
+):
+    write_shard(own / "sub" / "a.parquet", ["a few words", "are not enough"])
+    write_shard(own / "sub" / "b.parquet", ["\u00e9" * 7])
+    for name in ("a.parquet", "b part.parquet"):
+        (own / name).unlink()
+    said = sentence(prepare.main, ["--source", str(own)])
+    names = re.escape(f"{own / 'sub'} (a.parquet, b.parquet)")
+    assert re.search(
+        f"the training text in {names} is too short: its 32 characters", said
+    )
+    assert re.search(
+        r"characters give 2\d\d of 1,020 tokens; give it more text, and", said
+    )
+    need = "validation alone needs 65,536 tokens, 300 k characters or more"
+    assert said.endswith(need) and not list(cache.glob("tokenizer/*"))
+
+
 def test_own_text_that_is_refused_leaves_what_was_prepared_before_as_it_was(
     own, cache, tmp_path
 ):
