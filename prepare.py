@@ -23,7 +23,7 @@ from pathlib import Path
 
 import constants as C
 from harness.attention import load_flash_attention
-from harness.data import check, prepare
+from harness.data import check, name_prepared, prepare
 from harness.download import DOWNLOADS, with_socks
 from harness.files import (
     PREPARE,
@@ -153,7 +153,11 @@ def main(argv: list[str] | None = None, compiles: bool = False) -> None:
         if compiles:
             compile_once()
     except (OSError, ValueError) as error:
-        sys.exit(f"prepare.py: {explain(error, args)}")
+        said = explain(error, args)
+        prepared = "" if args.check else name_prepared(folder)
+        if prepared:
+            said += f"; the next run uses what was prepared before, {prepared}"
+        sys.exit(f"prepare.py: {said}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         remove_temporaries(folder, os.getpid())

@@ -12,6 +12,7 @@ from harness.download import ANSWERS, DOWNLOADS, ensure_shards
 from harness.files import PREPARE, atomic_write, content_key, lock, remove_temporaries
 from harness.jobs import describe_all
 from harness.manifest import load_manifest, require_manifest
+from harness.output import plural
 from harness.packing import ensure_rows, row_names
 from harness.tokenizer import Tokenizer, ensure_tokenizer
 
@@ -177,6 +178,22 @@ def prepare(
         for path in (folder / "rows").iterdir():  # of other shards, tokenizers or rules
             if path.name not in rows:
                 path.unlink()
+
+
+def name_prepared(folder: Path) -> str:
+    """Return which text the next run on `folder` uses, "" if it would refuse what is there."""
+    try:
+        manifest = require_manifest(folder)
+        if Tokenizer.load(folder / "tokenizer").sha256 != manifest["tokenizer"]:
+            return ""
+        for name, entry in manifest["rows"].items():
+            if (folder / "rows" / name).stat().st_size != entry["size"]:
+                return ""
+    except (OSError, ValueError):
+        return ""
+    shards = plural(len(manifest["shards"]) - 1, "training shard")
+    source = f"the {manifest['revision']}" if C.SMOKE else "the hub"
+    return f"{shards} of {manifest.get('source', source)}"
 
 
 def check(folder: Path) -> list[str]:

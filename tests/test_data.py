@@ -721,6 +721,47 @@ def test_own_text_that_is_refused_leaves_what_was_prepared_before_as_it_was(
     prepare.main(["--check"])
 
 
+@pytest.mark.parametrize("refused", ["nowhere", "too short", "own, damaged", "the hub"])
+def test_text_that_is_refused_is_said_with_the_text_that_is_in_force(
+    own, cache, tmp_path, monkeypatch, refused
+):
+    monkeypatch.setattr("harness.download.RETRY_SECONDS", (0,))
+    prepare.main(["--source", str(own)])
+    other = tmp_path / "other"
+    argv = ["--source", "hub" if refused == "the hub" else str(other)]
+    if refused == "too short":
+        write_shard(other / "a.parquet", make_documents(seed=4, count=700))
+        write_shard(other / "z.parquet", make_documents(seed=3, count=100))
+    if refused == "own, damaged":
+        (own / "a.parquet").write_text("no parquet")
+        argv = []
+    said = sentence(prepare.main, argv)
+    now = f"; the next run uses what was prepared before, 2 training shards of {own}"
+    assert said.endswith(now)
+    Run(cache, torch.device("cpu"))  # which it does
+    next((cache / "rows").glob("a.*")).unlink()
+    assert "prepared before" not in sentence(prepare.main, argv)
+
+
+def test_text_that_is_refused_first_is_not_said_to_leave_another_in_force(own, cache):
+    assert "the next run" not in sentence(prepare.main, ["--source", str(own / "no")])
+
+
+def test_the_smoke_rules_own_text_is_not_called_that_of_the_hub(prepared_copy, tmp_path):
+    said = sentence(prepare.main, ["--source", str(tmp_path / "no")])
+    assert "prepared before, 3 training shards of the library of Python 3." in said
+
+
+def test_the_hub_s_shards_stay_in_force_when_own_text_is_refused(
+    shard_folder, own, cache, monkeypatch
+):
+    with Hub(shard_folder) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        prepare.main(["--num-shards", "2"])
+    said = sentence(prepare.main, ["--source", str(own / "no")])
+    assert said.endswith("what was prepared before, 2 training shards of the hub")
+
+
 def test_validation_shard_that_becomes_one_for_training_is_packed_whole(
     own, cache, monkeypatch
 ):
