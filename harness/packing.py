@@ -149,7 +149,10 @@ def row_names(
 def report_kept(kept: float, own: bool) -> None:
     """Print the fraction of training tokens that packing kept; of own text, warn of a low one."""
     text = f"packing kept {100 * kept:.0f} % of the training tokens"
-    print(f"rows: {text}; documents are cropped to fill rows", flush=True)
+    why = "documents are cropped to fill rows"
+    if C.SMOKE and not own:
+        why = f"normal for a smoke run, whose rows are of {C.MAX_SEQ_LEN} tokens"
+    print(f"rows: {text}; {why}", flush=True)
     if own and kept < LOW_KEPT:
         length = f"longer than a row of {C.MAX_SEQ_LEN} tokens"
         advice = "cut them into pieces before"

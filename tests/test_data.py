@@ -23,7 +23,7 @@ from harness import data
 from harness.data import VAL_NAME
 from harness.download import ANSWERS
 from harness.manifest import load_manifest
-from harness.packing import build_rows, pack_rows
+from harness.packing import build_rows, pack_rows, report_kept
 from harness.run import Run
 from harness.tokenizer import Tokenizer
 
@@ -800,6 +800,19 @@ def test_text_that_packing_loses_is_said_with_a_warning(own, cache, capsys, long
         re.search(r"(\d+) of 256 validation rows (?:is|are) distinct", said)[1]
     )
     assert distinct < 20 and "WARNING: val_bpb rests on little text" in said
+
+
+def test_tokens_that_packing_loses_in_a_smoke_run_are_no_alarm(capsys, monkeypatch):
+    report_kept(0.16, own=False)
+    normal = "normal for a smoke run, whose rows are of 256 tokens"
+    said = f"rows: packing kept 16 % of the training tokens; {normal}\n"
+    assert capsys.readouterr().out == said
+    report_kept(0.16, own=True)
+    said = capsys.readouterr().out
+    assert "smoke" not in said and "WARNING: documents longer than a row" in said
+    monkeypatch.setattr(C, "SMOKE", False)
+    report_kept(0.7, own=False)
+    assert "smoke" not in capsys.readouterr().out
 
 
 def test_error_on_own_shards_never_says_delete(own, cache, monkeypatch):
