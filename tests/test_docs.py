@@ -176,6 +176,19 @@ def test_the_commands_that_errors_name_are_those_of_the_readme(readme):
 
 
 # ---- Numbers that are stated twice --------------------------------------------------------------
+def test_the_disk_that_preparation_takes_is_one_number(full, readme):
+    shards = full["DEFAULT_NUM_SHARDS"]
+    # Shards of 100 MB and rows of 36 M tokens each, as docs/data.md counts; compiled code.
+    gigabytes = (shards + 1) * 0.1 + shards * 36e6 * 2 / 1e9 + 0.3
+    page = (ROOT / "docs" / "install.md").read_text("utf-8")
+    stated = numbers(readme, r"about (\d+) GB on disk")
+    total, packages, data = re.search(
+        r"about (\d+) GB of disk \| ([\d.]+) packages, (\d+) data", page
+    ).groups()
+    assert stated == {int(data)} == {round(gigabytes)}
+    assert int(total) == round(float(packages) + int(data))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_budget_in_the_docs_is_the_budget(full, page):
     text = (ROOT / page).read_text("utf-8")
