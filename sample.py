@@ -38,7 +38,7 @@ def restore(device: torch.device) -> tuple[torch.nn.Module, Tokenizer, dict]:
     tokenizer = Tokenizer.load(data_dir() / "tokenizer")
     if about["tokenizer"] != tokenizer.sha256:
         problem = f"{checkpoint.MODEL} is of another tokenizer than that in {data_dir()}"
-        raise ValueError(f"{problem}; run {TRAIN} again")
+        raise ValueError(f"{problem}; run `{TRAIN}` again")
     try:
         config = train.GPTConfig(**about["config"])
         model = train.build_model(config, masked_attention, device)
@@ -50,7 +50,7 @@ def restore(device: torch.device) -> tuple[torch.nn.Module, Tokenizer, dict]:
         commit = about["commit"]
         raise ValueError(
             f"{checkpoint.MODEL} is of another train.py, that of commit {commit} ({what}); "
-            f"check that commit out or run {TRAIN}"
+            f"check that commit out or run `{TRAIN}`"
         ) from error
     return model.eval(), tokenizer, about
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         problem = "the model has no room on the GPU beside what else uses it"
         command = command_with("CUDA_VISIBLE_DEVICES=-1", "uv run sample.py TEXT")
-        sys.exit(f"sample.py: {problem}; {command} keeps it on the CPU")
+        sys.exit(f"sample.py: {problem}; `{command}` keeps it on the CPU")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class Night:
             kept = "the log and the commits are in the first tree"
             raise Refused(f"{ROOT} was removed, so the night of its GPU is over; {kept}")
         if not NIGHT.exists():
-            raise Refused(f"no night has begun in {ROOT}; uv run experiment.py start TAG")
+            start = "`uv run experiment.py start TAG`"
+            raise Refused(f"no night has begun in {ROOT}; {start}")
         try:
             night = Night(**json.loads(NIGHT.read_text("utf-8")))
             Night.known = True
@@ -207,7 +208,7 @@ class Night:
         if not steps:  # "queued", say, where the GPU is elsewhere
             words = [x.strip() for x in lines if x.strip()]
             steps = [": ".join(["starting", *words[-1:]])]
-        return f"{self.task()} is going on ({steps[-1]}); uv run experiment.py wait"
+        return f"{self.task()} is going on ({steps[-1]}); `uv run experiment.py wait`"
 
     def used_up(self) -> bool:
         """Return whether the budget of the night is."""

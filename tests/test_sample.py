@@ -156,7 +156,7 @@ def test_no_room_on_the_gpu_is_one_sentence_in_whoevers_words(
     said = sentence(sample.main, ["count: "])
     assert (
         "no room on the GPU" in said
-        and "; CUDA_VISIBLE_DEVICES=-1 uv run sample.py" in said
+        and "; `CUDA_VISIBLE_DEVICES=-1 uv run sample.py" in said
     )
 
 
@@ -234,7 +234,9 @@ def test_a_model_of_another_tokenizer_is_one_sentence(ended_run, model_file):
     ended_run.tokenizer.sha256 = "of other rules"
     save(ended_run)
     said = sentence(sample.main, ["a"])
-    other = f"is of another tokenizer than that in {data_dir()}; run {files.TRAIN} again"
+    other = (
+        f"is of another tokenizer than that in {data_dir()}; run `{files.TRAIN}` again"
+    )
     assert said == f"sample.py: {model_file} {other}"
 
 
