@@ -711,8 +711,8 @@ def main() -> None:
             epoch, gone = step.epoch, step.progress
             if (epoch - 1) * (1 - gone) > NGRAM_REFILL * gone:
                 nn.init.zeros_(model.ngram.weight)
-            else:  # it alone learns on
-                optimizers = [o for o in optimizers if isinstance(o, RowRMSprop)]
+            elif tables := [o for o in optimizers if isinstance(o, RowRMSprop)]:
+                optimizers = tables
         step.lrm = set_schedules(optimizers, step.progress)
         step.loss = train_step(model, optimizers, step.batches, step.micro_steps)
     run.evaluate(model)

@@ -307,8 +307,8 @@ OF_NGRAMS = """
             epoch, gone = step.epoch, step.progress
             if (epoch - 1) * (1 - gone) > NGRAM_REFILL * gone:
                 nn.init.zeros_(model.ngram.weight)
-            else:  # it alone learns on
-                optimizers = [o for o in optimizers if isinstance(o, RowRMSprop)]
+            elif tables := [o for o in optimizers if isinstance(o, RowRMSprop)]:
+                optimizers = tables
 """.strip("\n")
 
 

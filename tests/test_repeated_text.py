@@ -87,3 +87,16 @@ def test_a_short_last_epoch_moves_the_table_alone(monkeypatch, epochs):
     moved = {k for k, p in model.state_dict().items() if not torch.equal(p, began[k])}
     assert moved == {"ngram.weight"}
     assert began["ngram.weight"].any()
+
+
+def test_training_goes_on_to_its_end_where_another_optimizer_has_the_table(monkeypatch):
+    part("NGRAM_REFILL")
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 42)
+
+    def plain(model):
+        group = {"params": [*model.parameters()], "initial_lr": 0.1, "kind": "all"}
+        return [torch.optim.SGD([group], lr=0.1)]
+
+    monkeypatch.setattr(train, "build_optimizers", plain)
+    model, began = train_on(draw_rows(int(42 * ROWS / 1.05), seed=1), monkeypatch)
+    assert not torch.equal(model.lm_head.weight, began["lm_head.weight"])
