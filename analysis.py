@@ -109,6 +109,7 @@ class Night:
     folder: Path  # of train.py and its git
     note: str  # under the title
     made_up: bool = False  # the example, which the title then says
+    tonight: bool = True  # or an earlier one, whose attempts have no next seed
 
     @property
     def changes(self) -> list[Change]:
@@ -180,7 +181,7 @@ class Night:
     def at_best(self, change: Change) -> bool:
         """Whether it was made on the commit at which the branch of its GPU is now."""
         kept = [c for c in self.changes if c.gpu == change.gpu and c.status == "keep"]
-        return change.parent in [c.commit for c in kept[-1:]]
+        return self.tonight and change.parent in [c.commit for c in kept[-1:]]
 
     def tried(self, *statuses: str) -> list[Change]:
         """Return the changes of these statuses, without the baseline and reverts."""
@@ -325,14 +326,18 @@ def read_example() -> Night:
     return night
 
 
-def write_report(folder: Path | str = ".", ledger: Path | str | None = None) -> Path:
+def write_report(
+    folder: Path | str = ".", ledger: Path | str | None = None, tonight: bool = True
+) -> Path:
     """Write report.html and progress.png into `folder`, and return the page's path.
 
-    ledger: the log, by default results.tsv in `folder`. Nothing that git tracks is touched,
-    and each file is written whole or not at all, so the night may go on meanwhile.
+    ledger: the log, by default results.tsv in `folder`; tonight: it is that of the night that
+    `experiment.py run` would go on with. Nothing that git tracks is touched, and each file is
+    written whole or not at all, so the night may go on meanwhile.
     """
     folder = Path(folder)
     night = read_night(folder, ledger)
+    night.tonight = tonight
     write_whole(folder / "progress.png", png(picture(night)))
     write_whole(folder / "report.html", write_page(night).encode())
     return folder / "report.html"

@@ -225,7 +225,7 @@ def run(idea: str, minutes: float) -> int:
         commit = make_commit(tree, idea, "--", "train.py")
         git("update-ref", f"refs/attempts/{commit[:8]}", commit)
         job = {"commit": commit, "idea": idea, "runs": 0}
-    night.save(open=job, said=[])
+    night.save(open=job, said=[], again=night.again + ("since" in job))
     night.follow()
     commit = job["commit"]
     lines = git("show", "--format=", "--numstat", commit).split("\t")
@@ -294,7 +294,7 @@ def report(log: str) -> int:
         import analysis
     except ImportError as error:
         raise Refused(f"{error}; it is in the group analysis: {REPORT}") from error
-    print(analysis.write_report(ROOT, path))
+    print(analysis.write_report(ROOT, path, tonight=not log))
     return 0
 
 

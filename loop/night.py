@@ -70,6 +70,7 @@ class Night:
     said: list[str] = field(default_factory=list)  # on what was done last
     stopped: str = ""  # why the work was
     controls: int = 0
+    again: int = 0  # further runs of attempts that had a verdict
     over: bool = False
     held = ()  # files that are locked; not kept
     known = False  # whether this process has read one
@@ -158,6 +159,15 @@ class Night:
         lines = [x for x in self.all_lines() if x.status and x.gpu == self.named]
         return [x for x in lines if x.commit == commit[:8] or not commit]
 
+    def withdrawn(self) -> set[str]:
+        """Return the commits that had a result, until `void` took them back."""
+        return {x.commit for x in self.lines() if x.measured and x.void}
+
+    def last_log(self, commit: str) -> Path | None:
+        """Return the log of a commit's last run."""
+        logs = self.folder.glob(f"{commit[:8]}-*.log")
+        return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+
     def idea_of(self, commit: str) -> str:
         """Return what a commit's first line says that it tries."""
         return next((x.idea for x in self.lines(commit)), "baseline")
@@ -214,7 +224,7 @@ class Night:
         """Return whether the budget of the night is."""
         if self.budget.endswith("h"):
             return time.time() - self.began > 3600 * float(self.budget[:-1])
-        return bool(self.budget) and self.count() >= int(self.budget)
+        return bool(self.budget) and self.count() + self.again >= int(self.budget)
 
     def stand(
         self, attempt: str = ""
@@ -344,7 +354,7 @@ class Night:
                 line.void = result.void
                 line.description += f", void: {result.void}"
             ledger.rewrite(Path(self.log), lambda lines, new=line: [*lines, new.text()])
-            if not line.void or again + 1 >= VOID_RUNS:
+            if not line.void or (again + 1) % VOID_RUNS == 0:
                 return line
 
     # ---- The draft, and the others ---------------------------------------------------------
@@ -370,19 +380,22 @@ class Night:
             raise Refused(f"{others} differs from the best commit; {help}")
         if not changed:
             raise Refused("train.py is the best commit's; edit it, then run")
+        for short in self.withdrawn():
+            if succeeds("diff", "--quiet", short, "--", "train.py"):
+                what = f"this is the train.py of {short}, which was taken back"
+                raise Refused(f"{what}; mend what was wrong with it, then run")
 
     def same_attempt(self) -> dict | None:
         """Return the job of a further run of an attempt at the best, if train.py is its.
 
         A commit of its own would begin at the first seed, for a luckier number.
         """
-        now, *_ = self.stand()
-        for short, values in now.items():
+        for short in dict.fromkeys(x.commit for x in self.lines() if x.valid):
             if succeeds("diff", "--quiet", short, "--", "train.py"):
                 commit, *parents = git("rev-parse", short, f"{short}^@").split()
                 if parents == [self.best]:
                     job = {"commit": commit, "idea": self.idea_of(short), "runs": 0}
-                    return job | {"again": len(values) + 1}
+                    return job | {"since": len(self.lines())}
         return None
 
     def elsewhere(self) -> list[str]:
@@ -450,6 +463,8 @@ class Night:
             said[0] += (
                 "; the GPU's speed changed by over 2 %, so runs before do not count"
             )
+        if log := self.last_log(commit):
+            said += self.read(log).notes[:2]
         changes = {}
         old = [x.val_bpb for x in self.lines(instead) if x.valid] if instead else []
         new = [x.val_bpb for x in self.lines(commit) if x.valid]
@@ -459,16 +474,16 @@ class Night:
             self.mark([commit[:8]], "discard")
         self.save(open=None, said=[*self.said, *said], **changes)
 
-    def attempt(self, commit: str, idea: str, runs: int, again: int = 0) -> None:
+    def attempt(self, commit: str, idea: str, runs: int, since: int = 0) -> None:
         """Run and repeat an attempt until there is a verdict on it.
 
-        again: the runs that it has at least, if it had a verdict before.
+        since: the lines that there were when it had one before; it runs once more.
         """
-        while len(self.stand(commit)[0].get(commit[:8], [])) < again:
-            if not self.run_once(commit, idea, "discard").valid:
-                break
+        mine = [x for x in self.lines()[since:] if x.commit == commit[:8]]
+        if since and all(x.void for x in mine) and len(mine) < VOID_RUNS:
+            self.run_once(commit, idea, "discard")
         while True:
-            what, words = self.state(commit, again)
+            what, words = self.state(commit, since)
             if what == "repeat new":
                 self.run_once(commit, idea, "discard")
             elif what == "repeat best":
@@ -479,7 +494,7 @@ class Night:
         if what == "keep":
             self.mark([commit[:8]], "keep")
             changes |= {"best": commit, "before": self.best}
-        due, over = self.count() // CONTROL_EVERY, self.used_up()
+        due, over = (self.count() + self.again) // CONTROL_EVERY, self.used_up()
         if due > self.controls or over:
             changes |= {
                 "open": self.control(changes.get("best", self.best)),
@@ -487,19 +502,17 @@ class Night:
             }
         self.save(said=[f"{what}: {commit[:8]} {idea}", *words], controls=due, **changes)
 
-    def state(self, commit: str, again: int = 0) -> tuple[str, list[str]]:
+    def state(self, commit: str, since: int = 0) -> tuple[str, list[str]]:
         """Return what is to be done with an attempt, or the verdict, and lines on it."""
         mine, lines = self.lines(commit), self.lines()
         what, words = self.judge(commit)
         if not mine:
             return what, words
-        log = max(
-            self.folder.glob(f"{commit[:8]}-*.log"), key=lambda p: p.stat().st_mtime
-        )
+        log = self.last_log(commit)
         result = self.read(log)
         last, voids = mine[-1], [x for x in mine if x.void and x.seed == mine[-1].seed]
         back = f"git restore --source {commit[:8]} train.py"
-        if any(x.status == "crash" and not x.void for x in mine):
+        if last.status == "crash" and not last.void:
             words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
             if result.status in (137, 143):
                 words.append("it was killed from outside, or the host had no memory left")
@@ -508,10 +521,10 @@ class Night:
             words.append(f"a slip? {back}; fix it; `run` again with the same idea")
             words.append("that writes over a draft in train.py: `git stash` first")
             return "crash", words
-        if len(voids) == VOID_RUNS:
+        if last.void and len(voids) % VOID_RUNS == 0:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"
             return "void", [why, f"to try it again: {back}; `run`"]
-        first = mine[min(again, len(mine)) - 1 if again else 0]
+        first = next((x for x in lines[since:] if x.commit == commit[:8]), mine[0])
         if what.startswith("repeat") and len(lines) - lines.index(first) >= MOST_RUNS:
             what, why = (
                 "discard",
@@ -538,13 +551,15 @@ class Night:
         if f"without {short}" in ideas.values() or (gone and not in_best):
             raise Refused(f"{short} is void already")
         if not (in_best or any(x.valid for x in self.lines(short))):
-            raise Refused(f"{short} crashed; there is no result to take back")
+            raise Refused(f"{short} crashed or was void; it has no result to take back")
         if (other := ideas[short].removeprefix("without ")) in ideas:
             raise Refused(f"{short} takes {other} back; void what brought the fault")
         above, changes, said = [], {}, f"void: {short} {ideas[short]}"
         if in_best:
             above = git("rev-list", f"{full}..{self.best}").split()
             before = git("rev-parse", f"{full}^")
+            while before[:8] in self.withdrawn():
+                before = git("rev-parse", f"{before}^")
             changes = {"best": before, "before": self.best}
         if above:
             tree = self.folder / "tree"

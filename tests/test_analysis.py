@@ -695,6 +695,13 @@ def test_the_page_names_the_commands_that_run_a_near_miss_again(repository, quic
         assert " ".join((repository.folder / "train.py").read_text().split()) == there
         assert repository.name() == kept
     assert "git" not in page.try_next(analyse(log(lines), repository.folder / "none"))
+    earlier = analyse(log(lines), repository.folder)
+    earlier.tonight = (
+        False  # its runs are not in tonight's log, nor is its best the branch's
+    )
+    assert "git show" in page.try_next(earlier) and "restore" not in page.try_next(
+        earlier
+    )
 
 
 def test_what_may_be_luck_is_kept_so_the_page_names_no_seed(quick):

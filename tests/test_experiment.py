@@ -184,6 +184,70 @@ def test_a_run_sees_its_gpu_and_no_virtual_env(fresh):
     }
 
 
+def hurt(seed: int, how: str) -> str:
+    """Return a train.py two noises below the best, whose run of `seed` fails until `go`."""
+    what = f'seed == {seed} and not os.path.exists(os.path.join(here, "go"))'
+    return train_py(0.4388).replace(
+        'if FAULT == "crash"', f'if {what}:\n    FAULT = "{how}"\nif FAULT == "crash"'
+    )
+
+
+@pytest.mark.parametrize("how", ["crash", "gpu"])
+def test_an_attempt_whose_repeat_failed_gets_its_verdict_when_it_runs_again(clone, how):
+    path = clone.folder / "train.py"
+    path.write_text(hurt(43, how))
+    assert ("void: " if how == "gpu" else "crash: ") in clone.do("run", "good")
+    clone.go()
+    path.write_text(hurt(43, how))
+    assert "keep: " in clone.do("run", "good")
+    path.write_text(path.read_text().replace("0.4388", "0.43"))
+    assert "keep: " in clone.do("run", "better")
+
+
+def test_runs_long_before_an_attempt_runs_again_are_no_reason_to_give_it_up(clone):
+    clone.experiment("clear", 0.43)
+    text = train_py(0.4302, ONCE="gpu").replace("42: 0.0", "42: 0.0005")
+    text = text.replace("43: 0.0005", "43: -0.004")
+    (clone.folder / "train.py").write_text(text)
+    assert "discard: " in clone.do("run", "A")
+    for _ in range(6):
+        clone.experiment("worse", 0.5)
+    (clone.folder / "train.py").write_text(text)
+    said = clone.do("run", "A")
+    assert "no verdict in" not in said and "clear, seed 43" in clone.said()[-1]
+
+
+def test_further_runs_count_for_the_budget_and_for_the_next_control(fresh):
+    fresh.do("start", "nov24", "--budget", "11")
+    for number in range(9):
+        said = fresh.experiment("no good", 0.5, status=0)
+        assert "control" not in said, number
+    assert "control, the best: " in fresh.experiment("no good", 0.5)
+    assert "1 experiment, 0 kept" in fresh.do("status")
+    assert "the night is over" in fresh.experiment("no good", 0.5, status=4)
+
+
+def test_what_was_taken_back_is_not_run_again(clone):
+    clone.experiment("a leak", 0.2)
+    leak = clone.git("rev-parse", "--short=8", "HEAD")
+    clone.do("void", leak, "sees the future")
+    said = clone.experiment("once more", 0.2, status=1)
+    assert f"the train.py of {leak}, which was taken back" in said
+    assert clone.value() == 0.2
+    assert "discard: " in clone.experiment("mended", 0.45)
+
+
+def test_text_that_ran_out_is_told_of_from_the_baseline_on(fresh):
+    before = 'print("warning: `VIRTUAL'
+    said = "warning: edit: a\\nwarning: edit: b\\nwarning: data: 1.02 epochs"
+    text = train_py().replace(before, f'print("{said}")\n{before}')
+    (fresh.folder / "train.py").write_text(text)
+    fresh.git("commit", "-qam", "short of text")
+    assert "warning: data: 1.02 epochs" in fresh.do("start", "nov24")
+    (fresh.folder / "train.py").write_text(text.replace("0.44", "0.5"))
+    assert "warning: data: 1.02 epochs" in fresh.do("run", "worse")
+
+
 # ---- The tree is the agent's -------------------------------------------------------------
 def test_the_next_edit_can_be_drafted_while_the_gpu_works(clone):
     clone.run_slowly(0.43)
@@ -231,6 +295,18 @@ def test_an_attempt_that_runs_again_is_judged_by_the_mean_of_all_its_runs(clone)
     assert "keep: " in clone.experiment("deeper", 0.43)  # on it
     said = clone.experiment("without it", 0.4392)  # an attempt at another best
     assert "its next seed" not in said and "discard: " in said
+
+
+def test_no_attempt_begins_at_the_first_seed_again_after_the_gpus_speed_changed(clone):
+    clone.experiment("unlucky", 0.45)
+    (clone.folder.parent / "speed").write_text("0.95")
+    for n in range(9):
+        clone.experiment(f"worse {n}", 0.5, lines=n)
+    assert clone.said()[-1] == "keep baseline, seed 45"  # a control, slower
+    said = clone.experiment("unlucky", 0.45)
+    assert "discard: " in said and "val_bpb 0.450500; the best" in said
+    assert clone.said()[-1] == "discard unlucky, seed 43"
+    assert "10 experiments, 0 kept" in clone.do("status")
 
 
 @pytest.mark.parametrize("ref", ["deleted", "a tag of its name"])
@@ -918,7 +994,7 @@ def test_a_crash_is_nothing_to_take_back(clone):
     clone.experiment("an accident", 0.4, FAULT="crash")
     commit = (clone.folder / "results.tsv").read_text().splitlines()[-1].split("\t")[0]
     log = clone.said()
-    assert f"{commit} crashed" in clone.do("void", commit, "why", status=1)
+    assert f"{commit} crashed or was void" in clone.do("void", commit, "why", status=1)
     assert clone.said() == log
 
 
@@ -1006,6 +1082,21 @@ def test_what_is_left_of_a_void_commit_is_kept_though_the_gpu_is_throttled(clone
     basis.write_text(basis.read_text().replace("0000000", "8fe0ad1f"))
     assert "without" in clone.do("wait") and clone.value() == 0.44
     assert "Y = 1" in (clone.folder / "train.py").read_text()
+
+
+def test_the_branch_does_not_go_back_to_a_commit_that_was_withdrawn_before(clone):
+    first = clone.git("rev-parse", "HEAD")
+    clone.experiment("leak", 0.43)
+    leak = clone.git("rev-parse", "HEAD")
+    path = clone.folder / "train.py"
+    path.write_text(path.read_text().replace('print(f"---', 'luck -= 0.01\nprint(f"---'))
+    clone.do("run", "second")
+    second = clone.git("rev-parse", "HEAD")
+    path.write_text(path.read_text().replace("luck -= 0.01", "luck -= 0.02"))
+    clone.do("run", "third")
+    clone.do("void", leak, "sees the future")
+    assert "does not fit" in clone.do("void", second, "broken too")
+    assert clone.git("rev-parse", "HEAD") == first and "mean" in clone.do("status")
 
 
 def test_what_does_not_fit_without_a_void_commit_is_named_to_be_tried_again(clone):
@@ -1156,20 +1247,20 @@ def test_the_report_names_the_group_that_it_needs(clone):
     (clone.folder / "analysis.py").write_text("import no_such_module")
     said = clone.do("report", status=1)
     assert "uv run --group analysis experiment.py report" in said
-    writes = "def write_report(folder, ledger): return folder / ledger.name"
+    writes = "def write_report(folder, ledger, tonight): return folder / ledger.name"
     (clone.folder / "analysis.py").write_text(writes)
     assert clone.do("report") == f"{clone.folder / 'results.tsv'}\n"
 
 
 def test_the_page_of_an_earlier_night_can_be_written(clone):
     writes = (
-        "def write_report(folder, ledger): return ledger.read_text().count('baseline')"
+        "def write_report(_, log, tonight): print(log.read_text().count('base'), tonight)"
     )
     (clone.folder / "analysis.py").write_text(writes)
     said = clone.do("start", "nov25")
     (name,) = re.findall(r"report (results-\S+\.tsv)` writes its page", said)
     clone.experiment("wider MLP", 0.43)
-    assert clone.do("report", name) == "3\n"
+    assert clone.do("report", name) == "3 False\nNone\n"
     assert "is no file" in clone.do("report", "results-gone.tsv", status=1)
 
 
