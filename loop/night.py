@@ -383,7 +383,7 @@ class Night:
         for short in self.withdrawn():
             if succeeds("diff", "--quiet", short, "--", "train.py"):
                 what = f"this is the train.py of {short}, which was taken back"
-                raise Refused(f"{what}; mend what was wrong with it, then run")
+                raise Refused(f"{what}; fix what was wrong with it, then run")
 
     def same_attempt(self) -> dict | None:
         """Return the job of a further run of an attempt at the best, if train.py is its.
