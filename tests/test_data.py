@@ -717,7 +717,10 @@ def test_own_text_that_is_refused_leaves_what_was_prepared_before_as_it_was(
     write_shard(other / "a.parquet", make_documents(seed=4, count=700))
     write_shard(other / "z.parquet", make_documents(seed=3, count=100))
     assert "is too short" in sentence(prepare.main, ["--source", str(other)])
-    assert listing(cache) == before
+    after = listing(cache)
+    assert {name: after.pop(name) for name in before} == before
+    # At most whole rows, if their process was faster than the one that refused.
+    assert len(after) <= 1 and all(re.fullmatch(r"rows/a\.\w+\.u16", x) for x in after)
     prepare.main(["--check"])
 
 
