@@ -1212,7 +1212,8 @@ def test_a_tree_removed_at_night_ends_the_night_of_its_gpu_alone(origin, tmp_pat
     while sum("step 0" in x.read_text() for x in other.glob("runs/*/*.log")) < 5:
         assert time.monotonic() < end
         time.sleep(0.01)
-    time.sleep(0.3)  # until it waits
+    for _ in range(3):  # until it waits: it began before these
+        clone.do("status", cwd=other)
     before = clone.said()
     other.rename(tmp_path / "gone")  # at once; it looks for it all the time
     said = waits.communicate(timeout=30)[0]
