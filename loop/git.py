@@ -51,6 +51,11 @@ def succeeds(*command: str) -> bool:
         return False
 
 
+def train_py_is_of(commit: str) -> bool:
+    """Return whether train.py here is that of `commit`."""
+    return succeeds("diff", "--quiet", commit, "--", "train.py")
+
+
 def make_tree(tree: Path, commit: str) -> None:
     """Check `commit` out in a worktree of its own, without what an earlier run left there."""
     shutil.rmtree(tree, ignore_errors=True)

@@ -30,6 +30,7 @@ from loop.git import (
     lock,
     make_tree,
     succeeds,
+    train_py_is_of,
 )
 from loop.ledger import Line
 from loop.verdict import noise_of, number_stretches, verdict
@@ -381,7 +382,7 @@ class Night:
         if not changed:
             raise Refused("train.py is the best commit's; edit it, then run")
         for short in self.withdrawn():
-            if succeeds("diff", "--quiet", short, "--", "train.py"):
+            if train_py_is_of(short):
                 what = f"this is the train.py of {short}, which was taken back"
                 raise Refused(f"{what}; fix what was wrong with it, then run")
 
@@ -391,7 +392,7 @@ class Night:
         A commit of its own would begin at the first seed, for a luckier number.
         """
         for short in dict.fromkeys(x.commit for x in self.lines() if x.valid):
-            if succeeds("diff", "--quiet", short, "--", "train.py"):
+            if train_py_is_of(short):
                 commit, *parents = git("rev-parse", short, f"{short}^@").split()
                 if parents == [self.best]:
                     job = {"commit": commit, "idea": self.idea_of(short), "runs": 0}
@@ -418,7 +419,7 @@ class Night:
         job, here = self.open, succeeds("symbolic-ref", "-q", "HEAD")
         here = here and git("symbolic-ref", "HEAD") == name
         if here and job and not job["runs"]:
-            if succeeds("diff", "--quiet", job["commit"], "--", "train.py"):
+            if train_py_is_of(job["commit"]):
                 git("checkout", "-q", "HEAD", "--", "train.py")
         if git("rev-parse", name) == self.before != self.best:
             if here:
@@ -547,8 +548,8 @@ class Night:
             why = f"has no line of this GPU in {self.log}"
             raise Refused(f"{short} {why}")
         in_best = succeeds("merge-base", "--is-ancestor", full, self.best)
-        gone = any(x.void and x.status != "crash" for x in self.lines(short))
-        if f"without {short}" in ideas.values() or (gone and not in_best):
+        broken = self.withdrawn()
+        if f"without {short}" in ideas.values() or (short in broken and not in_best):
             raise Refused(f"{short} is void already")
         if not (in_best or any(x.valid for x in self.lines(short))):
             raise Refused(f"{short} crashed or was void; it has no result to take back")
@@ -558,7 +559,7 @@ class Night:
         if in_best:
             above = git("rev-list", f"{full}..{self.best}").split()
             before = git("rev-parse", f"{full}^")
-            while before[:8] in self.withdrawn():
+            while before[:8] in broken:
                 before = git("rev-parse", f"{before}^")
             changes = {"best": before, "before": self.best}
         if above:
