@@ -2,11 +2,9 @@
 
 Usage: uv run train.py > run.log 2>&1     (AUTORESEARCH_SMOKE=1: a tiny model, on a CPU)
 
-The model: rotary embeddings, QK-norm, ReLU^2 MLP, RMSNorm without weights, short and full
-causal windows, keys offset by a token, hashed n-gram embeddings, gates on these, on
-attention and on value embeddings, per-layer scalars on the residual stream and both
-embeddings, soft-capped logits, untied head, no biases. Muon for the block matrices,
-RMSprop per entry for the n-grams, AdamW for the rest.
+The model: rotary embeddings, QK-norm, ReLU^2 MLP, short and full causal windows, hashed
+n-gram embeddings, value embeddings, gates on both and on attention, soft-capped logits,
+untied head. Muon for the block matrices, RMSprop for the n-grams, AdamW for the rest.
 
 harness/ owns data, clock, seed, warm-up, evaluation and summary; see harness/run.py.
 """
@@ -36,7 +34,7 @@ from harness.ops import (
 )
 from harness.run import open_run
 
-# ---- Knobs -----------------------------------------------------------------------------
+# ---- Knobs -----------------------------------------------
 # Model
 DEPTH = 10  # layers
 N_EMBD = 640  # width
@@ -96,7 +94,7 @@ if SMOKE:
     SHORT_WINDOW = min(SHORT_WINDOW, MAX_SEQ_LEN)
 
 
-# ---- Model -----------------------------------------------------------------------------
+# ---- Model -----------------------------------------------
 GATE_CHANNELS = 32  # of its input, that a gate looks at
 
 
@@ -182,9 +180,6 @@ class Linear(nn.Linear):
 
 class Embedding(nn.Embedding):
     """A table in float32 whose rows are used in another dtype."""
-
-    def __init__(self, entries: int, width: int):
-        super().__init__(entries, width)
 
     def forward(self, idx: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return embedding(idx, self.weight, dtype)
@@ -406,10 +401,7 @@ class GPT(nn.Module):
         return self.cross_entropy(self.trunk(x), y)
 
     def row_bytes(self) -> float:
-        """Return the memory that a row of a micro-step takes, roughly: activations, logits.
-
-        The warm-up tries no batch that cannot fit by it.
-        """
+        """Return roughly a row's memory; the warm-up tries no batch that cannot fit by it."""
         trunk = 28 * self.config.n_layer * self.config.n_embd
         return self.config.sequence_len * (trunk + 3 * self.config.vocab_size)
 
@@ -452,7 +444,7 @@ def build_model(config: GPTConfig, attend: Attention, device: torch.device) -> G
         return GPT(config, attend, dtype)
 
 
-# ---- Optimizer -------------------------------------------------------------------------
+# ---- Optimizer -------------------------------------------
 # Polar Express, arXiv:2505.16932: five odd quintics a x + b x^3 + c x^5 whose composition
 # brings singular values from [1e-3, 1] closest to 1; algorithm 2, cushion 2e-2, safety
 # factor 1.02.
@@ -486,8 +478,7 @@ def muon_update(
 
     Nesterov momentum, orthogonalised (Muon, kellerjordan.github.io/posts/muon), each row
     scaled by its own second moment at equal total norm (NorMuon, arXiv:2510.05491), decay
-    only where it agrees with the update (cautious, arXiv:2510.12402). The last four
-    arguments are numbers.
+    only where it agrees with the update (cautious, arXiv:2510.12402).
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = polar_express(grad.lerp(momentum_buffer, momentum)).float()
@@ -590,8 +581,7 @@ class RowRMSprop(torch.optim.Optimizer):
 def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """Return the optimizers, from one table: what moves by which, how fast, what decay.
 
-    The warm-up checks that each parameter is in one group. The schedules go by
-    `kind`: matrix (momentum, decay), others (learning rate alone).
+    The schedules go by `kind`: matrix (momentum, decay), others (learning rate alone).
     """
     grouped: dict[str, str] = {}  # name of a parameter -> patterns of its group
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -645,7 +635,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     ]
 
 
-# ---- Schedules -------------------------------------------------------------------------
+# ---- Schedules -------------------------------------------
 def lr_multiplier(progress: float) -> float:
     """Return the factor on all learning rates at `progress`: up, flat, down, linearly."""
     up = min(1.0, progress / WARMUP_RATIO) if WARMUP_RATIO else 1.0
@@ -672,7 +662,7 @@ def set_schedules(optimizers: Iterable[torch.optim.Optimizer], progress: float) 
     return lrm
 
 
-# ---- Training --------------------------------------------------------------------------
+# ---- Training --------------------------------------------
 def train_step(
     model: GPT, optimizers, batches: Iterable, micro_steps: int
 ) -> torch.Tensor:

@@ -12,6 +12,7 @@ ROOT = Path(C.__file__).parent
 ORDERED = ["train.py", "constants.py", "harness/run.py", "harness/ops.py"]
 MOST_OF_ALL, MOST_OF_TRAIN = 18_000, 8_500  # tokens
 BYTES_PER_TOKEN = 3.58  # of train.py, where no tokenizer can be had
+SHELL = 30_000  # characters of a command's output, beyond which agents' shells cut out the middle
 LONG, MOST_LONG = 90, 30  # characters of a line; lines that may have more
 
 
@@ -38,6 +39,11 @@ def test_what_an_agent_is_ordered_to_read_is_short():
 
 def test_train_py_is_short():
     assert count_tokens("train.py") <= MOST_OF_TRAIN
+
+
+def test_a_shell_shows_each_file_whole_that_an_agent_is_ordered_to_read():
+    for name in ["program.md", *ORDERED]:
+        assert len((ROOT / name).read_text("utf-8")) < SHELL, name
 
 
 def test_lines_of_train_py_fit_a_window():
