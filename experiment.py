@@ -38,7 +38,9 @@ from loop.git import (
     check_index,
     fcntl,
     git,
+    has_change,
     is_on,
+    lines_of,
     make_commit,
     make_tree,
     succeeds,
@@ -264,12 +266,14 @@ def status() -> int:
     for line in night.elsewhere():
         print(line)
     lines, tried = night.all_lines(), {x.idea for x in night.lines()}
+    ours = [{*lines_of(commit)} for commit in {x.commit for x in night.lines()}]
     for line in lines:
         if not line.status:
             print(f"{night.log}: not a run, not counted: {line.description[:60]!r}")
         elif line.status == "keep" and line.valid and line.idea not in tried:
             tried.add(line.idea)
-            print(f"kept on gpu {line.gpu}: {line.idea}; git show {line.commit}")
+            if not any(has_change(text, line.commit) for text in ours):
+                print(f"kept on gpu {line.gpu}: {line.idea}; git show {line.commit}")
     print(night.log, *(line.text() for line in lines[-20:] if line.status), sep="\n")
     return 0
 

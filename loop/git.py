@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+from difflib import SequenceMatcher
 from pathlib import Path
 
 try:
@@ -54,6 +55,42 @@ def succeeds(*command: str) -> bool:
 def train_py_is_of(commit: str) -> bool:
     """Return whether train.py here is that of `commit`."""
     return succeeds("diff", "--quiet", commit, "--", "train.py")
+
+
+def lines_of(commit: str) -> list[str]:
+    """Return the lines of a commit's train.py."""
+    return git("show", f"{commit}:train.py").split("\n")
+
+
+def has_change(lines: set[str], commit: str) -> bool:
+    """Return whether a train.py of these lines has what `commit` changed in it."""
+    diff = git("show", "--format=", "--unified=0", commit, "--", "train.py")
+    changes = diff.partition("\n@@")[2].splitlines()
+    took, brought = ({x[1:] for x in changes if x[:1] == sign} for sign in "-+")
+    return brought <= lines if brought else not took & lines
+
+
+def merge_draft(before: str, best: str, draft: bytes) -> bytes | None:
+    """Return the draft of a train.py on `before` as it is on `best`, if git found a conflict.
+
+    None if both change the same lines, or git merged them. For git, changes of neighbouring
+    lines, such as two knobs, are a conflict too.
+    """
+    path = ROOT / "train.py"
+    if not path.exists() or MARKS not in b"\n" + path.read_bytes():
+        return None
+    old, changes = lines_of(before), set()
+    for new in (lines_of(best), os.fsdecode(draft).removesuffix("\n").split("\n")):
+        for what, i, j, k, m in SequenceMatcher(None, old, new, False).get_opcodes():
+            if what != "equal":
+                changes.add((i, j, tuple(new[k:m])))
+    merged, end = [], -1
+    for i, j, lines in sorted(changes):
+        if i < end or i == j == end:
+            return None
+        merged += [*old[max(end, 0) : i], *lines]
+        end = j
+    return os.fsencode("\n".join([*merged, *old[max(end, 0) :], ""]))
 
 
 def make_tree(tree: Path, commit: str) -> None:

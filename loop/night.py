@@ -27,8 +27,10 @@ from loop.git import (
     changed_files,
     check_index,
     git,
+    lines_of,
     lock,
     make_tree,
+    merge_draft,
     succeeds,
     train_py_is_of,
 )
@@ -198,13 +200,26 @@ class Night:
         kept = {x.commit for x in self.lines() if x.status == "keep" and x.valid}
         count = self.count()
         counts = f"{count} experiment{'s' * (count != 1)}, {max(0, len(kept) - 1)} kept"
-        end = "; the night is over" if self.over else ""
+        end = "; the night is over" if self.over else self.left()
         return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
 
+    def left(self) -> str:
+        """Return how much of the budget is left, "" if there is none."""
+        if self.budget.endswith("h"):
+            seconds = self.began + 3600 * float(self.budget[:-1]) - time.time()
+            return f"; {max(0.0, seconds) / 60:.0f} min left"
+        count = self.count() + self.again
+        return self.budget and f"; {max(0, int(self.budget) - count)} left"
+
     def task(self) -> str:
-        """Return the idea that is open, and whether it is a control."""
-        again = ", again as a control" if "control" in self.open else ""
-        return self.open["idea"] + again
+        """Return the idea that is open, and which of its runs or whether it is a control."""
+        job = self.open
+        if "control" in job:
+            return f"{job['idea']}, again as a control"
+        if not job["runs"]:
+            return job["idea"]
+        run = 1 + sum(x.valid for x in self.lines(job["commit"]))
+        return f"{job['idea']}, run {min(run, job['runs'])} of {job['runs']}"
 
     def busy(self) -> str:
         """Return one line on who has the locks."""
@@ -251,14 +266,17 @@ class Night:
     def judge(self, commit: str) -> tuple[str, list[str]]:
         """Return the verdict on an attempt as things are, and the lines that say why."""
         now, reference, noise, _ = self.stand(commit)
-        pair = [self.best[:8], commit[:8]]
-        best, new = (now.get(c, []) for c in pair)
         runs = [x for x in self.lines() if x.valid]
-        memory = [[x.memory_gb for x in runs if x.commit == c] for c in pair]
-        old_gb, new_gb = (fmean(values or [0.0]) for values in memory)
-        sizes = [len(git("show", f"{c}:train.py").splitlines()) for c in pair]
+        first = runs[0].commit if runs else self.best[:8]  # the baseline
+        commits = [self.best[:8], commit[:8], first]
+        best, new, _ = (now.get(c, []) for c in commits)
+        memory = [[x.memory_gb for x in runs if x.commit == c] for c in commits]
+        old_gb, new_gb, first_gb = (fmean(values or [0.0]) for values in memory)
+        sizes = [len(lines_of(c)) for c in commits]
         longer = sizes[1] - sizes[0]
-        heavier = new_gb > HEAVY * old_gb or longer > LONGER
+        # The way back from something small is as free as the way there.
+        heavier = new_gb > HEAVY * max(old_gb, first_gb)
+        heavier = heavier or sizes[1] > LONGER + max(sizes[0], sizes[2])
         simpler = new_gb < LIGHT * old_gb or longer < 0
         what = verdict(best, new, noise, reference, simpler, heavier)
         if not new or not best:
@@ -424,8 +442,12 @@ class Night:
         if git("rev-parse", name) == self.before != self.best:
             if here:
                 git("reset", "-q")  # a draft that is staged would be in the way
+                path = ROOT / "train.py"
+                draft = path.read_bytes() if path.exists() else b""
                 git("checkout", "-q", "-m", "-B", self.branch, self.best)
                 git("reset", "-q", "--", "train.py")  # after a conflict
+                if merged := merge_draft(self.before, self.best, draft):
+                    ledger.write_whole(path, merged)
             else:
                 git("update-ref", name, self.best, self.before)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from night import Clone, make_origin, train_py
 
+from loop import git as loop_git
 from loop.git import lock
 from loop.ledger import plain
 
@@ -70,6 +71,14 @@ def test_a_change_is_kept_repeated_or_discarded_by_the_table(clone):
     pinned = clone.git("log", "--no-walk", "--format=%h %s", "--glob=refs/attempts")
     assert len(pinned.splitlines()) == 4 and "softcap 20" in pinned
     assert "2747 steps, 1.200 M tok/s" in clone.rows()[3][3]
+
+
+def test_the_way_back_to_the_baselines_memory_and_length_has_no_higher_bars(clone):
+    assert "keep: " in clone.experiment("smaller", 0.43, lines=-20, MEMORY=30)
+    said = clone.experiment("as before", 0.427, lines=0, MEMORY=58)
+    assert "keep: " in said and "bars doubled" not in said
+    assert "bars doubled" in clone.experiment("too large", 0.424, MEMORY=70)
+    assert "bars doubled" in clone.experiment("too long", 0.424, lines=25)
 
 
 def test_what_is_shorter_and_equal_is_kept_and_what_is_longer_needs_more(clone):
@@ -334,6 +343,41 @@ def test_a_draft_that_does_not_fit_what_was_kept_shows_both(clone):
     text = (clone.folder / "train.py").read_text()
     assert "<<<<<<<" in text and "VAL_BPB = 0.43" in text and "VAL_BPB = 0.42" in text
     assert "keep: " in clone.experiment("next", 0.41) and clone.value() == 0.41
+
+
+def test_a_draft_on_the_line_beside_what_was_kept_fits(clone):
+    clone.run_slowly(0.43)
+    clone.edit(0.44, SPEED=1.3)  # the next line
+    clone.go()
+    assert "does not fit" not in clone.do("wait")
+    assert (clone.folder / "train.py").read_text() == train_py(
+        0.43, FAULT="slow", SPEED=1.3
+    )
+
+
+@pytest.mark.parametrize(
+    "best, draft, merged",
+    [
+        ("Abcd", "aBcd", "ABcd"),
+        ("Abcd", "abcD", "AbcD"),
+        ("bcd", "aBcd", "Bcd"),
+        ("abcdE", "Xabcd", "XabcdE"),
+        ("AbcD", "AbCd", "AbCD"),
+        ("Abcd", "Xbcd", None),
+        ("abXcd", "abYcd", None),
+        ("Xabcd", "Yabcd", None),
+        ("acd", "aBcd", None),
+    ],
+)
+def test_changes_of_neighbouring_lines_are_merged_and_of_one_line_are_not(
+    monkeypatch, tmp_path, best, draft, merged
+):
+    files = {name: "\n".join(text) for name, text in (("old", "abcd"), ("new", best))}
+    monkeypatch.setattr(loop_git, "ROOT", tmp_path)
+    monkeypatch.setattr(loop_git, "lines_of", lambda name: files[name].split("\n"))
+    (tmp_path / "train.py").write_text("<<<<<<< new\n")
+    found = loop_git.merge_draft("old", "new", "\n".join([*draft, ""]).encode())
+    assert found == (merged and "\n".join([*merged, ""]).encode())
 
 
 def test_the_owners_files_survive_a_night(clone):
@@ -967,6 +1011,24 @@ def test_when_the_budget_is_used_up_the_night_is_over(fresh, budget):
     assert "nothing is open; the night is over" in said and "begins the next" not in said
 
 
+def test_status_says_how_much_of_the_budget_is_left(fresh):
+    fresh.do("start", "nov24", "--budget", "3")
+    assert "0 experiments, 0 kept; 3 left" in fresh.do("status")
+    assert "1 experiment, 1 kept; 2 left" in fresh.experiment("wider MLP", 0.43)
+    fresh.do("start", "nov25", "--budget", "0.5h")
+    assert "; 30 min left" in fresh.do("status")
+
+
+def test_a_baseline_that_goes_on_says_which_of_its_runs_it_is_at(fresh):
+    fresh.edit(FAULT="slow")
+    fresh.git("commit", "-qam", "slow")
+    assert "baseline, run 1 of 3 is going on" in fresh.do(
+        "start", "nov24", "--minutes=0", status=3
+    )
+    fresh.go()
+    fresh.do("wait")
+
+
 def test_a_commit_that_turns_out_broken_is_taken_back(clone):
     clone.experiment("a leak", 0.2)
     leak = clone.git("rev-parse", "HEAD")
@@ -1139,6 +1201,23 @@ def test_several_gpus_share_a_log_and_each_is_judged_by_its_own(origin, tmp_path
     ]
     environment = (tmp_path / "environment").read_text()
     assert environment.count("'0'") == 4 and environment.count("'1'") == 5
+
+
+def test_status_leaves_out_what_was_kept_elsewhere_and_tried_here_in_other_words(
+    origin, tmp_path
+):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    clone.experiment("wider MLP", 0.43)
+    clone.experiment("shorter", 0.43, lines=-3)
+    said = clone.do("status", cwd=other)
+    assert "kept on gpu 0: wider MLP" in said and "kept on gpu 0: shorter" in said
+    (other / "train.py").write_text(train_py(0.43))
+    assert "keep: " in clone.do("run", "wider, as kept on gpu 0", cwd=other)
+    said = clone.do("status", cwd=other)
+    assert "kept on gpu 0: wider MLP" not in said and "kept on gpu 0: shorter" in said
+    assert "kept on gpu 1" not in clone.do("status")
 
 
 def test_status_says_what_the_other_gpu_is_at_work_on(origin, tmp_path):
