@@ -23,10 +23,18 @@ class Clock:
         self.durations: deque[float] = deque(maxlen=8)
         self.queued: deque = deque()  # (CUDA event at its end, None on a CPU; step)
         self.last_event = None  # of the last finished step
+        self.starved = 0  # steps that the device finished before the next was queued
 
     def start(self) -> None:
         self.started_at = self.now()
         self.running = True
+
+    def queue(self, event, step) -> None:
+        """Take note of a step, all of which is queued on the device; event: its end."""
+        if self.queued and event is not None:
+            before, _ = self.queued[-1]
+            self.starved += before.query()  # then the device follows the host
+        self.queued.append((event, step))
 
     def settle(self, ahead: int) -> Iterator:
         """Wait until at most `ahead` steps are unfinished; yield the finished ones, timed."""

@@ -15,6 +15,13 @@ def warning(kind: str, text: str) -> str:
     return f"warning: {kind}: {text}"
 
 
+def starved_line(share: float) -> str:
+    """Return a warning that in this share of the steps the GPU was done before the host."""
+    what = f"in {100 * share:.0f} % of the steps the GPU waited for Python"
+    advice = "less work per step makes no more steps; does train.py wait for the GPU (.item())?"
+    return warning("host", f"{what}: {advice}")
+
+
 def step_line(step, remaining: float) -> str:
     """Return the line of a finished `run.Step`; remaining: seconds of the budget."""
     return (

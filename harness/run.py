@@ -27,7 +27,7 @@ from harness.health import Watch
 from harness.kernel_check import check_kernels
 from harness.loader import Batch, Once, Rows, load_batches
 from harness.machine import advise_late_start
-from harness.output import step_line
+from harness.output import starved_line, step_line
 from harness.rules import compare_with_last, open_basis
 from harness.streams import keep_output
 from harness.summary import summarise
@@ -187,7 +187,7 @@ class Run:
             step.loss = torch.as_tensor(step.loss).detach().to("cpu", non_blocking=True)
             event = gpu.mark(self.device) if self.cuda else None
             self.num_steps += 1
-            self.clock.queued.append((event, step))
+            self.clock.queue(event, step)
             self._settle(Clock.MAX_AHEAD if self.cuda else 0)
         self._settle(0)
         if self.cuda:  # what ran beside the steps counts as well
@@ -197,6 +197,8 @@ class Run:
         self.guard.clock_ended()
         if self.trained:
             warn_of_untrained(*self.trained)
+        if self.clock.starved > self.num_steps / 2:
+            print(starved_line(self.clock.starved / self.num_steps), flush=True)
         late = self.clock.seconds - C.TIME_BUDGET
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
             what = f"the last step ended {late:.1f} s late"

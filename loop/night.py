@@ -542,7 +542,7 @@ class Night:
             if result.status in (128, 255):
                 words.append("so git and ssh end: if the connection failed, fix nothing")
             words.append(f"a slip? {back}; fix it; `run` again with the same idea")
-            words.append("that writes over a draft in train.py: `git stash` first")
+            words.append("that writes over a draft: `git diff HEAD > later.patch` first")
             return "crash", words
         if last.void and len(voids) % VOID_RUNS == 0:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"

@@ -65,6 +65,9 @@ class Event:
     def __init__(self, machine: Machine, start: float, seconds: float):
         self.machine, self.start, self.end = machine, start, start + seconds
 
+    def query(self) -> bool:
+        return self.end <= self.machine.time
+
     def synchronize(self) -> None:
         self.machine.time = max(self.machine.time, self.end)
 
@@ -87,7 +90,7 @@ def drive(budget: float, device_seconds, host_seconds: float = 0.0):
         machine.time += host_seconds
         event = machine.queue(device_seconds(len(log)))
         log.append((step, event, ahead))
-        clock.queued.append((event, step))
+        clock.queue(event, step)
         list(clock.settle(Clock.MAX_AHEAD))
     list(clock.settle(0))
     return clock, machine, log
@@ -102,6 +105,12 @@ def test_constant_steps_fill_the_budget_and_never_exceed_it(step, host):
     used = log[-1][1].end - 1000.0
     assert clock.seconds == used <= 16.0
     assert used + each + host > 16.0  # one more would not have fitted
+
+
+@pytest.mark.parametrize("host, share", [(0.0, 0), (0.25, 0), (0.5, 1), (2.0, 1)])
+def test_the_clock_counts_the_steps_in_which_the_device_waits_for_the_host(host, share):
+    clock, _, log = drive(16.0, lambda k: 0.375, host)
+    assert clock.starved == pytest.approx(share * len(log), abs=2)
 
 
 def test_the_budget_holds_for_a_single_step_that_fills_it():
@@ -138,7 +147,7 @@ def queue_steps(count: int) -> tuple[Clock, Machine, list[Step]]:
     clock.start()
     steps = [Step(k, 0.0, 1) for k in range(count)]
     for step in steps:
-        clock.queued.append((machine.queue(2.0), step))
+        clock.queue(machine.queue(2.0), step)
     return clock, machine, steps
 
 
@@ -155,10 +164,10 @@ def test_a_host_that_stops_between_steps_pays_for_it():
     machine = Machine()
     clock = Clock(4.0, machine.now)
     clock.start()
-    clock.queued.append((machine.queue(1.0), Step(0, 0.0, 1)))
+    clock.queue(machine.queue(1.0), Step(0, 0.0, 1))
     list(clock.settle(0))
     machine.time += 2.5
-    clock.queued.append((machine.queue(0.5), Step(1, 0.0, 1)))
+    clock.queue(machine.queue(0.5), Step(1, 0.0, 1))
     list(clock.settle(0))
     assert clock.seconds == 4.0 and not clock.fits()
 
@@ -181,7 +190,7 @@ def test_setting_the_time_of_the_machine_changes_nothing(monkeypatch):
     begun, steps = time.perf_counter(), 0
     while clock.fits():
         time.sleep(0.01)
-        clock.queued.append((None, Step(steps, 0.0, 1)))
+        clock.queue(None, Step(steps, 0.0, 1))
         list(clock.settle(Clock.MAX_AHEAD))
         steps += 1
     ended = time.perf_counter()
