@@ -13,7 +13,7 @@ import numpy as np
 
 from loop.night import BASELINE_RUNS, CONTROL_EVERY
 from loop.verdict import DRIFT, FLOOR
-from morning.parts import touched
+from morning.parts import touched, twins
 from morning.picture import draw_drift, draw_night, png
 
 if TYPE_CHECKING:  # it imports this file
@@ -239,6 +239,9 @@ def best_commit(night: Night) -> Html:
     if best:
         runs = many(len(best.values), "run") + on_gpu(best.gpu)
         text.append(html.escape(f"{best.commit}, {best.idea}: {best.mean:.6f}, {runs}."))
+        if found := twins(night):
+            means = ", ".join(f"{c.mean:.6f}{on_gpu(c.gpu)}" for c in found)
+            text.append(f"The same train.py gave {means}.")
         command = f"git diff {night.start.commit} {best.commit} -- train.py"
         if best is not night.start:
             text.append(f"<pre>{html.escape(command)}</pre>")

@@ -54,6 +54,25 @@ def parts(source: str) -> dict[str, str]:
     return found
 
 
+def twins(night) -> list:
+    """Return the changes, of other GPUs, with the train.py of the best; [] without git.
+
+    night: of analysis.py.
+    """
+
+    def blob(change) -> str:
+        try:
+            return git("rev-parse", f"{change.commit}:train.py", tree=night.folder)
+        except Refused:
+            return ""
+
+    measured = [c for c in night.changes if c.values and re.fullmatch(NAME, c.commit)]
+    blobs = {id(c): blob(c) for c in measured}
+    best = blobs.get(id(night.best))
+    others = [c for c in measured if c.gpu != night.best.gpu]
+    return [c for c in others if best and blobs[id(c)] == best]
+
+
 def touched(night) -> dict[str, list]:
     """Return part of the first train.py -> the changes that touched it; {} without git.
 

@@ -704,6 +704,19 @@ def test_the_page_names_the_commands_that_run_a_near_miss_again(repository, quic
     )
 
 
+def test_the_page_says_what_the_bests_train_py_gave_on_other_gpus(repository, quick):
+    base = repository.commit("A = 1\n")
+    here = repository.commit("A = 2\n", base)
+    there = repository.commit("A = 2\n", repository.commit("A = 3\n", base))
+    lines = [(base, 1.6, "keep", f"baseline, seed 42, gpu {gpu}") for gpu in "01"]
+    lines += [(here, 1.5, "keep", "two, seed 42, gpu 0")]
+    lines += [(there, 1.52, "discard", "two again, seed 42, gpu 1")]
+    said = words(page.best_commit(analyse(log(lines), repository.folder)))
+    assert "The same train.py gave 1.520000 on GPU 1." in said
+    for few, folder in ((lines[:3], repository.folder), (lines, "/")):
+        assert "same train.py" not in page.best_commit(analyse(log(few), folder))
+
+
 def test_what_may_be_luck_is_kept_so_the_page_names_no_seed(quick):
     lines = [*NIGHT[:3], ("8888888", 0.9965, "keep", "wider, seed 42")]
     text = words(page.try_next(analyse(log(lines))))
