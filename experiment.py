@@ -44,6 +44,7 @@ from loop.git import (
     make_commit,
     make_tree,
     succeeds,
+    train_py_is_of,
 )
 from loop.ledger import idea_in
 from loop.machine import check_machine
@@ -222,6 +223,9 @@ def run(idea: str, minutes: float) -> int:
     if job := night.same_attempt():
         print(f"the train.py of {job['idea']}: its next seed, and all its runs count")
     else:
+        for line in night.lines():
+            if line.status == "crash" and not line.void and train_py_is_of(line.commit):
+                print(f"the train.py of {line.idea}, which crashed as {line.commit}")
         make_tree(tree, night.best)
         shutil.copyfile(ROOT / "train.py", tree / "train.py")
         commit = make_commit(tree, idea, "--", "train.py")

@@ -695,14 +695,15 @@ def main() -> None:
         device_batch_size=DEVICE_BATCH_SIZE,
         row_bytes=model.row_bytes(),
     )
-    epoch = 1
+    epoch, table = 1, model.ngram.weight  # here: a check sees a new name
+    of_table = [o for o in optimizers if isinstance(o, RowRMSprop)]
     for step in run.steps():
         if step.epoch > epoch:  # the n-grams know its rows
             epoch, gone = step.epoch, step.progress
             if (epoch - 1) * (1 - gone) > NGRAM_REFILL * gone:
-                nn.init.zeros_(model.ngram.weight)
-            elif tables := [o for o in optimizers if isinstance(o, RowRMSprop)]:
-                optimizers = tables
+                nn.init.zeros_(table)
+            elif of_table:
+                optimizers = of_table
         step.lrm = set_schedules(optimizers, step.progress)
         step.loss = train_step(model, optimizers, step.batches, step.micro_steps)
     run.evaluate(model)

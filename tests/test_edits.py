@@ -302,13 +302,14 @@ OF_NGRAMS = """
         ngram_lambda_init=NGRAM_LAMBDA_INIT,
     ngram_lr = NGRAM_LR * width_scale
         RowRMSprop(row_rmsprop),
-    epoch = 1
+    epoch, table = 1, model.ngram.weight  # here: a check sees a new name
+    of_table = [o for o in optimizers if isinstance(o, RowRMSprop)]
         if step.epoch > epoch:  # the n-grams know its rows
             epoch, gone = step.epoch, step.progress
             if (epoch - 1) * (1 - gone) > NGRAM_REFILL * gone:
-                nn.init.zeros_(model.ngram.weight)
-            elif tables := [o for o in optimizers if isinstance(o, RowRMSprop)]:
-                optimizers = tables
+                nn.init.zeros_(table)
+            elif of_table:
+                optimizers = of_table
 """.strip("\n")
 
 
@@ -346,6 +347,18 @@ def test_no_ngrams(run, honest):
     honoured(run, honest)
     assert run.shown["params"] < honest.shown["params"]
     assert not any("ngram" in group.get("names", "") for group in run.shown["groups"])
+
+
+@edit(
+    ("self.ngram = NgramEmbedding", "self.hashed = NgramEmbedding"),
+    ("= self.ngram.find(idx)", "= self.hashed.find(idx)"),
+    ("self.ngram(entry)", "self.hashed(entry)"),
+    ('"ngram.weight"', '"hashed.weight"'),
+)
+def test_a_table_with_another_name_is_missed_before_the_clock_starts(run):
+    """Not at the first turn of an epoch, minutes later."""
+    assert run.status and "no attribute 'ngram'" in run.log
+    assert "\nstep " not in run.log
 
 
 @edit((ADDS, ADDS.removesuffix(" + ngram")))

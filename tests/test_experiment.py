@@ -306,6 +306,14 @@ def test_an_attempt_that_runs_again_is_judged_by_the_mean_of_all_its_runs(clone)
     assert "its next seed" not in said and "discard: " in said
 
 
+def test_a_train_py_that_crashed_runs_again_and_says_so(clone):
+    assert "crash: " in clone.experiment("deeper", 0.43, FAULT="crash")
+    commit = clone.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/attempts")
+    said = clone.experiment("deeper", 0.43, FAULT="crash")
+    assert f"the train.py of deeper, which crashed as {commit}\n" in said
+    assert "which crashed" not in clone.experiment("deeper", 0.43)
+
+
 def test_no_attempt_begins_at_the_first_seed_again_after_the_gpus_speed_changed(clone):
     clone.experiment("unlucky", 0.45)
     (clone.folder.parent / "speed").write_text("0.95")
