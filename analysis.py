@@ -27,6 +27,7 @@ from morning.page import headline, write_page
 from morning.parts import Descent
 from morning.picture import draw_night, png
 
+EXAMPLE = "half a night of four agents on two H200s (docs/example.tsv)"
 STANDS = 2.0  # standard errors, above which a kept gain is believed
 # What `experiment.py void` writes: the "idea" of a revert, which is no experiment, and why
 # a change is void that was kept on top of the one withdrawn.
@@ -108,7 +109,7 @@ class Night:
     noises: dict[str, tuple[float, int]]
     folder: Path  # of train.py and its git
     note: str  # under the title
-    made_up: bool = False  # the example, which the title then says
+    title: str = ""  # how the headline begins
     tonight: bool = True  # or an earlier one, whose attempts have no next seed
 
     @property
@@ -318,11 +319,12 @@ def picture(night: Night) -> Figure:
 
 
 def read_example() -> Night:
-    """Return the night of results.tsv here; without one, the made-up example of docs/."""
+    """Return the night of results.tsv here; without one, the example of docs/."""
     if Path("results.tsv").exists():
         return read_night()
     night = read_night(ledger=Path(__file__).with_name("docs") / "example.tsv")
-    night.note, night.made_up = "A made-up example: there is no results.tsv here.", True
+    night.note = f"There is no results.tsv here. This is an example: {EXAMPLE}."
+    night.title = "60 s per run: "
     return night
 
 

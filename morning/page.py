@@ -56,7 +56,7 @@ def on_gpu(gpu: str) -> str:
 
 def headline(night: Night) -> str:
     """Return the night in one line."""
-    tried, made_up = night.experiments, "made up: " if night.made_up else ""
+    tried = night.experiments
     experiments = many(tried, "experiment")
     if not night.best:
         return (
@@ -70,7 +70,7 @@ def headline(night: Night) -> str:
     if out := night.outcomes["withdrawn"] + night.outcomes["on withdrawn"]:
         kept += f", {out} left out"
     ends = f"{night.start.mean:.4f} \u2192 {night.best.mean:.4f}{on_gpu(night.best.gpu)}"
-    return f"{made_up}{ends}, {experiments}, {kept}, {noise}"
+    return f"{night.title}{ends}, {experiments}, {kept}, {noise}"
 
 
 def gain_words(change: Change) -> tuple[str, str]:
@@ -243,7 +243,7 @@ def best_commit(night: Night) -> Html:
             means = ", ".join(f"{c.mean:.6f}{on_gpu(c.gpu)}" for c in found)
             text.append(f"The same train.py gave {means}.")
         command = f"git diff {night.start.commit} {best.commit} -- train.py"
-        if best is not night.start:
+        if best.parent and best is not night.start:  # git knows it
             text.append(f"<pre>{html.escape(command)}</pre>")
     text += [said] if (said := counts(night)) else []
     if night.strays:

@@ -424,10 +424,11 @@ def test_odd_descriptions_are_drawn_without_a_word(quick, recwarn):
 def test_without_a_log_the_notebook_shows_an_example_and_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     night = analysis.read_example()
-    assert "made-up example" in night.note and headline(night).startswith("made up: ")
+    assert "This is an example" in night.note
+    assert headline(night).startswith("60 s per run: ")
     (tmp_path / "results.tsv").write_text(log(NIGHT), encoding="utf-8")
     night = analysis.read_example()
-    assert "made" not in night.note + headline(night)
+    assert "example" not in night.note and headline(night)[0].isdigit()
 
 
 def test_what_void_took_back_is_no_experiment_and_was_measured(quick):
@@ -477,7 +478,6 @@ def test_the_page_says_what_to_try(quick):
     text = words(write_page(analyse(log(NIGHT))))
     assert "Near misses" in text and "2 softcap 20 (gain +0.0013, +1.4 noises)" in text
     assert "Never measured, because every run crashed or was void. 3 fp8 head" in text
-    assert "git diff 0000000 7777777 -- train.py" in text
     assert "leak" not in text.split("Every experiment")[0]
     assert "6666666, leak: leaks" in text.split("Withdrawn")[1]
     assert "2 of 3 kept changes gained more than twice the standard error. 1 gain" in text
@@ -713,6 +713,8 @@ def test_the_page_says_what_the_bests_train_py_gave_on_other_gpus(repository, qu
     lines += [(there, 1.52, "discard", "two again, seed 42, gpu 1")]
     said = words(page.best_commit(analyse(log(lines), repository.folder)))
     assert "The same train.py gave 1.520000 on GPU 1." in said
+    assert f"git diff {base} {here} -- train.py" in said
+    assert "git diff" not in page.best_commit(analyse(log(lines), "/"))  # nor would it work
     for few, folder in ((lines[:3], repository.folder), (lines, "/")):
         assert "same train.py" not in page.best_commit(analyse(log(few), folder))
 

@@ -5,6 +5,7 @@ uv run --group analysis pytest tests/test_notebook.py
 uv run --group analysis python tests/test_notebook.py   # renews the stored outputs
 """
 
+import base64
 import json
 import re
 import subprocess
@@ -50,9 +51,10 @@ def test_no_more_code_than_a_reader_skips_before_the_answer():
     assert len("\n".join(sources()).splitlines()) < 10
 
 
-def test_the_first_stored_output_is_the_answer_and_says_that_it_is_made_up():
+def test_the_first_stored_output_is_the_answer_and_says_that_it_is_an_example():
     stored = [outputs(cell) for cell in cells() if cell["cell_type"] == "code"]
-    assert "made up: 0.9980 \u2192 0.9852, 21 experiments, 6 kept" in stored[0]["stdout"]
+    assert "This is an example" in stored[0]["stdout"]
+    assert "60 s per run: 1.1746 \u2192 1.1490" in stored[0]["stdout"]
     assert stored[0]["image/png"]
     assert all("<h2>" in shown["text/html"] for shown in stored[1:])
     counts = [cell["execution_count"] for cell in cells() if cell["cell_type"] == "code"]
@@ -71,6 +73,16 @@ def test_the_stored_outputs_say_what_the_page_says_today():
     assert [shown["text/html"] for shown in stored[1:]] == said, __doc__
 
 
+def test_the_readme_shows_the_picture_of_the_example_and_says_what_it_is(monkeypatch):
+    pytest.importorskip("matplotlib")
+    import analysis
+    from morning.page import headline
+
+    monkeypatch.chdir(ROOT / "docs")
+    said = headline(analysis.read_example())
+    assert f"![{said}](docs/progress.png)" in (ROOT / "README.md").read_text("utf-8")
+
+
 def test_no_machine_paths():
     text = NOTEBOOK.read_text(encoding="utf-8")
     text = re.sub(r'"image/png": "[^"]*"', "", text)
@@ -84,12 +96,12 @@ def test_jupyter_shows_a_night_and_changes_no_tracked_file(tmp_path, monkeypatch
     before = subprocess.check_output(["git", "status", "--short"], cwd=ROOT)
     shown = [outputs(c) for c in execute(tmp_path).cells if c["cell_type"] == "code"]
     assert "0.4400, the baseline alone" in shown[0]["stdout"]
-    assert "made up" not in str(shown)
+    assert "example" not in str(shown)
     assert subprocess.check_output(["git", "status", "--short"], cwd=ROOT) == before
 
 
 def renew_outputs():
-    """Execute the notebook on docs/example.tsv and store what it shows."""
+    """Execute the notebook on docs/example.tsv, and store what it shows and the picture."""
     import nbformat
 
     assert not (ROOT / "results.tsv").exists(), "it would show your night"
@@ -105,6 +117,10 @@ def renew_outputs():
         "language_info": {"name": "python"},
     }
     nbformat.write(notebook, NOTEBOOK)
+    image = next(
+        outputs(cell)["image/png"] for cell in notebook.cells if cell.get("outputs")
+    )
+    (ROOT / "docs" / "progress.png").write_bytes(base64.b64decode(image))
 
 
 if __name__ == "__main__":
