@@ -92,7 +92,7 @@ WARNINGS = {
     "gpu": True,  # throttled or shared: the run was slower than it can be
     "edit": False,  # something in train.py looks half-done
     "data": False,  # rows were trained on again
-    "host": False,  # the GPU waited for Python
+    "host": False,  # Python, not the GPU, may set the pace
     "repeat": False,  # the commit alone does not repeat the run
 }
 

@@ -38,9 +38,7 @@ from loop.git import (
     check_index,
     fcntl,
     git,
-    has_change,
     is_on,
-    lines_of,
     make_commit,
     make_tree,
     succeeds,
@@ -208,6 +206,7 @@ def run(idea: str, minutes: float) -> int:
         print(f"first what is open: {night.task()}")
         work(night)
         if status := wait(minutes, ours=True):
+            print(f"{idea!r} has not begun; run it again after that")
             return status
         night, minutes = Night.ours(), 0  # the rest is for another `wait`
     night.follow()
@@ -265,19 +264,21 @@ def status() -> int:
         off = "" if at_best else ", but HEAD is not the best"
         if not is_on(ROOT, f"refs/heads/{night.branch}"):
             off = f", but HEAD is not its branch; git switch {night.branch}"
-        so = "the night is over" if night.over else "`run` begins the next experiment"
+        so = (
+            "the budget is used up"
+            if night.used_up()
+            else "`run` begins the next experiment"
+        )
+        so = "the night is over" if night.over else so
         print(f"nothing is open{off}; {so}")
     for line in night.elsewhere():
         print(line)
-    lines, tried = night.all_lines(), {x.idea for x in night.lines()}
-    ours = [{*lines_of(commit)} for commit in {x.commit for x in night.lines()}]
+    lines = night.all_lines()
     for line in lines:
         if not line.status:
             print(f"{night.log}: not a run, not counted: {line.description[:60]!r}")
-        elif line.status == "keep" and line.valid and line.idea not in tried:
-            tried.add(line.idea)
-            if not any(has_change(text, line.commit) for text in ours):
-                print(f"kept on gpu {line.gpu}: {line.idea}; git show {line.commit}")
+    for line in night.to_try():
+        print(line)
     print(night.log, *(line.text() for line in lines[-20:] if line.status), sep="\n")
     return 0
 

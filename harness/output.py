@@ -17,9 +17,11 @@ def warning(kind: str, text: str) -> str:
 
 def starved_line(share: float) -> str:
     """Return a warning that in this share of the steps the GPU was done before the host."""
-    what = f"in {100 * share:.0f} % of the steps the GPU waited for Python"
-    advice = "less work per step makes no more steps; does train.py wait for the GPU (.item())?"
-    return warning("host", f"{what}: {advice}")
+    what = (
+        f"in {100 * share:.0f} % of the steps the GPU was done before the next was queued"
+    )
+    why = "Python sets the pace, and less work per step makes no more steps, or train.py waits"
+    return warning("host", f"{what}: {why} for the GPU in each step (.item())")
 
 
 def step_line(step, remaining: float) -> str:

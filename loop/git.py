@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import time
+import tokenize
+from collections import Counter
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -24,7 +27,7 @@ class Refused(Exception):
     """Why something is not done, and what to do."""
 
 
-def git(*command: str, tree: Path = ROOT) -> str:
+def git(*command: str, tree: Path = ROOT, strip: bool = True) -> str:
     """Return what git prints; Refused if it fails. Commits alone run hooks."""
     env = {k: v for k, v in os.environ.items() if k not in WHERE} | {"LC_ALL": "C"}
     hooks = () if command[0] == "commit" else ("-c", "core.hooksPath=/dev/null")
@@ -41,7 +44,8 @@ def git(*command: str, tree: Path = ROOT) -> str:
     if done.returncode:
         said = os.fsdecode(done.stderr).strip().splitlines()[-3:]
         raise Refused(f"git {command[0]} in {tree} failed: {' '.join(said)}")
-    return os.fsdecode(done.stdout).strip()
+    said = os.fsdecode(done.stdout)
+    return said.strip() if strip else said
 
 
 def succeeds(*command: str) -> bool:
@@ -57,40 +61,82 @@ def train_py_is_of(commit: str) -> bool:
     return succeeds("diff", "--quiet", commit, "--", "train.py")
 
 
-def lines_of(commit: str) -> list[str]:
-    """Return the lines of a commit's train.py."""
-    return git("show", f"{commit}:train.py").split("\n")
+def lines_of(what: str) -> list[str]:
+    """Return the lines of a train.py as git names it; of a commit, COMMIT:train.py."""
+    return git("show", what, strip=False).removesuffix("\n").split("\n")
 
 
-def has_change(lines: set[str], commit: str) -> bool:
-    """Return whether a train.py of these lines has what `commit` changed in it."""
-    diff = git("show", "--format=", "--unified=0", commit, "--", "train.py")
-    changes = diff.partition("\n@@")[2].splitlines()
-    took, brought = ({x[1:] for x in changes if x[:1] == sign} for sign in "-+")
-    return brought <= lines if brought else not took & lines
+def count_code(commit: str) -> int:
+    """Return how many lines of a commit's train.py hold code, no comment or docstring."""
+    lines = lines_of(f"{commit}:train.py")
+    rows, begins, layout = set(), True, {tokenize.COMMENT, tokenize.NL}
+    layout |= {tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    try:
+        for token in tokenize.generate_tokens(iter([x + "\n" for x in lines]).__next__):
+            if token.type in layout:
+                continue
+            said = begins and token.type == tokenize.STRING
+            if token.type != tokenize.NEWLINE and not said:
+                rows |= {*range(token.start[0], token.end[0] + 1)}
+            begins = token.type == tokenize.NEWLINE
+    except (tokenize.TokenError, SyntaxError):
+        return len(lines)  # of another Python
+    return len(rows)
 
 
-def merge_draft(before: str, best: str, draft: bytes) -> bytes | None:
-    """Return the draft of a train.py on `before` as it is on `best`, if git found a conflict.
+@dataclass(frozen=True)
+class Edit:
+    """What a commit changed in train.py: how often each line of the change is there since."""
 
-    None if both change the same lines, or git merged them. For git, changes of neighbouring
-    lines, such as two knobs, are a conflict too.
-    """
-    path = ROOT / "train.py"
-    if not path.exists() or MARKS not in b"\n" + path.read_bytes():
-        return None
-    old, changes = lines_of(before), set()
-    for new in (lines_of(best), os.fsdecode(draft).removesuffix("\n").split("\n")):
+    took: frozenset[tuple[str, int]]
+    brought: frozenset[tuple[str, int]]
+
+    @staticmethod
+    def of(commit: str) -> "Edit":
+        diff = git(
+            "show", "--format=", "--unified=0", commit, "--", "train.py", strip=False
+        )
+        changes = diff.partition("\n@@")[2].split("\n")
+        took, brought = ({x[1:] for x in changes if x[:1] == sign} for sign in "-+")
+        lines = Counter(lines_of(f"{commit}:train.py"))
+        sides = ({(x, lines[x]) for x in side} for side in (took - brought, brought))
+        return Edit(*map(frozenset, sides))
+
+    def is_in(self, lines: Counter[str]) -> bool:
+        """Return whether a train.py of these lines has it too."""
+        gone = all(lines[x] <= n for x, n in self.took)
+        return gone and all(lines[x] >= n for x, n in self.brought)
+
+
+def merge_lines(old: list[str], best: list[str], draft: list[str]) -> list[str] | None:
+    """Return `old` with the changes of both; None if they change the same lines."""
+    changes = set()
+    for new in (best, draft):
         for what, i, j, k, m in SequenceMatcher(None, old, new, False).get_opcodes():
             if what != "equal":
                 changes.add((i, j, tuple(new[k:m])))
-    merged, end = [], -1
+    merged, end, inserted = [], -1, False
     for i, j, lines in sorted(changes):
-        if i < end or i == j == end:
+        # At an insertion nothing says which comes first, or that both are not one.
+        if i < end or (i == end and (inserted or i == j)):
             return None
         merged += [*old[max(end, 0) : i], *lines]
-        end = j
-    return os.fsencode("\n".join([*merged, *old[max(end, 0) :], ""]))
+        end, inserted = j, i == j
+    return [*merged, *old[max(end, 0) :]]
+
+
+def settle_conflict() -> None:
+    """Take a conflict over train.py out of the index, and out of it if the lines allow.
+
+    For git, changes of neighbouring lines, such as two knobs, are a conflict. It keeps what
+    stood there before, what the best has, and the draft.
+    """
+    path, stages = ROOT / "train.py", git("ls-files", "-u", "--", "train.py").splitlines()
+    if len(stages) == 3 and MARKS in b"\n" + path.read_bytes():
+        if merged := merge_lines(*(lines_of(f":{n}:train.py") for n in (1, 2, 3))):
+            path.write_bytes(os.fsencode("\n".join([*merged, ""])))
+    if stages:
+        git("reset", "-q", "--", "train.py")
 
 
 def make_tree(tree: Path, commit: str) -> None:

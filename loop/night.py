@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,14 +23,16 @@ from loop.git import (
     MARKS,
     ROOT,
     WHERE,
+    Edit,
     Refused,
     changed_files,
     check_index,
+    count_code,
     git,
     lines_of,
     lock,
     make_tree,
-    merge_draft,
+    settle_conflict,
     succeeds,
     train_py_is_of,
 )
@@ -209,6 +211,8 @@ class Night:
             seconds = self.began + 3600 * float(self.budget[:-1]) - time.time()
             return f"; {max(0.0, seconds) / 60:.0f} min left"
         count = self.count() + self.again
+        if (job := self.open) and not job["runs"] and "since" not in job:
+            count += not self.lines(job["commit"])  # it has begun
         return self.budget and f"; {max(0, int(self.budget) - count)} left"
 
     def task(self) -> str:
@@ -272,12 +276,13 @@ class Night:
         best, new, _ = (now.get(c, []) for c in commits)
         memory = [[x.memory_gb for x in runs if x.commit == c] for c in commits]
         old_gb, new_gb, first_gb = (fmean(values or [0.0]) for values in memory)
-        sizes = [len(lines_of(c)) for c in commits]
+        sizes = [count_code(c) for c in commits]
         longer = sizes[1] - sizes[0]
         # The way back from something small is as free as the way there.
         heavier = new_gb > HEAVY * max(old_gb, first_gb)
         heavier = heavier or sizes[1] > LONGER + max(sizes[0], sizes[2])
         simpler = new_gb < LIGHT * old_gb or longer < 0
+        simpler = simpler and new_gb <= HEAVY * old_gb and longer <= LONGER
         what = verdict(best, new, noise, reference, simpler, heavier)
         if not new or not best:
             return what, []
@@ -290,7 +295,8 @@ class Night:
             words[0] += f", the best ever {reference:.6f}"
         times = f"{gain / noise:+.2f} x noise {noise:.6f}" if noise else "noise 0"
         words.append(f"gain {gain:+.6f}, {times}{', bars doubled' if heavier else ''}")
-        more = f"{new_gb - old_gb:+.1f} GB, {longer:+d} lines"
+        more = f"{new_gb - old_gb:+.1f} GB, {longer:+d} lines of code"
+        more += ": simpler" if simpler else ""
         return what, [*words, f"{speed}{new_gb:.1f} GB ({more})"]
 
     # ---- One run -------------------------------------------------------------------------
@@ -428,6 +434,30 @@ class Night:
                     said.append(f"at work on gpu {other.gpu}: {other.task()}")
         return said
 
+    def to_try(self) -> list[str]:
+        """Return what the bests of other GPUs have and nothing here had, a line each."""
+        lines, tried = self.all_lines(), {x.idea for x in self.lines()}
+        texts: dict[str, Counter[str]] = {}
+        for commit in {x.commit for x in lines if x.status}:
+            with suppress(Refused):  # it is not here
+                texts[commit] = Counter(lines_of(f"{commit}:train.py"))
+        ours = [texts[x.commit] for x in self.lines() if x.commit in texts]
+        said: dict[Edit, str] = {}
+        for gpu in dict.fromkeys(
+            x.gpu for x in lines if x.status and x.gpu != self.named
+        ):
+            kept = [x for x in lines if x.gpu == gpu and x.status == "keep" and x.valid]
+            kept = [x for x in kept if x.commit in texts]
+            for line in {
+                x.commit: x for x in kept[1:] if x.commit != kept[0].commit
+            }.values():
+                edit = Edit.of(line.commit)
+                new = edit.is_in(texts[kept[-1].commit]) and line.idea not in tried
+                if new and not any(edit.is_in(text) for text in ours):
+                    what = f"kept on gpu {gpu}: {line.idea}; git show {line.commit}"
+                    said.setdefault(edit, what)
+        return [*said.values()]
+
     # ---- What is open --------------------------------------------------------------------
     def follow(self) -> None:
         """Bring the branch to the best commit, and train.py with it; a draft in it stays."""
@@ -442,14 +472,11 @@ class Night:
         if git("rev-parse", name) == self.before != self.best:
             if here:
                 git("reset", "-q")  # a draft that is staged would be in the way
-                path = ROOT / "train.py"
-                draft = path.read_bytes() if path.exists() else b""
                 git("checkout", "-q", "-m", "-B", self.branch, self.best)
-                git("reset", "-q", "--", "train.py")  # after a conflict
-                if merged := merge_draft(self.before, self.best, draft):
-                    ledger.write_whole(path, merged)
             else:
                 git("update-ref", name, self.best, self.before)
+        if here:
+            settle_conflict()
 
     def settle(self) -> None:
         """Do what is open, and what that opens."""
@@ -542,7 +569,7 @@ class Night:
             if result.status in (128, 255):
                 words.append("so git and ssh end: if the connection failed, fix nothing")
             words.append(f"a slip? {back}; fix it; `run` again with the same idea")
-            words.append("that writes over a draft: `git diff HEAD > later.patch` first")
+            words.append("that writes over a draft: `git diff HEAD >> later.patch` first")
             return "crash", words
         if last.void and len(voids) % VOID_RUNS == 0:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"

@@ -82,7 +82,7 @@ def train_py(val_bpb: float = 0.44, lines: int = 0, **knobs) -> str:
     """Return a train.py with this result, longer by some lines."""
     knobs = KNOBS | {"VAL_BPB": val_bpb} | knobs
     text = "".join(f"{name} = {value!r}\n" for name, value in knobs.items())
-    return text + f"LUCK = {LUCK}\n" + TRAIN + "# a line\n" * (20 + lines)
+    return text + f"LUCK = {LUCK}\n" + TRAIN + "LINE = 0\n" * (20 + lines)
 
 
 def make_origin(folder: Path) -> Path:
@@ -175,6 +175,12 @@ class Clone:
     def experiment(self, idea: str, *args, status: int = 0, **knobs) -> str:
         self.edit(*args, **knobs)
         return self.do("run", idea, status=status)
+
+    def attempts(self) -> list[str]:
+        """Return the names under refs/attempts."""
+        return self.git(
+            "for-each-ref", "--format=%(refname:lstrip=2)", "refs/attempts"
+        ).split()
 
     def rows(self) -> list[list[str]]:
         """Return val_bpb, memory, status and description of each line of the log."""

@@ -714,7 +714,9 @@ def test_the_page_says_what_the_bests_train_py_gave_on_other_gpus(repository, qu
     said = words(page.best_commit(analyse(log(lines), repository.folder)))
     assert "The same train.py gave 1.520000 on GPU 1." in said
     assert f"git diff {base} {here} -- train.py" in said
-    assert "git diff" not in page.best_commit(analyse(log(lines), "/"))  # nor would it work
+    assert "git diff" not in page.best_commit(
+        analyse(log(lines), "/")
+    )  # nor would it work
     for few, folder in ((lines[:3], repository.folder), (lines, "/")):
         assert "same train.py" not in page.best_commit(analyse(log(few), folder))
 

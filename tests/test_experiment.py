@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from night import Clone, make_origin, train_py
 
-from loop import git as loop_git
-from loop.git import lock
+from loop.git import lock, merge_lines
 from loop.ledger import plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,10 +74,23 @@ def test_a_change_is_kept_repeated_or_discarded_by_the_table(clone):
 
 def test_the_way_back_to_the_baselines_memory_and_length_has_no_higher_bars(clone):
     assert "keep: " in clone.experiment("smaller", 0.43, lines=-20, MEMORY=30)
+    said = clone.experiment("shorter, but larger", 0.4302, lines=-21, MEMORY=58)
+    assert "discard: " in said and "simpler" not in said
     said = clone.experiment("as before", 0.427, lines=0, MEMORY=58)
     assert "keep: " in said and "bars doubled" not in said
     assert "bars doubled" in clone.experiment("too large", 0.424, MEMORY=70)
     assert "bars doubled" in clone.experiment("too long", 0.424, lines=25)
+
+
+def test_a_train_py_that_is_shorter_by_comments_alone_is_not_simpler(clone):
+    text = train_py(0.4401, lines=-1)
+    said = ['"""One\nand\ntwo."""\n', "# a comment\n\n", "LINE = 0  # ends a line\n"]
+    (clone.folder / "train.py").write_text("".join([text, *said]))
+    assert "discard: " in (told := clone.do("run", "remarks"))
+    assert "+0 lines of code)" in told
+    (clone.folder / "train.py").write_text(text)
+    assert "keep: " in (told := clone.do("run", "without a line"))
+    assert "-1 lines of code: simpler)" in told
 
 
 def test_what_is_shorter_and_equal_is_kept_and_what_is_longer_needs_more(clone):
@@ -375,17 +387,29 @@ def test_a_draft_on_the_line_beside_what_was_kept_fits(clone):
         ("abXcd", "abYcd", None),
         ("Xabcd", "Yabcd", None),
         ("acd", "aBcd", None),
+        ("aXbcd", "aXBcd", None),  # X is of both
+        ("aXbcd", "aBcd", None),
+        ("aBcd", "abXcd", None),
     ],
 )
 def test_changes_of_neighbouring_lines_are_merged_and_of_one_line_are_not(
-    monkeypatch, tmp_path, best, draft, merged
+    best, draft, merged
 ):
-    files = {name: "\n".join(text) for name, text in (("old", "abcd"), ("new", best))}
-    monkeypatch.setattr(loop_git, "ROOT", tmp_path)
-    monkeypatch.setattr(loop_git, "lines_of", lambda name: files[name].split("\n"))
-    (tmp_path / "train.py").write_text("<<<<<<< new\n")
-    found = loop_git.merge_draft("old", "new", "\n".join([*draft, ""]).encode())
-    assert found == (merged and "\n".join([*merged, ""]).encode())
+    assert merge_lines([*"abcd"], [*best], [*draft]) == (merged and [*merged])
+
+
+def test_a_conflict_that_was_left_in_the_index_is_settled_by_the_next_command(clone):
+    clone.run_slowly(0.43)
+    clone.edit(0.44, SPEED=1.3)
+    attempt = clone.git("rev-parse", "refs/attempts/" + clone.attempts()[0])
+    branch = "autoresearch/nov24"
+    clone.git("checkout", "-q", "-m", "-B", branch, attempt)  # and then we were killed
+    assert "<<<<<<<" in (clone.folder / "train.py").read_text()
+    clone.go()
+    clone.do("wait")
+    text = train_py(0.43, FAULT="slow", SPEED=1.3)
+    assert (clone.folder / "train.py").read_text() == text
+    assert clone.git("status", "--short") == "M train.py"
 
 
 def test_the_owners_files_survive_a_night(clone):
@@ -1025,6 +1049,9 @@ def test_status_says_how_much_of_the_budget_is_left(fresh):
     assert "1 experiment, 1 kept; 2 left" in fresh.experiment("wider MLP", 0.43)
     fresh.do("start", "nov25", "--budget", "0.5h")
     assert "; 30 min left" in fresh.do("status")
+    fresh.do("start", "nov26", "--budget", "0h")
+    said = fresh.do("status")
+    assert "; 0 min left" in said and "nothing is open; the budget is used up" in said
 
 
 def test_a_baseline_that_goes_on_says_which_of_its_runs_it_is_at(fresh):
@@ -1042,7 +1069,7 @@ def test_a_commit_that_turns_out_broken_is_taken_back(clone):
     leak = clone.git("rev-parse", "HEAD")
     text = (clone.folder / "train.py").read_text()
     for _ in range(5):  # of the end, so that the leak can be reverted alone
-        text = text.replace("# a line\n", "", 1)
+        text = text.replace("LINE = 0\n", "", 1)
     (clone.folder / "train.py").write_text(text)
     assert "keep: " in clone.do("run", "shorter")
     said = clone.do("void", leak[:7], "sees\tthe future")
@@ -1106,7 +1133,7 @@ def test_what_is_left_of_a_void_commit_and_worse_than_before_is_not_the_best(clo
     leak = clone.git("rev-parse", "HEAD")
     text = (clone.folder / "train.py").read_text()
     for _ in range(5):
-        text = text.replace("# a line\n", "", 1)
+        text = text.replace("LINE = 0\n", "", 1)
     worse = text.replace("LUCK", "if VAL_BPB > 0.4:\n    VAL_BPB = 0.5\nLUCK", 1)
     (clone.folder / "train.py").write_text(worse)
     assert "keep: " in clone.do("run", "shorter, and worse alone")
@@ -1130,7 +1157,7 @@ def keep_two(clone: Clone, first: str, second: str) -> str:
     (clone.folder / "train.py").write_text(good)
     assert "keep: " in clone.do("run", "first")
     commit = clone.git("rev-parse", "HEAD")
-    shorter = good.replace("# a line\n", "") + f"{second}\n"
+    shorter = good.replace("LINE = 0\n", "") + f"{second}\n"
     (clone.folder / "train.py").write_text(shorter)
     assert "keep: " in clone.do("run", "second")
     return commit
@@ -1226,6 +1253,36 @@ def test_status_leaves_out_what_was_kept_elsewhere_and_tried_here_in_other_words
     said = clone.do("status", cwd=other)
     assert "kept on gpu 0: wider MLP" not in said and "kept on gpu 0: shorter" in said
     assert "kept on gpu 1" not in clone.do("status")
+
+
+def test_status_names_of_several_keeps_in_a_row_the_last_alone(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    for value in (0.43, 0.42, 0.41):
+        clone.experiment(f"down to {value}", value)
+    with open(clone.folder / "results.tsv", "a") as log:  # of another machine
+        log.write("deadbee1\t0.4\t9.0\tkeep\tfar off, seed 42, gpu 7\n")
+    said = clone.do("status", cwd=other)
+    assert re.findall("kept on .*(?=;)", said) == ["kept on gpu 0: down to 0.41"]
+    (other / "train.py").write_text(train_py(0.41))
+    clone.do("run", "as over there", cwd=other)
+    assert "kept on" not in clone.do("status", cwd=other) + clone.do("status")
+
+
+def test_the_baseline_of_another_gpu_is_nothing_to_try(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.edit(FAULT="slow")
+    clone.git("commit", "-qam", "slow")
+    clone.do("start", "nov24", "--gpus", "0,1", "--minutes=0", status=3)
+    log = clone.folder / "results.tsv"
+    commit = clone.git("rev-parse", "--short=8", "HEAD")
+    with open(log, "a") as file:
+        file.write(f"{commit}\t0.44\t9.0\tkeep\tbaseline, seed 42, gpu 0\n")
+    assert "kept on" not in clone.do("status", cwd=other)
+    clone.go()
+    for tree in (clone.folder, other):
+        clone.do("wait", cwd=tree)
 
 
 def test_status_says_what_the_other_gpu_is_at_work_on(origin, tmp_path):
