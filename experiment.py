@@ -264,12 +264,9 @@ def status() -> int:
         off = "" if at_best else ", but HEAD is not the best"
         if not is_on(ROOT, f"refs/heads/{night.branch}"):
             off = f", but HEAD is not its branch; git switch {night.branch}"
-        so = (
-            "the budget is used up"
-            if night.used_up()
-            else "`run` begins the next experiment"
-        )
-        so = "the night is over" if night.over else so
+        so = "`run` begins the next experiment"
+        if night.over or night.used_up():
+            so = "the night is over" if night.over else "the budget is used up"
         print(f"nothing is open{off}; {so}")
     for line in night.elsewhere():
         print(line)

@@ -443,16 +443,12 @@ class Night:
                 texts[commit] = Counter(lines_of(f"{commit}:train.py"))
         ours = [texts[x.commit] for x in self.lines() if x.commit in texts]
         said: dict[Edit, str] = {}
-        for gpu in dict.fromkeys(
-            x.gpu for x in lines if x.status and x.gpu != self.named
-        ):
+        for gpu in sorted({x.gpu for x in lines if x.status} - {self.named}):
             kept = [x for x in lines if x.gpu == gpu and x.status == "keep" and x.valid]
-            kept = [x for x in kept if x.commit in texts]
-            for line in {
-                x.commit: x for x in kept[1:] if x.commit != kept[0].commit
-            }.values():
-                edit = Edit.of(line.commit)
-                new = edit.is_in(texts[kept[-1].commit]) and line.idea not in tried
+            kept = {x.commit: x for x in kept if x.commit in texts}
+            for line in [*kept.values()][1:]:  # the first is the baseline
+                edit, best = Edit.of(line.commit), texts[[*kept][-1]]
+                new = edit.is_in(best) and line.idea not in tried
                 if new and not any(edit.is_in(text) for text in ours):
                     what = f"kept on gpu {gpu}: {line.idea}; git show {line.commit}"
                     said.setdefault(edit, what)
