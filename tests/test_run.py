@@ -113,6 +113,22 @@ def test_the_clock_counts_the_steps_in_which_the_device_waits_for_the_host(host,
     assert clock.starved == pytest.approx(share * len(log), abs=2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("products, seconds", [(50, 0.0), (1, 0.02)])
+def test_on_a_gpu_the_clock_sees_who_sets_the_pace(products, seconds):
+    device = torch.device("cuda")
+    clock, x = Clock(60.0), torch.ones(4096, 4096, device=device)
+    (x @ x).sum().item()
+    clock.start()
+    for number in range(20):
+        for _ in range(products):
+            x @ x
+        time.sleep(seconds)
+        clock.queue(gpu.mark(device), Step(number, 0.0, 1))
+        list(clock.settle(Clock.MAX_AHEAD))
+    assert clock.starved >= 17 if seconds else clock.starved <= 2
+
+
 def test_the_budget_holds_for_a_single_step_that_fills_it():
     clock, _, log = drive(1.0, lambda k: 0.25)
     assert (clock.seconds, len(log)) == (1.0, 4)
