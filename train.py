@@ -1,6 +1,6 @@
 """One experiment: train a GPT for the time budget on one GPU, print its val_bpb. Edit it.
 
-Usage: uv run train.py > run.log 2>&1     (AUTORESEARCH_SMOKE=1: a tiny model, on a CPU)
+Usage: uv run train.py > run.log 2>&1  (AUTORESEARCH_SMOKE=1: a tiny model, on a CPU)
 
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, short and full causal windows, hashed
 n-gram embeddings, value embeddings, gates on both and on attention, soft-capped logits,
@@ -34,7 +34,7 @@ from harness.ops import (
 )
 from harness.run import open_run
 
-# ---- Knobs -----------------------------------------------
+# ---- Knobs -----------------------------------
 # Model
 DEPTH = 10  # layers
 N_EMBD = 640  # width
@@ -85,16 +85,16 @@ FINAL_LR_FRAC = 0.05
 MOMENTUM_WARMUP_RATIO = 0.15
 NGRAM_REFILL = 0.3  # epochs left, or a new one does not empty the table
 
-# The same code, tiny. A smoke run checks the knobs above as well.
+# The same code, tiny, 4 x 128. A smoke run checks the knobs above as well.
 if SMOKE:
-    DEPTH = 4
-    N_EMBD = 128
+    DEPTH = (2 * DEPTH + 3) // 5
+    N_EMBD = 32 * max(1, round(N_EMBD / 160))
     HEAD_DIM = 32
-    NGRAM_ENTRIES = 2**11
+    NGRAM_ENTRIES = -(-NGRAM_ENTRIES // 2**11)
     SHORT_WINDOW = min(SHORT_WINDOW, MAX_SEQ_LEN)
 
 
-# ---- Model -----------------------------------------------
+# ---- Model -----------------------------------
 GATE_CHANNELS = 32  # of its input, that a gate looks at
 
 
@@ -444,7 +444,7 @@ def build_model(config: GPTConfig, attend: Attention, device: torch.device) -> G
         return GPT(config, attend, dtype)
 
 
-# ---- Optimizer -------------------------------------------
+# ---- Optimizer -------------------------------
 # Polar Express, arXiv:2505.16932: five odd quintics a x + b x^3 + c x^5 whose composition
 # brings singular values from [1e-3, 1] closest to 1; algorithm 2, cushion 2e-2, safety
 # factor 1.02.
@@ -635,7 +635,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     ]
 
 
-# ---- Schedules -------------------------------------------
+# ---- Schedules -------------------------------
 def lr_multiplier(progress: float) -> float:
     """Return the factor on all learning rates at `progress`: up, flat, down, linearly."""
     up = min(1.0, progress / WARMUP_RATIO) if WARMUP_RATIO else 1.0
@@ -662,7 +662,7 @@ def set_schedules(optimizers: Iterable[torch.optim.Optimizer], progress: float) 
     return lrm
 
 
-# ---- Training --------------------------------------------
+# ---- Training --------------------------------
 def train_step(
     model: GPT, optimizers, batches: Iterable, micro_steps: int
 ) -> torch.Tensor:

@@ -45,6 +45,7 @@ LATE = 30  # more, after which a run ends by itself: who was to end it was kille
 SEED = 42  # of a commit's first run; the next run has the next
 BASELINE_RUNS = 3
 VOID_RUNS = 3  # of a run that is void each time
+FIXED = "rules", "data"  # what a further run finds as it is
 CONTROL_EVERY = 10  # experiments, after which the best runs again
 MOST_RUNS = 8  # on a GPU from an idea's first run to its verdict
 HEAVY, LONGER = 1.1, 20  # times the memory, and lines, beyond which the bars are doubled
@@ -379,8 +380,14 @@ class Night:
                 line.void = result.void
                 line.description += f", void: {result.void}"
             ledger.rewrite(Path(self.log), lambda lines, new=line: [*lines, new.text()])
-            if not line.void or (again + 1) % VOID_RUNS == 0:
+            if not line.void or line.void in FIXED or (again + 1) % VOID_RUNS == 0:
                 return line
+
+    def differs(self, line: Line) -> str:
+        """Say how a run is void because of what another run would find as it is."""
+        now = self.read(self.last_log(line.commit)).values.get(line.void)
+        what = f"{line.void}: {now}, and {self.basis[line.void]} in the baseline"
+        return f"{what}: the data or fixed files have changed; put them back"
 
     # ---- The draft, and the others ---------------------------------------------------------
     def check_draft(self) -> None:
@@ -491,6 +498,8 @@ class Night:
         *_, stretch = self.stand()
         while sum(x.valid for x in self.lines(commit)) < runs:
             line = self.run_once(commit, idea, "keep")
+            if line.void in FIXED:
+                raise Refused(self.differs(line))
             if control and (line.void or line.valid or self.over):
                 break
             if line.status == "crash" and instead and not line.void:
@@ -533,7 +542,9 @@ class Night:
             if what == "repeat new":
                 self.run_once(commit, idea, "discard")
             elif what == "repeat best":
-                self.run_once(self.best, self.idea_of(self.best), "keep")
+                line = self.run_once(self.best, self.idea_of(self.best), "keep")
+                if line.void in FIXED:
+                    raise Refused(self.differs(line))
             else:
                 break
         changes: dict = {"open": None}
@@ -567,6 +578,8 @@ class Night:
             words.append(f"a slip? {back}; fix it; `run` again with the same idea")
             words.append("that writes over a draft: `git diff HEAD >> later.patch` first")
             return "crash", words
+        if last.void in FIXED:
+            return "void", [self.differs(last), f"to try it again: {back}; `run`"]
         if last.void and len(voids) % VOID_RUNS == 0:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"
             return "void", [why, f"to try it again: {back}; `run`"]

@@ -65,6 +65,10 @@ with open(os.path.join(here, "environment"), "a") as file:
 luck = LUCK.get(seed, 0.0)
 rules = "smoke" if os.environ.get("AUTORESEARCH_SMOKE") else "full"
 rules += "-11111111" if FAULT == "rules" else "-0a1b2c3d"
+if os.path.exists(os.path.join(here, "other rules")):
+    rules = "full-22222222"
+if FAULT == "attention":
+    ATTENTION = "flex"
 tail = f"attention: {ATTENTION}\\nseed: {seed}\\ndata: 8fe0ad1f\\nrules: {rules}"
 print(f"---\\nval_bpb: {VAL_BPB + luck:.6f}\\npeak_vram_mb: {MEMORY * 1024:.1f}\\n"
       f"num_steps: 2747\\ntok_per_sec: {SPEED * 1e6:.0f}\\n{tail}", flush=True)

@@ -55,8 +55,8 @@ Run = Watched
 """
 # Makes the model of a smoke run smaller still, where train.py has these lines.
 SMALL_MODEL = [
-    ("    DEPTH = 4\n", "    DEPTH = 2\n"),
-    ("    N_EMBD = 128\n", "    N_EMBD = 64\n"),
+    ("(2 * DEPTH + 3) // 5", "(2 * DEPTH + 3) // 10"),
+    ("round(N_EMBD / 160)", "round(N_EMBD / 320)"),
 ]
 Change = tuple[str, str]  # a text of train.py, what to put in its place
 
@@ -286,7 +286,7 @@ ADDS = " + a * x0 + ngram"
 KNOBS = """NGRAM_ENTRIES NGRAM_LAMBDA_INIT NGRAM_LR NGRAM_LAMBDA_LR NGRAM_BETA2 NGRAM_WEIGHT_DECAY
 NGRAM_REFILL NgramEmbedding RowRMSprop""".split()
 OF_NGRAMS = """
-    NGRAM_ENTRIES = 2**11
+    NGRAM_ENTRIES = -(-NGRAM_ENTRIES // 2**11)
     ngram_entries: int
     ngram_lambda_init: tuple[float, float]
         if self.ngram_entries < 1:
@@ -505,6 +505,24 @@ def test_a_width_that_works_in_a_smoke_run_alone(run):
         run,
         r"under the full rules: ValueError: HEAD_DIM .* does not divide N_EMBD \(700\)",
     )
+
+
+@edit((definition("DEPTH"), "DEPTH = 25\n"))
+def test_more_layers_are_more_in_a_smoke_run_too(run, honest):
+    honoured(run, honest)
+    assert run.shown["params"] > honest.shown["params"]
+
+
+@edit((definition("N_EMBD"), "N_EMBD = 1280\n"))
+def test_more_width_is_more_in_a_smoke_run_too(run, honest):
+    honoured(run, honest)
+    assert run.shown["params"] > honest.shown["params"]
+
+
+@edit((definition("NGRAM_ENTRIES"), "NGRAM_ENTRIES = 2**23\n"))
+def test_more_entries_are_more_in_a_smoke_run_too(run, honest):
+    honoured(run, honest)
+    assert run.shown["params"] > honest.shown["params"]
 
 
 # ---- Optimizers and schedules -------------------------------------------------------------------

@@ -132,7 +132,7 @@ def goes_on(clone: Clone) -> bool:
     return clone.value() == 0.30
 
 
-@pytest.mark.parametrize("once", [{"ONCE": "gpu"}, {"ONCE": "rules"}])
+@pytest.mark.parametrize("once", [{"ONCE": "gpu"}, {"ONCE": "attention"}])
 def test_a_void_run_is_run_again(clone, once):
     assert "keep: " in clone.experiment("depth 10", 0.43, **once)
     kind = once["ONCE"]
@@ -152,6 +152,32 @@ def test_a_run_that_is_always_void_ends_after_three(clone):
     assert "void: " in said and "3 times (attention)" in said
     assert clone.said()[3:] == ["crash flex, seed 42, void: attention"] * 3
     assert goes_on(clone)
+
+
+def test_a_run_on_other_data_is_void_at_once_and_says_what_differs(clone):
+    """Three runs, and then a log without a word of it, were the night's quarter of an hour."""
+    mark = clone.folder.parent / "other rules"
+    mark.touch()
+    said = clone.experiment("wider MLP", 0.43)
+    assert "rules: full-22222222, and full-0a1b2c3d in the baseline" in said
+    assert "put them back" in said and "; `run`" in said
+    assert clone.said()[3:] == ["crash wider MLP, seed 42, void: rules"]
+    mark.unlink()
+    assert goes_on(clone)
+
+
+def test_a_control_on_other_data_stops_the_night_aloud_until_it_is_put_back(clone):
+    for number in range(9):
+        clone.experiment(f"bad {number}", 0.5, lines=number)
+    clone.run_slowly(0.5)
+    mark = clone.folder.parent / "other rules"
+    clone.go()
+    mark.touch()
+    said = clone.do("wait", status=1)
+    assert "in the baseline: the data or fixed files have changed; put them back" in said
+    mark.unlink()
+    clone.do("wait")
+    assert clone.said()[-1] == "keep baseline, seed 45" and goes_on(clone)
 
 
 def test_a_warning_about_the_edit_is_shown_and_voids_nothing(clone):
@@ -1175,7 +1201,7 @@ def test_what_is_left_of_a_void_commit_is_kept_though_the_gpu_is_throttled(clone
     right = basis.read_text()
     basis.write_text(right.replace("8fe0ad1f", "0000000"))  # now every run is void
     said = clone.do("void", first, "why", status=1)
-    assert "failed (data)" in said and "the machine is not ready" in said
+    assert "the data or fixed files have changed; put them back" in said
     basis.write_text(basis.read_text().replace("0000000", "8fe0ad1f"))
     assert "without" in clone.do("wait") and clone.value() == 0.44
     assert "Y = 1" in (clone.folder / "train.py").read_text()
