@@ -27,7 +27,7 @@ from morning.page import headline, write_page
 from morning.parts import Descent
 from morning.picture import draw_night, png
 
-EXAMPLE = "half a night of four agents on two H200s (docs/example.tsv)"
+EXAMPLE = "half an hour of four agents on two H200s (docs/example.tsv)"
 STANDS = 2.0  # standard errors, above which a kept gain is believed
 # What `experiment.py void` writes: the "idea" of a revert, which is no experiment, and why
 # a change is void that was kept on top of the one withdrawn.

@@ -243,7 +243,8 @@ def run(idea: str, minutes: float) -> int:
 def status() -> int:
     """Say where the night stands, for a context that is lost."""
     night = Night.load()
-    gpu, end = night.gpu or "not here", night.budget or "none"
+    smoke = night.env.get("AUTORESEARCH_SMOKE") == "1"
+    gpu, end = night.gpu or ("none" if smoke else "not here"), night.budget or "none"
     rules = ", smoke rules" if night.smoke else ""
     print(f"night {night.tag}{rules}: branch {night.branch}, gpu {gpu}, budget {end}")
     _, reference, noise, _ = night.stand()

@@ -115,9 +115,11 @@ def build_rows(
             rows = plural(made, "row")
             fill = f"its {counts.tokens:,} tokens fill {rows} of {C.MAX_SEQ_LEN}"
             need = f"validation needs {n_rows:,} rows, {C.EVAL_TOKENS:,} tokens"
-            advice = "give it more text"
+            advice = (
+                f"give it about {math.ceil(n_rows / max(made, 1))} times as much text"
+            )
             if counts.tokens > C.EVAL_TOKENS:  # what is longer than a row is cropped
-                advice = "cut its long documents into pieces, or give it more text"
+                advice = f"cut its long documents into pieces, or {advice}"
             raise ValueError(f"{shard} is too short: {fill}, and {need}; {advice}")
     return counts
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # it imports this file
 
 NEAR = 0.5  # times the noise: the least gain of a near miss
 MOST = 8  # lines of a list
+FEW = 2  # experiments, after which no part of train.py is missed yet
 
 
 class Html(str):
@@ -70,6 +71,8 @@ def headline(night: Night) -> str:
     if out := night.outcomes["withdrawn"] + night.outcomes["on withdrawn"]:
         kept += f", {out} left out"
     ends = f"{night.start.mean:.4f} \u2192 {night.best.mean:.4f}{on_gpu(night.best.gpu)}"
+    if night.best.gpu:
+        return f"{night.title}{ends}, {noise}; all GPUs: {experiments}, {kept}"
     return f"{night.title}{ends}, {experiments}, {kept}, {noise}"
 
 
@@ -199,7 +202,8 @@ def try_next(night: Night) -> Html:
     """What to try next: near misses, what may be luck, parts of train.py without a keep."""
     dropped = night.tried("discard")
     measured = {c.number for c in night.every if c.values}
-    below = [c for c in dropped if any(c.mean < k.mean for k in night.chain(c.gpu)[-1:])]
+    bests = {c.gpu: c.mean for c in night.every for c in night.chain(c.gpu)[-1:]}
+    below = [c for c in dropped if bests[c.gpu] - c.mean >= NEAR * c.noise]
     near = [c for c in dropped if c.times >= NEAR and c not in below]
     lucky = [c for c in night.tried("keep") if c.believe == "may be luck"]
     crashed = [c for c in night.tried("crash") if c.number not in measured]
@@ -212,7 +216,7 @@ def try_next(night: Night) -> Html:
     text += listed(night, f"Kept, but may be luck. {control}, and {new}", lucky)
     title = "Never measured, because every run crashed or was void"
     text += listed(night, title, crashed)
-    where = touched(night)
+    where = touched(night) if night.experiments > FEW else {}
     never = [name for name, changes in where.items() if not changes]
     kept = {
         name

@@ -61,6 +61,8 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
     span = max(max(means) - min(means), 4 * night.noise, 1e-4)
     half = np.median([c.mean for c in dropped] or means)
     top = max(means) + np.clip(half - max(means) + 0.1 * span, 0.2 * span, span)
+    base = [c for c in shown if not c.number]
+    top = max([top, *(value + 0.05 * span for c in base for value in c.values)])
     luck = night.start.mean - night.luck if night.luck else math.inf
     bottom = min(luck, *(c.mean for c in shown)) - 0.2 * span
     ax.set(ylim=(bottom, top), xlim=(-0.03 * last - 0.5, 1.02 * last + 0.7))
@@ -96,7 +98,6 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
     mark(high, "discarded, above the picture", 1, marker="^", s=22, color=colors["faint"])
     crashed = night.tried("crash")
     mark(crashed, "no number", 0, marker="x", s=22, color=CRASH, zorder=4)
-    base = [c for c in shown if not c.number]
     mark(base, "baseline", marker="s", s=30, color=colors["ink"], zorder=5)
     if several := [c for c in shown if len(c.values) > 1 and c.mean <= top]:
         ends = [[end(c.values) for c in several] for end in (min, max)]
@@ -111,7 +112,9 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
         ax.scatter(x, [run.val_bpb for run, *_ in night.controls], **style)
     if night.luck:
         style = dict(color=colors["ink"], lw=0.9, ls=(0, (4, 3)), zorder=1)
-        ax.axhline(luck, label="start less the expected luck of the best", **style)
+        of = f" of GPU {night.start.gpu}" if night.start.gpu else ""
+        words = f"start{of} less the expected luck of the best"
+        ax.axhline(luck, label=words, **style)
         avoid.append(([0, last], [luck, luck]))
     figure.legend(
         loc="outside lower center",
@@ -128,7 +131,7 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
 def label(change) -> str:
     """Return number, idea and gain in short lines."""
     idea = textwrap.shorten(change.idea, 34, placeholder="...")
-    gain = "" if math.isnan(change.gain) else f"({change.gain:+.4f})"
+    gain = "" if math.isnan(change.gain) else f"(gain {change.gain:.4f})"
     return "\n".join(textwrap.wrap(f"{change.number} {idea} {gain}", 24))
 
 

@@ -175,8 +175,8 @@ def test_each_gpu_is_compared_with_itself():
     night = analyse(log(lines))
     changes = [(c.gpu, c.number, round(c.gain, 6)) for c in night.changes if c.number]
     assert changes == [("0", 1, 0.005), ("1", 2, -0.005), ("1", 1, 0.004)]
-    start = "0.9800 \u2192 0.9760 on GPU 1, 2 experiments, 1 kept"
-    assert headline(night).startswith(start)
+    said = "0.9800 \u2192 0.9760 on GPU 1, noise 0.0005; all GPUs: 2 experiments, 1 kept"
+    assert headline(night) == said
     figure = analysis.picture(night)
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"best so far, GPU 0", "best so far, GPU 1", "kept, GPU 0"} <= set(shown)
@@ -203,7 +203,8 @@ def test_a_joined_logs_second_baseline_is_no_experiment():
         ("b", 0),
         ("b", 2),
     ]
-    assert headline(night).endswith(" on GPU 0, 2 experiments, 1 kept, noise 0.0005")
+    end = " on GPU 0, noise 0.0005; all GPUs: 2 experiments, 1 kept"
+    assert headline(night).endswith(end)
 
 
 def test_the_legend_of_four_gpus_fits_the_picture():
@@ -243,7 +244,7 @@ def test_a_noisy_gpu_does_not_hide_what_the_other_gained(quick):
     }
     assert night.luck == pytest.approx(noises["0"] * expected_best(2))
     text = words(write_page(night))
-    assert "on GPU 0, 3 experiments, 2 kept, noise 0.0001" in text
+    assert "on GPU 0, noise 0.0001; all GPUs: 3 experiments, 2 kept" in text
     assert "The noise on GPU 0 is 0.0001. The noise on GPU 1 is 0.0052." in text
     assert "+0.0060 +1.2" in text and "The whole gain on GPU 0 is 0.0013" in text
     shown = [t.get_text() for t in draw_night(night).legends[0].get_texts()]
@@ -536,7 +537,7 @@ def test_labels_count_as_the_table_does_and_do_not_overlap():
     figure = analysis.picture(night)
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     labels = {int(text.get_text().split()[0]): text.get_text() for text in texts}
-    gains = {c.number: f"({c.gain:+.4f})" for c in night.tried("keep")}
+    gains = {c.number: f"(gain {c.gain:.4f})" for c in night.tried("keep")}
     assert set(labels) == set(gains) and len(gains) == 13
     whole = {n: text for n, text in labels.items() if " " in text or "\n" in text}
     assert len(whole) > 6 and all(gains[n] in text for n, text in whole.items())

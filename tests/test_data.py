@@ -671,15 +671,19 @@ def test_the_file_that_validates_is_printed_and_one_that_sounds_like_it(
 @pytest.mark.parametrize("kind", ["short", "long documents"])
 def test_validation_text_that_is_too_short_is_an_error_with_its_tokens(own, cache, kind):
     texts = make_documents(seed=3, count=100)
-    advice = "give it more text"
+    advice = "give it about"
     if kind == "long documents":
         texts = [" ".join(make_documents(seed=k, count=500)) for k in range(12)]
-        advice = "cut its long documents into pieces, or give it more text"
+        advice = "cut its long documents into pieces, or give it about"
     write_shard(own / "z.parquet", texts)
     said = sentence(prepare.main, ["--source", str(own)])
     assert re.search(
         r"z.parquet is too short: its [\d,]+ tokens fill \d+ rows of 256", said
     )
+    rows, times = map(
+        int, re.search(r"fill (\d+) rows .* about (\d+) times", said).groups()
+    )
+    assert rows * (times - 1) < 256 <= rows * times
     assert "and validation needs 256 rows, 65,536 tokens" in said and advice in said
     tokens = int(re.search(r"its ([\d,]+)", said)[1].replace(",", ""))
     tokenizer = Tokenizer.load(cache / "tokenizer")
