@@ -131,7 +131,7 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
 def label(change) -> str:
     """Return number, idea and gain in short lines."""
     idea = textwrap.shorten(change.idea, 34, placeholder="...")
-    gain = "" if math.isnan(change.gain) else f"(gain {change.gain:.4f})"
+    gain = "" if math.isnan(change.gain) else f"(gain\u00a0{change.gain:.4f})"
     return "\n".join(textwrap.wrap(f"{change.number} {idea} {gain}", 24))
 
 

@@ -537,7 +537,7 @@ def test_labels_count_as_the_table_does_and_do_not_overlap():
     figure = analysis.picture(night)
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     labels = {int(text.get_text().split()[0]): text.get_text() for text in texts}
-    gains = {c.number: f"(gain {c.gain:.4f})" for c in night.tried("keep")}
+    gains = {c.number: f"(gain\u00a0{c.gain:.4f})" for c in night.tried("keep")}
     assert set(labels) == set(gains) and len(gains) == 13
     whole = {n: text for n, text in labels.items() if " " in text or "\n" in text}
     assert len(whole) > 6 and all(gains[n] in text for n, text in whole.items())
