@@ -507,22 +507,15 @@ def test_a_width_that_works_in_a_smoke_run_alone(run):
     )
 
 
-@edit((definition("DEPTH"), "DEPTH = 25\n"))
-def test_more_layers_are_more_in_a_smoke_run_too(run, honest):
+@edit(
+    (definition("DEPTH"), "DEPTH = 25\n"),
+    (definition("N_EMBD"), "N_EMBD = 1280\n"),
+    (definition("NGRAM_ENTRIES"), "NGRAM_ENTRIES = 2**23\n"),
+)
+def test_the_models_size_is_what_the_knobs_say_in_a_smoke_run_too(run, honest):
     honoured(run, honest)
-    assert run.shown["params"] > honest.shown["params"]
-
-
-@edit((definition("N_EMBD"), "N_EMBD = 1280\n"))
-def test_more_width_is_more_in_a_smoke_run_too(run, honest):
-    honoured(run, honest)
-    assert run.shown["params"] > honest.shown["params"]
-
-
-@edit((definition("NGRAM_ENTRIES"), "NGRAM_ENTRIES = 2**23\n"))
-def test_more_entries_are_more_in_a_smoke_run_too(run, honest):
-    honoured(run, honest)
-    assert run.shown["params"] > honest.shown["params"]
+    assert int(values(run.log)["depth"]) > int(values(honest.log)["depth"])
+    assert run.shown["params"] > 3.5 * honest.shown["params"]  # table: twice in both ways
 
 
 # ---- Optimizers and schedules -------------------------------------------------------------------
