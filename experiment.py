@@ -102,7 +102,8 @@ def wait(minutes: float, ours: bool = False) -> int:
     if night:
         night.follow()
         night.leave()
-        if MARKS in b"\n" + (ROOT / "train.py").read_bytes():
+        path = ROOT / "train.py"
+        if path.exists() and MARKS in b"\n" + path.read_bytes():
             print("your draft does not fit the new best: look for <<<<<<< in train.py")
     print(there.summary() if night else there.busy())
     return 4 if there.over else 0

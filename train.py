@@ -87,9 +87,9 @@ NGRAM_REFILL = 0.3  # epochs left, or a new one does not empty the table
 
 # The same code, tiny, 4 x 128. A smoke run checks the knobs above as well.
 if SMOKE:
-    DEPTH = (2 * DEPTH + 3) // 5
-    N_EMBD = 32 * max(1, round(N_EMBD / 160))
-    HEAD_DIM = 32
+    DEPTH -= 2 * (3 * DEPTH // 10)
+    N_EMBD = 32 * min(8, max(2, round(N_EMBD / 160)))
+    HEAD_DIM = N_EMBD // 4
     NGRAM_ENTRIES = -(-NGRAM_ENTRIES // 2**11)
     SHORT_WINDOW = min(SHORT_WINDOW, MAX_SEQ_LEN)
 

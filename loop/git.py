@@ -79,8 +79,8 @@ def count_code(commit: str) -> int:
             if token.type != tokenize.NEWLINE and not said:
                 rows |= {*range(token.start[0], token.end[0] + 1)}
             begins = token.type == tokenize.NEWLINE
-    except (tokenize.TokenError, SyntaxError):
-        return len(lines)  # of another Python
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return len(lines)  # of another Python, or not in UTF-8
     return len(rows)
 
 
@@ -93,9 +93,8 @@ class Edit:
 
     @staticmethod
     def of(commit: str) -> "Edit":
-        diff = git(
-            "show", "--format=", "--unified=0", commit, "--", "train.py", strip=False
-        )
+        how = "--no-color", "--no-ext-diff", "--no-textconv", "--format=", "--unified=0"
+        diff = git("show", *how, commit, "--", "train.py", strip=False)
         changes = diff.partition("\n@@")[2].split("\n")
         took, brought = ({x[1:] for x in changes if x[:1] == sign} for sign in "-+")
         lines = Counter(lines_of(f"{commit}:train.py"))
@@ -125,16 +124,17 @@ def merge_lines(old: list[str], best: list[str], draft: list[str]) -> list[str] 
     return [*merged, *old[max(end, 0) :]]
 
 
-def settle_conflict() -> None:
-    """Take a conflict over train.py out of the index, and out of it if the lines allow.
+def settle_conflict(fresh: bool) -> None:
+    """Take a conflict over train.py out of the index, and if it is fresh, merge by lines.
 
     For git, changes of neighbouring lines, such as two knobs, are a conflict. It keeps what
-    stood there before, what the best has, and the draft.
+    stood there before, what the best has, and the draft. One that is not fresh has been
+    worked on.
     """
-    path, stages = ROOT / "train.py", git("ls-files", "-u", "--", "train.py").splitlines()
-    if len(stages) == 3 and MARKS in b"\n" + path.read_bytes():
+    stages = git("ls-files", "-u", "--", "train.py").splitlines()
+    if fresh and len(stages) == 3:
         if merged := merge_lines(*(lines_of(f":{n}:train.py") for n in (1, 2, 3))):
-            path.write_bytes(os.fsencode("\n".join([*merged, ""])))
+            (ROOT / "train.py").write_bytes(os.fsencode("\n".join([*merged, ""])))
     if stages:
         git("reset", "-q", "--", "train.py")
 

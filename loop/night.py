@@ -456,7 +456,9 @@ class Night:
             for line in [*kept.values()][1:]:  # the first is the baseline
                 edit, best = Edit.of(line.commit), texts[[*kept][-1]]
                 new = edit.is_in(best) and line.idea not in tried
-                if new and not any(edit.is_in(text) for text in ours):
+                # Lines that only moved are in what was there before, too.
+                moved = edit.is_in(Counter(lines_of(f"{line.commit}^:train.py")))
+                if new and (moved or not any(edit.is_in(text) for text in ours)):
                     what = f"kept on gpu {gpu}: {line.idea}; git show {line.commit}"
                     said.setdefault(edit, what)
         return [*said.values()]
@@ -472,14 +474,14 @@ class Night:
         if here and job and not job["runs"]:
             if train_py_is_of(job["commit"]):
                 git("checkout", "-q", "HEAD", "--", "train.py")
-        if git("rev-parse", name) == self.before != self.best:
+        if moves := git("rev-parse", name) == self.before != self.best:
             if here:
                 git("reset", "-q")  # a draft that is staged would be in the way
                 git("checkout", "-q", "-m", "-B", self.branch, self.best)
             else:
                 git("update-ref", name, self.best, self.before)
         if here:
-            settle_conflict()
+            settle_conflict(fresh=moves)
 
     def settle(self) -> None:
         """Do what is open, and what that opens."""
@@ -584,7 +586,8 @@ class Night:
             why = f"{VOID_RUNS} times ({last.void}): tail -n 40 {log} says why"
             return "void", [why, f"to try it again: {back}; `run`"]
         first = next((x for x in lines[since:] if x.commit == commit[:8]), mine[0])
-        if what.startswith("repeat") and len(lines) - lines.index(first) >= MOST_RUNS:
+        runs = [x for x in lines[lines.index(first) :] if x.void not in FIXED]
+        if what.startswith("repeat") and len(runs) >= MOST_RUNS:
             what, why = (
                 "discard",
                 f"no verdict in {MOST_RUNS} runs: the GPU's speed varies",

@@ -203,7 +203,7 @@ def try_next(night: Night) -> Html:
     dropped = night.tried("discard")
     measured = {c.number for c in night.every if c.values}
     bests = {c.gpu: c.mean for c in night.every for c in night.chain(c.gpu)[-1:]}
-    below = [c for c in dropped if bests[c.gpu] - c.mean >= NEAR * c.noise]
+    below = [c for c in dropped if bests.get(c.gpu, 0) - c.mean >= NEAR * c.noise]
     near = [c for c in dropped if c.times >= NEAR and c not in below]
     lucky = [c for c in night.tried("keep") if c.believe == "may be luck"]
     crashed = [c for c in night.tried("crash") if c.number not in measured]

@@ -722,6 +722,12 @@ def test_the_page_says_what_the_bests_train_py_gave_on_other_gpus(repository, qu
         assert "same train.py" not in page.best_commit(analyse(log(few), folder))
 
 
+def test_a_gpu_without_a_baseline_that_has_a_number_gives_a_page(quick):
+    lines = [("aaaaaa0", 0.0, "crash", "baseline, seed 42")]
+    lines += [("bbbbbb1", 0.44, "discard", "wider, seed 42, 2000 steps, 1.0 M tok/s")]
+    assert "2 runs: 1 counted, 1 crashed" in words(write_page(analyse(log(lines))))
+
+
 def test_what_may_be_luck_is_kept_so_the_page_names_no_seed(quick):
     lines = [*NIGHT[:3], ("8888888", 0.9965, "keep", "wider, seed 42")]
     text = words(page.try_next(analyse(log(lines))))

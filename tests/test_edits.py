@@ -55,7 +55,7 @@ Run = Watched
 """
 # Makes the model of a smoke run smaller still, where train.py has these lines.
 SMALL_MODEL = [
-    ("(2 * DEPTH + 3) // 5", "(2 * DEPTH + 3) // 10"),
+    ("DEPTH -= 2 * (3 * DEPTH // 10)", "DEPTH -= 2 * (4 * DEPTH // 10)"),
     ("round(N_EMBD / 160)", "round(N_EMBD / 320)"),
 ]
 Change = tuple[str, str]  # a text of train.py, what to put in its place

@@ -82,6 +82,12 @@ def test_the_way_back_to_the_baselines_memory_and_length_has_no_higher_bars(clon
     assert "bars doubled" in clone.experiment("too long", 0.424, lines=25)
 
 
+def test_a_train_py_with_a_byte_that_is_not_utf_8_gets_a_verdict(clone):
+    text = b"# -*- coding: latin-1 -*-\n# caf\xe9\n" + train_py(0.43).encode()
+    (clone.folder / "train.py").write_bytes(text)
+    assert "keep: " in clone.do("run", "a remark") and goes_on(clone)
+
+
 def test_a_train_py_that_is_shorter_by_comments_alone_is_not_simpler(clone):
     text = train_py(0.4401, lines=-1)
     said = ['"""One\nand\ntwo."""\n', "# a comment\n\n", "LINE = 0  # ends a line\n"]
@@ -164,6 +170,19 @@ def test_a_run_on_other_data_is_void_at_once_and_says_what_differs(clone):
     assert clone.said()[3:] == ["crash wider MLP, seed 42, void: rules"]
     mark.unlink()
     assert goes_on(clone)
+
+
+def test_repeats_that_other_data_stops_are_not_counted_to_a_verdict(clone):
+    assert "keep: " in clone.experiment("first", 0.43)
+    change = (
+        "open(os.path.join(here, 'other rules'), 'w')\n"  # before the best runs again
+    )
+    (clone.folder / "train.py").write_text(train_py(0.4291) + change)
+    assert "put them back" in clone.do("run", "second", status=1)
+    for _ in range(8):
+        assert "put them back" in clone.do("wait", status=1)
+    (clone.folder.parent / "other rules").unlink()
+    assert "val_bpb 0.429100 0.429600; the best 0.430250" in clone.do("wait")
 
 
 def test_a_control_on_other_data_stops_the_night_aloud_until_it_is_put_back(clone):
@@ -424,16 +443,17 @@ def test_changes_of_neighbouring_lines_are_merged_and_of_one_line_are_not(
     assert merge_lines([*"abcd"], [*best], [*draft]) == (merged and [*merged])
 
 
-def test_a_conflict_that_was_left_in_the_index_is_settled_by_the_next_command(clone):
+def test_a_conflict_that_was_left_in_the_index_is_taken_out_and_what_stands_stays(clone):
     clone.run_slowly(0.43)
     clone.edit(0.44, SPEED=1.3)
     attempt = clone.git("rev-parse", "refs/attempts/" + clone.attempts()[0])
     branch = "autoresearch/nov24"
     clone.git("checkout", "-q", "-m", "-B", branch, attempt)  # and then we were killed
-    assert "<<<<<<<" in (clone.folder / "train.py").read_text()
+    with open(clone.folder / "train.py", "a") as file:
+        file.write("# typed since\n")
+    text = (clone.folder / "train.py").read_text()
     clone.go()
-    clone.do("wait")
-    text = train_py(0.43, FAULT="slow", SPEED=1.3)
+    assert "<<<<<<<" in text and "does not fit" in clone.do("wait")
     assert (clone.folder / "train.py").read_text() == text
     assert clone.git("status", "--short") == "M train.py"
 
@@ -1294,6 +1314,24 @@ def test_status_names_of_several_keeps_in_a_row_the_last_alone(origin, tmp_path)
     (other / "train.py").write_text(train_py(0.41))
     clone.do("run", "as over there", cwd=other)
     assert "kept on" not in clone.do("status", cwd=other) + clone.do("status")
+
+
+def test_lines_that_were_only_moved_on_another_gpu_are_to_be_tried(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    first, second = "VAL_BPB = VAL_BPB + 0.1\n", "VAL_BPB = VAL_BPB * 2\n"
+    text = train_py()
+    (clone.folder / "train.py").write_text(
+        text.replace("\nLUCK", f"\n{first}{second}LUCK")
+    )
+    clone.git("commit", "-qam", "two lines")
+    clone.git("config", "color.ui", "always")
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    (clone.folder / "train.py").write_text(
+        text.replace("\nLUCK", f"\n{second}{first}LUCK")
+    )
+    assert "keep: " in clone.do("run", "the other way round")
+    assert "kept on gpu 0: the other way round" in clone.do("status", cwd=other)
 
 
 def test_the_baseline_of_another_gpu_is_nothing_to_try(origin, tmp_path):
