@@ -92,12 +92,12 @@ class Edit:
     brought: frozenset[tuple[str, int]]
 
     @staticmethod
-    def of(commit: str) -> "Edit":
+    def of(commit: str, lines: Counter[str]) -> "Edit":
+        """Return the edit of a commit, whose train.py has these lines."""
         how = "--no-color", "--no-ext-diff", "--no-textconv", "--format=", "--unified=0"
         diff = git("show", *how, commit, "--", "train.py", strip=False)
         changes = diff.partition("\n@@")[2].split("\n")
         took, brought = ({x[1:] for x in changes if x[:1] == sign} for sign in "-+")
-        lines = Counter(lines_of(f"{commit}:train.py"))
         sides = ({(x, lines[x]) for x in side} for side in (took - brought, brought))
         return Edit(*map(frozenset, sides))
 

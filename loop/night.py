@@ -15,6 +15,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -206,15 +207,25 @@ class Night:
         end = "; the night is over" if self.over else self.left()
         return f"best: {self.best[:8]} {self.idea_of(self.best)}{mean}; {counts}{end}"
 
-    def left(self) -> str:
-        """Return how much of the budget is left, "" if there is none."""
+    def remaining(self) -> float:
+        """Return what is left of the budget: seconds, or experiments, or infinity."""
         if self.budget.endswith("h"):
-            seconds = self.began + 3600 * float(self.budget[:-1]) - time.time()
-            return f"; {max(0.0, seconds) / 60:.0f} min left"
-        count = self.count() + self.again
-        if (job := self.open) and not job["runs"] and "since" not in job:
-            count += not self.lines(job["commit"])  # it has begun
-        return self.budget and f"; {max(0, int(self.budget) - count)} left"
+            return self.began + 3600 * float(self.budget[:-1]) - time.time()
+        budget = int(self.budget) if self.budget else math.inf
+        return budget - self.count() - self.again
+
+    def used_up(self) -> bool:
+        """Return whether the budget of the night is."""
+        return self.remaining() <= 0
+
+    def left(self) -> str:
+        """Return in words how much of the budget is left, "" if there is none."""
+        left, job = self.remaining(), self.open
+        if self.budget.endswith("h"):
+            return f"; {max(0.0, left) / 60:.0f} min left"
+        if job and not job["runs"] and "since" not in job:
+            left -= not self.lines(job["commit"])  # it has begun
+        return self.budget and f"; {max(0, left)} left"
 
     def task(self) -> str:
         """Return the idea that is open, and which of its runs or whether it is a control."""
@@ -240,12 +251,6 @@ class Night:
             words = [x.strip() for x in lines if x.strip()]
             steps = [": ".join(["starting", *words[-1:]])]
         return f"{self.task()} is going on ({steps[-1]}); `uv run experiment.py wait`"
-
-    def used_up(self) -> bool:
-        """Return whether the budget of the night is."""
-        if self.budget.endswith("h"):
-            return time.time() - self.began > 3600 * float(self.budget[:-1])
-        return bool(self.budget) and self.count() + self.again >= int(self.budget)
 
     def stand(
         self, attempt: str = ""
@@ -351,7 +356,10 @@ class Night:
                 )
 
     def run_once(self, commit: str, idea: str, status: str) -> Line:
-        """Add a run of `commit` to the log, and up to two more while it is void."""
+        """Add a run of `commit` to the log, and up to two more while it is void.
+
+        Refused if it is void by what another run would find as it is, and is the best.
+        """
         while True:
             mine = self.lines(commit)
             seed = SEED + sum(not x.void for x in mine)
@@ -380,6 +388,8 @@ class Night:
                 line.void = result.void
                 line.description += f", void: {result.void}"
             ledger.rewrite(Path(self.log), lambda lines, new=line: [*lines, new.text()])
+            if line.void in FIXED and status == "keep":
+                raise Refused(self.differs(line))
             if not line.void or line.void in FIXED or (again + 1) % VOID_RUNS == 0:
                 return line
 
@@ -444,21 +454,24 @@ class Night:
     def to_try(self) -> list[str]:
         """Return what the bests of other GPUs have and nothing here had, a line each."""
         lines, tried = self.all_lines(), {x.idea for x in self.lines()}
-        texts: dict[str, Counter[str]] = {}
-        for commit in {x.commit for x in lines if x.status}:
-            with suppress(Refused):  # it is not here
-                texts[commit] = Counter(lines_of(f"{commit}:train.py"))
-        ours = [texts[x.commit] for x in self.lines() if x.commit in texts]
-        said: dict[Edit, str] = {}
+        ours, said = {x.commit for x in self.lines()}, {}
+
+        @cache
+        def text(commit: str) -> Counter[str]:
+            with suppress(Refused):
+                return Counter(lines_of(f"{commit}:train.py"))
+            return Counter()  # it is not here
+
         for gpu in sorted({x.gpu for x in lines if x.status} - {self.named}):
             kept = [x for x in lines if x.gpu == gpu and x.status == "keep" and x.valid]
-            kept = {x.commit: x for x in kept if x.commit in texts}
+            kept = {x.commit: x for x in kept if text(x.commit)}
             for line in [*kept.values()][1:]:  # the first is the baseline
-                edit, best = Edit.of(line.commit), texts[[*kept][-1]]
-                new = edit.is_in(best) and line.idea not in tried
+                edit = Edit.of(line.commit, text(line.commit))
+                had = any(edit.is_in(x) for x in map(text, ours) if x)
                 # Lines that only moved are in what was there before, too.
-                moved = edit.is_in(Counter(lines_of(f"{line.commit}^:train.py")))
-                if new and (moved or not any(edit.is_in(text) for text in ours)):
+                had = had and not edit.is_in(text(f"{line.commit}^"))
+                had = had or line.idea in tried
+                if edit.is_in(text([*kept][-1])) and not had:
                     what = f"kept on gpu {gpu}: {line.idea}; git show {line.commit}"
                     said.setdefault(edit, what)
         return [*said.values()]
@@ -500,8 +513,6 @@ class Night:
         *_, stretch = self.stand()
         while sum(x.valid for x in self.lines(commit)) < runs:
             line = self.run_once(commit, idea, "keep")
-            if line.void in FIXED:
-                raise Refused(self.differs(line))
             if control and (line.void or line.valid or self.over):
                 break
             if line.status == "crash" and instead and not line.void:
@@ -544,9 +555,7 @@ class Night:
             if what == "repeat new":
                 self.run_once(commit, idea, "discard")
             elif what == "repeat best":
-                line = self.run_once(self.best, self.idea_of(self.best), "keep")
-                if line.void in FIXED:
-                    raise Refused(self.differs(line))
+                self.run_once(self.best, self.idea_of(self.best), "keep")
             else:
                 break
         changes: dict = {"open": None}

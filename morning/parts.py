@@ -3,7 +3,6 @@
 import ast
 import functools
 import re
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -80,11 +79,9 @@ def touched(night) -> dict[str, list]:
     """
 
     def split(revision: str) -> dict[str, str]:
-        command = ["git", "-C", str(night.folder), "show", f"{revision}:train.py"]
         try:
-            text = subprocess.run(command, capture_output=True, check=True).stdout
-            return parts(text.decode())
-        except (OSError, subprocess.CalledProcessError, SyntaxError, ValueError):
+            return parts(git("show", f"{revision}:train.py", tree=night.folder))
+        except (Refused, SyntaxError, ValueError):
             return {}  # an attempt may be anything
 
     tries = [c for c in night.changes if re.fullmatch(NAME, c.commit)]

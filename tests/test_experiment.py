@@ -345,7 +345,7 @@ def test_a_train_py_that_has_a_result_gets_its_next_seed_and_no_luckier_first(cl
     assert "val_bpb 0.450000 0.450500" in said and clone.value() == 0.44
     tail = [f"discard wider MLP, seed {seed}" for seed in (42, 43)]
     assert clone.said() == [*BASELINE, *tail]
-    assert len(clone.git("for-each-ref", "refs/attempts").splitlines()) == 1
+    assert len(clone.attempts()) == 1
     assert "1 experiment, 0 kept" in clone.do("status")
 
 
@@ -365,7 +365,7 @@ def test_an_attempt_that_runs_again_is_judged_by_the_mean_of_all_its_runs(clone)
 
 def test_a_train_py_that_crashed_runs_again_and_says_so(clone):
     assert "crash: " in clone.experiment("deeper", 0.43, FAULT="crash")
-    commit = clone.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/attempts")
+    (commit,) = clone.attempts()
     said = clone.experiment("deeper", 0.43, FAULT="crash")
     assert f"the train.py of deeper, which crashed as {commit}\n" in said
     assert "which crashed" not in clone.experiment("deeper", 0.43)
