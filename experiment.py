@@ -125,6 +125,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     if NIGHT.exists() and Night.load().tag == tag:
         raise Refused(f"night {tag} has begun here; `{ME} wait` goes on with it")
     first = nights[ROOT]
+    NIGHT.parent.mkdir(exist_ok=True)
     if not first.take():
         raise Refused(f"an experiment is going on in {ROOT}; `{ME} wait`")
     check_index()
@@ -335,7 +336,8 @@ def main() -> int:
             raise Refused("Windows has no locks of this kind; use WSL")
         return globals()[args.pop("command")](**args)
     except (Refused, OSError, KeyboardInterrupt) as error:
-        said = str(error) or f"interrupted; `{ME} wait` goes on with what is open"
+        said = f"interrupted; `{ME} wait` goes on with what is open"
+        said = Night.removed() or str(error) or said
         print(f"experiment.py: {said}", file=sys.stderr)
         return 1
 

@@ -169,7 +169,6 @@ def make_commit(tree: Path, message: str, *what: str) -> str:
 
 def lock(path: Path):
     """Return the file `path`, locked, or None if a process holds it, or a child of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

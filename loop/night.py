@@ -83,11 +83,18 @@ class Night:
     known = False  # whether this process has read one
 
     @staticmethod
+    def removed() -> str:
+        """Say so if this tree is gone with the night that was read here, else ""."""
+        if not Night.known or NIGHT.exists():
+            return ""
+        kept = "the log and the commits are in the first tree"  # git worktree remove
+        return f"{ROOT} was removed, so the night of its GPU is over; {kept}"
+
+    @staticmethod
     def load() -> "Night":
         """Return the night of this tree; Refused if none has begun."""
-        if Night.known and not NIGHT.exists():  # git worktree remove
-            kept = "the log and the commits are in the first tree"
-            raise Refused(f"{ROOT} was removed, so the night of its GPU is over; {kept}")
+        if gone := Night.removed():
+            raise Refused(gone)
         if not NIGHT.exists():
             start = "`uv run experiment.py start TAG`"
             raise Refused(f"no night has begun in {ROOT}; {start}")
@@ -141,6 +148,7 @@ class Night:
             return bool(self.held[0])
         cache = self.env.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
         path = Path(cache).expanduser() / f"gpu-{platform.node()}-{self.gpu}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.held.append(lock(path))
         if not self.held[1]:
             self.leave()

@@ -1439,6 +1439,25 @@ def test_a_tree_removed_at_night_ends_the_night_of_its_gpu_alone(origin, tmp_pat
     assert sorted(clone.said()) == sorted(f"{x}, gpu {g}" for x in BASELINE for g in "01")
 
 
+@pytest.mark.parametrize("command", ["wait", "status", "run deeper"])
+def test_a_tree_removed_before_its_locks_are_taken_is_called_removed_and_stays_so(
+    clone, tmp_path, command
+):
+    code = f"""
+import os, sys, experiment
+take = experiment.Night.take
+def removed(night):
+    os.rename({str(clone.folder)!r}, {str(tmp_path / "gone")!r})
+    return take(night)
+experiment.Night.take = removed
+sys.argv = ["experiment.py", *{command.split()!r}]
+sys.exit(experiment.main())
+"""
+    said = clone.call([sys.executable, "-c", code], status=1)
+    assert "was removed" in said.splitlines()[-1] and "Traceback" not in said
+    assert not clone.folder.exists()  # else `start` finds it there
+
+
 # ---- Words -------------------------------------------------------------------------------
 def test_without_a_night_each_command_says_how_one_begins(fresh):
     for command in (
