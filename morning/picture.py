@@ -77,23 +77,26 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
             ax.scatter([c.number for c in changes], heights, label=label, **style)
 
     avoid = [([c.number] * 9, [c.mean] * 9) for c in shown]  # a point is worth a line
-    for color, gpu in zip(itertools.cycle(GPUS), sorted({c.gpu for c in shown})):
-        name, chain = f", GPU {gpu}" if gpu else "", night.chain(gpu)
+    gpus, bands = sorted({c.gpu for c in shown}), {}  # of the legend
+    for color, gpu in zip(itertools.cycle(GPUS), gpus):
+        alone, chain = not gpu, night.chain(gpu)
         if chain:
             x = np.array([c.number for c in chain] + [last + 0.5])
             y = np.array([c.mean for c in chain + chain[-1:]])
-            ax.step(x, y, where="post", color=color, lw=1.6, label=f"best so far{name}")
-            noise = chain[0].noise
-            words = f"one noise ({noise:.4f}) around it"
-            words = f"noise {noise:.4f}{name}" if gpu else words  # or they have no room
-            style = dict(step="post", color=color, alpha=0.15, lw=0, label=words)
-            ax.fill_between(x, y - noise, y + noise, **style)
+            noise, style = chain[0].noise, dict(step="post", alpha=0.15, lw=0)
+            band = ax.fill_between(x, y - noise, y + noise, color=color, **style)
+            line = ax.step(x, y, where="post", color=color, lw=1.6)
+            name = "best so far" if alone else f"GPU {gpu}, best so far"
+            bands[f"{name}, and one noise ({noise:.4f}) around it"] = (band, *line)
             avoid.append((np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]))
         kept = [c for c in night.tried("keep") if c.gpu == gpu]
-        mark(kept, f"kept{name}", color=color, s=34, zorder=5)
+        mark(kept, "kept" if alone else "", color=color, s=34, zorder=5)
         low = [c for c in dropped if c.gpu == gpu and c.mean <= top]
-        style = dict(color=color, alpha=0.5) if gpu else dict(color=colors["faint"])
-        mark(low, f"discarded{name}", s=14, zorder=3, **style)
+        style = dict(color=colors["faint"]) if alone else dict(color=color, alpha=0.5)
+        mark(low, "discarded" if alone else "", s=14, zorder=3, **style)
+    if any(gpus):  # their marks differ by color alone
+        for words, size in (("kept", 34), ("discarded", 14)):
+            ax.scatter([], [], color=colors["faint"], s=size, label=words)
     high = [c for c in dropped if c.mean > top]
     mark(high, "discarded, above the picture", 1, marker="^", s=22, color=colors["faint"])
     crashed = night.tried("crash")
@@ -116,9 +119,12 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
         words = f"start{of} less the expected luck of the best"
         ax.axhline(luck, label=words, **style)
         avoid.append(([0, last], [luck, luck]))
+    handles, words = ax.get_legend_handles_labels()
     figure.legend(
+        [*bands.values(), *handles],
+        [*bands, *words],
         loc="outside lower center",
-        ncols=4,
+        ncols=3,
         fontsize=8,
         frameon=False,
         labelcolor=colors["ink"],
