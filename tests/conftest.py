@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,9 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(CACHE / "pycache")
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many of these as cores
     os.environ["OMP_NUM_THREADS"] = "1"
+# A script that runs us in the background ignores Ctrl-C, and so would all that we start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before the first import of constants, which reads them once.
 os.environ |= {
     "AUTORESEARCH_SMOKE": "1",
