@@ -21,7 +21,6 @@ import argparse
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -46,7 +45,7 @@ from loop.git import (
 )
 from loop.ledger import idea_in
 from loop.machine import check_machine
-from loop.night import BASELINE_RUNS, NIGHT, Night
+from loop.night import BASELINE_RUNS, NIGHT, Night, check_place
 
 ME = "uv run experiment.py"
 REPORT = "uv run --group analysis experiment.py report"
@@ -97,6 +96,8 @@ def wait(minutes: float, ours: bool = False) -> int:
         print("nothing is open; what was done last:")
     print("\n".join(there.said))
     if there.open:
+        if night and not there.stopped:
+            night.save()  # a full disk says so itself
         what = there.stopped or "what was at work was killed"
         raise Refused(f"{what}; `{ME} wait` goes on from there")
     if night:
@@ -121,6 +122,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
             raise Refused(f"{text!r}: {help}")
     if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
         raise Refused(f"{ROOT} is not the top of a git checkout; start in its own clone")
+    check_place()
     nights = plan(tag, gpus, budget)
     if NIGHT.exists() and Night.load().tag == tag:
         raise Refused(f"night {tag} has begun here; `{ME} wait` goes on with it")
@@ -129,6 +131,7 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     if not first.take():
         raise Refused(f"an experiment is going on in {ROOT}; `{ME} wait`")
     check_index()
+    first.check_log()
     if dirty := changed_files():
         advice = "commit it on a branch of your own, or git stash"
         raise Refused(f"uncommitted work in {', '.join(dirty)}; {advice}; then start")
@@ -144,6 +147,8 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     try:
         make_tree(trial, first.best)
         make_commit(trial, "trial", "--allow-empty")
+        for night in nights.values():
+            git("update-ref", f"refs/heads/{night.branch}", night.best)
     finally:
         succeeds("worktree", "remove", "--force", str(trial))
     if trains_here(first.env):
@@ -183,14 +188,16 @@ def plan(tag: str, gpus: str, budget: str) -> dict[Path, Night]:
     cards = [*dict.fromkeys(gpus.split(","))]
     if not gpus and trains_here(env):
         cards = [os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"]
-    head, log = git("rev-parse", "HEAD"), str((ROOT / "results.tsv").resolve())
+    head = git("rev-parse", "HEAD")
     job = {"commit": head, "idea": "baseline", "runs": BASELINE_RUNS}
     nights = {}
     for gpu in cards:
         end = f"-gpu{gpu}" if nights else ""
         seen = env | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        tree = ROOT.with_name(ROOT.name + end)
+        log = os.path.relpath(ROOT / "results.tsv", tree)
         where = (tag, f"autoresearch/{tag}{end}", log, gpu, len(cards) > 1, seen, budget)
-        nights[ROOT.with_name(ROOT.name + end)] = Night(*where, head, head, job)
+        nights[tree] = Night(*where, head, head, job)
     return nights
 
 
@@ -220,18 +227,13 @@ def run(idea: str, minutes: float) -> int:
         print(f"the night is over and nothing was run; `{ME} status`", file=sys.stderr)
         return 4
     night.check_draft()
-    tree = night.folder / "tree"
     if job := night.same_attempt():
         print(f"the train.py of {job['idea']}: its next seed, and all its runs count")
     else:
         for line in night.lines():
             if line.status == "crash" and not line.void and train_py_is_of(line.commit):
                 print(f"the train.py of {line.idea}, which crashed as {line.commit}")
-        make_tree(tree, night.best)
-        shutil.copyfile(ROOT / "train.py", tree / "train.py")
-        commit = make_commit(tree, idea, "--", "train.py")
-        git("update-ref", f"refs/attempts/{commit[:8]}", commit)
-        job = {"commit": commit, "idea": idea, "runs": 0}
+        job = {"commit": night.commit_draft(idea), "idea": idea, "runs": 0}
     night.save(open=job, said=[], again=night.again + ("since" in job))
     night.follow()
     commit = job["commit"]
@@ -244,7 +246,7 @@ def run(idea: str, minutes: float) -> int:
 
 def status() -> int:
     """Say where the night stands, for a context that is lost."""
-    night = Night.load()
+    night, now, held = Night.look()
     smoke = night.env.get("AUTORESEARCH_SMOKE") == "1"
     gpu, end = night.gpu or ("none" if smoke else "not here"), night.budget or "none"
     rules = ", smoke rules" if night.smoke else ""
@@ -253,12 +255,7 @@ def status() -> int:
     print(night.summary())
     if reference < math.inf:
         print(f"best mean ever kept {reference:.6f}, noise {noise:.6f}")
-    now = "at work"
-    try:
-        now = "interrupted" if night.take() else now
-        night.leave()
-    except Refused as error:
-        print(error)
+    print(held, end="\n" if held else "")
     if job := night.open:
         print(f"open: {job['commit'][:8]} {night.task()}, {now}; `{ME} wait` goes on")
         print(night.stopped, end="\n" if night.stopped else "")
@@ -266,7 +263,7 @@ def status() -> int:
         at_best = git("rev-parse", "HEAD") == night.best
         off = "" if at_best else ", but HEAD is not the best"
         if not is_on(ROOT, f"refs/heads/{night.branch}"):
-            off = f", but HEAD is not its branch; git switch {night.branch}"
+            off = f", but HEAD is not its branch; git switch -m {night.branch}"
         so = "`run` begins the next experiment"
         if night.over or night.used_up():
             so = "the night is over" if night.over else "the budget is used up"
@@ -276,17 +273,17 @@ def status() -> int:
     lines = night.all_lines()
     for line in lines:
         if not line.status:
-            print(f"{night.log}: not a run, not counted: {line.description[:60]!r}")
+            print(f"{night.results}: not a run, not counted: {line.description[:60]!r}")
     for line in night.to_try():
         print(line)
-    print(night.log, *(line.text() for line in lines[-20:] if line.status), sep="\n")
+    print(night.results, *(line.text() for line in lines[-20:] if line.status), sep="\n")
     return 0
 
 
 def void(commit: str, why: str, minutes: float) -> int:
     """Take back a commit that turned out broken; what was kept on top is measured again."""
     night = Night.ours()
-    if night.open:
+    if night.open and "control" not in night.open:
         raise Refused(f"{night.open['idea']} is open; `{ME} wait`, then void")
     night.follow()
     night.take_back(commit, why)
@@ -296,7 +293,7 @@ def void(commit: str, why: str, minutes: float) -> int:
 
 def report(log: str) -> int:
     """Write the morning's page, of this night's log or of another."""
-    path = Path(log or Night.load().log)
+    path = Path(log or Night.load().results)
     if not path.is_file():
         raise Refused(f"{path} is no file; without a name, `{REPORT}` is of this night")
     try:

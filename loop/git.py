@@ -31,7 +31,8 @@ def git(*command: str, tree: Path = ROOT, strip: bool = True) -> str:
     """Return what git prints; Refused if it fails. Commits alone run hooks."""
     env = {k: v for k, v in os.environ.items() if k not in WHERE} | {"LC_ALL": "C"}
     hooks = () if command[0] == "commit" else ("-c", "core.hooksPath=/dev/null")
-    call = ["git", "-C", str(tree), *hooks, *command]
+    mode = "-c", "core.fileMode=false"  # chmod +x is no edit
+    call = ["git", "-C", str(tree), *mode, *hooks, *command]
     io = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 120}
     end = time.monotonic() + PATIENCE
     try:
@@ -142,6 +143,8 @@ def settle_conflict(fresh: bool) -> None:
 def make_tree(tree: Path, commit: str) -> None:
     """Check `commit` out in a worktree of its own, without what an earlier run left there."""
     shutil.rmtree(tree, ignore_errors=True)
+    if tree.exists():  # with files of another user, which a container left
+        tree.rename(tree.with_name(f"{tree.name}-{time.time_ns()}"))
     git("worktree", "add", "-q", "-f", "-f", "--detach", str(tree), commit)
 
 
@@ -169,7 +172,10 @@ def make_commit(tree: Path, message: str, *what: str) -> str:
 
 def lock(path: Path):
     """Return the file `path`, locked, or None if a process holds it, or a child of one."""
-    file = open(path, "a")
+    try:
+        file = open(path, "a")
+    except PermissionError:
+        file = open(path)  # another user's, in a cache that is shared
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file

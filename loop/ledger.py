@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loop.git import fcntl
@@ -153,11 +153,11 @@ def read_ends(path: Path, most: int = 2**22) -> str:
 class Result:
     """What a finished run's log says."""
 
-    values: dict[str, str]  # of the summary
-    ok: bool  # exactly one result, exit status 0
-    void: str  # the kind of warning, or the line of the summary, that voids it
-    notes: list[str]  # warnings that do not
-    last: str  # its last words
+    values: dict[str, str] = field(default_factory=dict)  # of the summary
+    ok: bool = False  # exactly one result, exit status 0
+    void: str = ""  # the kind of warning, or the line of the summary, that voids it
+    notes: list[str] = field(default_factory=list)  # warnings that do not
+    last: str = ""  # its last words
     status: int = 0  # of its exit
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -32,6 +33,7 @@ from loop.git import (
     git,
     lines_of,
     lock,
+    make_commit,
     make_tree,
     settle_conflict,
     succeeds,
@@ -58,13 +60,20 @@ SAME = (
 )  # lines of the summary that void a run if they differ
 
 
+def check_place() -> None:
+    """Refuse to work in the checkout of a run, runs/TAG/tree."""
+    top = ROOT.parent.parent.parent
+    if (top / NIGHT.relative_to(ROOT)).exists():
+        raise Refused(f"{ROOT} is the checkout of a run; cd {top}")
+
+
 @dataclass
 class Night:
     """What runs/night.json keeps; the rest is in the log and in git."""
 
     tag: str
     branch: str
-    log: str  # results.tsv, which the trees of a night share
+    log: str  # results.tsv as seen from this tree; the trees of a night share it
     gpu: str  # "" if it is not here
     several: bool  # GPUs, which the lines then name
     env: dict[str, str]  # what a run sees of CUDA_VISIBLE_DEVICES and AUTORESEARCH_...
@@ -96,6 +105,7 @@ class Night:
         if gone := Night.removed():
             raise Refused(gone)
         if not NIGHT.exists():
+            check_place()
             start = "`uv run experiment.py start TAG`"
             raise Refused(f"no night has begun in {ROOT}; {start}")
         try:
@@ -122,6 +132,19 @@ class Night:
             raise Refused(Night.load().busy())
         return night
 
+    @staticmethod
+    def look() -> tuple["Night", str, str]:
+        """Return the night, whether somebody is at work on it, and who else has the GPU."""
+        night = Night.load()
+        try:
+            if not night.take():
+                return night, "at work", ""
+            vars(night).update(vars(Night.load()))
+            night.leave()
+            return night, "interrupted", ""
+        except Refused as error:
+            return night, "at work", str(error)
+
     def save(self, path: Path = NIGHT, **changes) -> None:
         """Change some values and write all of them, whole or not at all."""
         vars(self).update(changes)
@@ -132,6 +155,11 @@ class Night:
     def folder(self) -> Path:
         """Where the logs of runs are, and the tree in which they run."""
         return ROOT / "runs" / self.tag
+
+    @property
+    def results(self) -> Path:
+        """The log."""
+        return (ROOT / self.log).resolve()
 
     @property
     def named(self) -> str:
@@ -166,7 +194,7 @@ class Night:
     # ---- What the log says ---------------------------------------------------------------
     def all_lines(self) -> list[Line]:
         """Return the lines of the log, of all GPUs."""
-        path = Path(self.log)
+        path = self.results
         return ledger.read_log(os.fsdecode(path.read_bytes()) if path.exists() else "")
 
     def lines(self, commit: str = "") -> list[Line]:
@@ -179,8 +207,8 @@ class Night:
         return {x.commit for x in self.lines() if x.measured and x.void}
 
     def last_log(self, commit: str) -> Path | None:
-        """Return the log of a commit's last run."""
-        logs = self.folder.glob(f"{commit[:8]}-*.log")
+        """Return the log of a commit's last run that ended."""
+        logs = filter(self.read, self.folder.glob(f"{commit[:8]}-*.log"))
         return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
     def idea_of(self, commit: str) -> str:
@@ -395,7 +423,7 @@ class Night:
             elif result.ok:
                 line.void = result.void
                 line.description += f", void: {result.void}"
-            ledger.rewrite(Path(self.log), lambda lines, new=line: [*lines, new.text()])
+            ledger.rewrite(self.results, lambda lines, new=line: [*lines, new.text()])
             if line.void in FIXED and status == "keep":
                 raise Refused(self.differs(line))
             if not line.void or line.void in FIXED or (again + 1) % VOID_RUNS == 0:
@@ -412,12 +440,16 @@ class Night:
         """Refuse what is not one edit of train.py on top of the best commit."""
         head = git("rev-parse", "--symbolic-full-name", "HEAD")
         if head != f"refs/heads/{self.branch}":
-            help = f"git switch {self.branch}"
+            help = f"git switch -m {self.branch}"
             raise Refused(f"HEAD is not the branch of the night; {help}")
         if git("rev-parse", "HEAD") != self.best:
-            short = self.best[:8]
-            help = f"git reset {short} leaves train.py as it is; then run"
-            raise Refused(f"the branch is not at the best commit, {short}; {help}")
+            ends = self.best, self.before  # from where it is at, `follow` goes on
+            made_on = (x for x in git("rev-list", "HEAD").split() if x in ends)
+            help = f"git reset {next(made_on, self.best)[:8]}"
+            help += " leaves train.py as it is; then run"
+            raise Refused(f"the branch is not at the best, {self.best[:8]}; {help}")
+        if self.best[:8] in self.withdrawn():
+            raise Refused("a `void` was interrupted; give it again")
         check_index()
         if not (ROOT / "train.py").is_file():
             raise Refused("train.py is missing; git checkout train.py")
@@ -435,6 +467,19 @@ class Night:
                 what = f"this is the train.py of {short}, which was taken back"
                 raise Refused(f"{what}; fix what was wrong with it, then run")
 
+    def commit_draft(self, idea: str) -> str:
+        """Commit and pin train.py as it is, in the tree of the runs; return the commit."""
+        draft, tree = ROOT / "train.py", self.folder / "tree"
+        source = draft.read_bytes()
+        make_tree(tree, self.best)
+        (tree / "train.py").write_bytes(source)
+        commit = make_commit(tree, idea, "--", "train.py")
+        git("checkout", "-q", "HEAD", "--", "train.py", tree=tree)
+        if draft.read_bytes() == source:  # a hook may have changed what it committed
+            shutil.copyfile(tree / "train.py", draft)  # `follow` knows it by this
+        git("update-ref", f"refs/attempts/{commit[:8]}", commit)
+        return commit
+
     def same_attempt(self) -> dict | None:
         """Return the job of a further run of an attempt at the best, if train.py is its.
 
@@ -448,16 +493,27 @@ class Night:
                     return job | {"since": len(self.lines())}
         return None
 
-    def elsewhere(self) -> list[str]:
-        """Return what the other GPUs of this night are at work on, a line each."""
-        said, trees = [], git("worktree", "list", "--porcelain")
+    def others(self) -> Iterator[tuple[str, "Night"]]:
+        """Yield the other trees that have a night with our log, and that night."""
+        trees = git("worktree", "list", "--porcelain")
         for tree in re.findall(r"(?m)^worktree (.*)$", trees):
             with suppress(OSError, ValueError, TypeError):
-                path = Path(tree, *NIGHT.relative_to(ROOT).parts)
+                path = Path(tree, NIGHT.relative_to(ROOT))
                 other = Night(**json.loads(path.read_text("utf-8")))
-                if other.open and other.log == self.log and other.gpu != self.gpu:
-                    said.append(f"at work on gpu {other.gpu}: {other.task()}")
-        return said
+                if Path(tree) != ROOT and Path(tree, other.log).samefile(self.results):
+                    yield tree, other
+
+    def elsewhere(self) -> list[str]:
+        """Return what the other GPUs of this night are at work on, a line each."""
+        busy = [other for _, other in self.others() if other.open]
+        return [f"at work on gpu {other.gpu}: {other.task()}" for other in busy]
+
+    def check_log(self) -> None:
+        """Refuse to take a log from a night that goes on in another tree."""
+        for tree, other in self.others():
+            if other.tag != self.tag and (other.open or not other.over):
+                help = f"git worktree remove {tree}, or wait for its end"
+                raise Refused(f"night {other.tag} goes on in {tree}; {help}")
 
     def to_try(self) -> list[str]:
         """Return what the bests of other GPUs have and nothing here had, a line each."""
@@ -529,7 +585,10 @@ class Night:
             if line.status == "crash":
                 logs = f"tail -n 40 {shlex.quote(str(self.folder))}/{commit[:8]}-*.log"
                 why = f"{idea}: a run of {commit[:8]} failed ({line.void or 'crash'})"
-                raise Refused(f"{why}; `{logs}` says why; the machine is not ready")
+                why += f"; `{logs}` says why; the machine is not ready"
+                if control:
+                    why += f', or, if its train.py is at fault, void {commit[:8]} "why"'
+                raise Refused(why)
         now, _, noise, later = self.stand()
         values = " ".join(f"{v:.6f}" for v in now.get(commit[:8], []))
         said = [
@@ -585,7 +644,7 @@ class Night:
         if not mine:
             return what, words
         log = self.last_log(commit)
-        result = self.read(log)
+        result = self.read(log) if log else ledger.Result()
         last, voids = mine[-1], [x for x in mine if x.void and x.seed == mine[-1].seed]
         back = f"git restore --source {commit[:8]} train.py"
         if last.status == "crash" and not last.void:
@@ -619,11 +678,11 @@ class Night:
         by a revert, which is then open, to be measured. Refused says why not.
         """
         if not succeeds("rev-parse", "-q", "--verify", f"{commit}^{{commit}}"):
-            raise Refused(f"{commit} is no commit here; {self.log} has their names")
+            raise Refused(f"{commit} is no commit here; {self.results} has their names")
         full = git("rev-parse", "--verify", f"{commit}^{{commit}}")
         short, ideas = full[:8], {x.commit: x.idea for x in self.lines()}
         if short not in [*ideas][1:]:
-            why = f"has no line of this GPU in {self.log}"
+            why = f"has no line of this GPU in {self.results}"
             raise Refused(f"{short} {why}")
         in_best = succeeds("merge-base", "--is-ancestor", full, self.best)
         broken = self.withdrawn()
@@ -639,26 +698,31 @@ class Night:
             before = git("rev-parse", f"{full}^")
             while before[:8] in broken:
                 before = git("rev-parse", f"{before}^")
-            changes = {"best": before, "before": self.best}
+            changes = {"best": before, "before": self.best, "open": None}
         if above:
             tree = self.folder / "tree"
             make_tree(tree, self.best)
             stood = ", ".join(f"{x[:8]} {ideas.get(x[:8], '')}" for x in above)
             try:
-                git("revert", "--no-edit", full, tree=tree)
+                git("revert", "--no-commit", full, tree=tree)
             except Refused:
+                if not git("ls-files", "-u", tree=tree):
+                    raise  # no conflict: a full disk, say
                 said += (
                     f"; what stood on it does not fit without it, try it again: {stood}"
                 )
             else:
-                best = git("rev-parse", "HEAD", tree=tree)
+                if not git("diff", "--name-only", "HEAD", tree=tree):
+                    raise Refused(f"of {short} nothing is left in the best, {stood}")
+                best = make_commit(tree, f"without {short} {ideas[short]}")
                 git("update-ref", f"refs/attempts/{best[:8]}", best)
                 job = {"commit": best, "idea": f"without {short}", "runs": 2}
                 changes |= {"best": best, "open": job | {"instead": before}}
                 said += f"; what stood on it is measured again as {best[:8]}: {stood}"
-        if in_best and "open" not in changes:
+        if in_best and not changes["open"]:
             said += f"; the branch is at {before[:8]} again, the best before it"
-        for commits, end in (([full], ledger.plain(why)), (above, f"stood on {short}")):
+        # The best first: if we are killed in between, `check_draft` sees it.
+        for commits, end in ((above, f"stood on {short}"), ([full], ledger.plain(why))):
             names, end = [x[:8] for x in commits], f", void: {end}"
             self.mark(names, "discard", end)
         self.save(said=[said], **changes)
@@ -666,7 +730,7 @@ class Night:
     def mark(self, commits: list[str], status: str, end: str = "") -> None:
         """Give the runs of `commits` another status in the log, and an end."""
         what = commits, self.named, status, end
-        ledger.rewrite(Path(self.log), lambda lines: ledger.mark(lines, *what))
+        ledger.rewrite(self.results, lambda lines: ledger.mark(lines, *what))
 
     def control(self, best: str) -> dict:
         """Return what is open when the best has to run once more."""

@@ -389,7 +389,7 @@ def test_a_branch_that_is_not_what_it_was_does_not_stop_the_night(clone, ref):
     best = clone.git("rev-parse", "HEAD")
     if ref == "deleted":
         clone.git("switch", "-q", "main")
-        assert "git switch autoresearch/nov24" in clone.do("status")
+        assert "git switch -m autoresearch/nov24" in clone.do("status")
         clone.git("branch", "-qD", "autoresearch/nov24")
         assert "best: " in clone.do("wait")
         clone.git("switch", "-q", "autoresearch/nov24")
@@ -475,8 +475,8 @@ def test_the_owners_files_survive_a_night(clone):
         ("nothing", "edit it, then run"),
         ("gone", "git checkout train.py"),
         ("added", "git stash push new.py"),
-        ("detached", "git switch autoresearch/nov24"),
-        ("elsewhere", "git switch autoresearch/nov24"),
+        ("detached", "git switch -m autoresearch/nov24"),
+        ("elsewhere", "git switch -m autoresearch/nov24"),
         ("committed", "git reset"),
         ("index", "rm "),
     ],
@@ -506,7 +506,7 @@ def test_run_refuses_what_is_not_one_edit_of_train_py(clone, change, why):
         assert clone.value() == 0.43
     # What the sentence says is what helps.
     cures = ["git checkout -q train.py"] if change == "gone" else []
-    for start in ("git stash push", "git switch", "git reset", "rm"):
+    for start in ("git stash push", "git switch -m", "git reset", "rm"):
         if f"{start} " in said:
             words = said.partition(f"{start} ")[2].replace(",", " ").split()
             cures.append(f"{start} {words[0]}")
@@ -515,6 +515,40 @@ def test_run_refuses_what_is_not_one_edit_of_train_py(clone, change, why):
     assert change == "nothing" or cures
     assert change != "committed" or clone.git("rev-list", "--count", "HEAD") == "1"
     assert goes_on(clone)
+
+
+@pytest.mark.parametrize("how", ["committed", "detached"])
+def test_what_helps_after_git_by_hand_does_not_undo_what_was_kept_meanwhile(clone, how):
+    clone.run_slowly(0.43)
+    text = (clone.folder / "train.py").read_text()
+    draft = text.replace("LINE = 0\n", "", 1)
+    (clone.folder / "train.py").write_text(draft)
+    clone.git("switch", "-q", "--detach")
+    if how == "committed":
+        clone.git("switch", "-q", "-")
+        clone.git("commit", "-qam", "by hand")
+    clone.go()
+    clone.do("wait")
+    said = clone.do("run", "shorter", status=1)
+    cure = re.search("git (reset [0-9a-f]{8}|switch -m [a-z/0-9]+)", said)[0]
+    clone.call(cure.split())
+    assert "+0 -1 lines" in clone.do("run", "shorter")
+    kept = clone.git("show", "HEAD:train.py") + "\n"
+    assert kept == draft.replace("0.44", "0.43", 1).replace("''", "'slow'", 1)
+
+
+@pytest.mark.parametrize("how", ["chmod", "hook"])
+def test_a_draft_that_git_stores_otherwise_is_not_in_the_next_experiment(clone, how):
+    clone.edit(0.5)
+    if how == "chmod":
+        (clone.folder / "train.py").chmod(0o755)
+    else:
+        hook = clone.folder / ".git" / "hooks" / "pre-commit"
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text("#!/bin/sh\necho '# formatted' >> train.py; git add train.py\n")
+        hook.chmod(0o755)
+    assert "discard: " in clone.do("run", "worse")
+    assert clone.value() == 0.44 and "edit it, then run" in clone.do("run", "x", status=1)
 
 
 @pytest.mark.parametrize("when", ["start", "run"])
@@ -776,6 +810,29 @@ def test_a_run_that_outlives_the_process_that_waits_is_not_lost(clone):
     assert clone.said() == [*BASELINE, "keep slow, seed 42"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the process in /proc")
+def test_a_second_run_that_ends_with_all_others_is_had_again(clone):
+    text = train_py(0.4353)  # both are repeated
+    slow = 'import os\nif os.environ["AUTORESEARCH_SEED"] == "43":\n    FAULT = "slow"\n'
+    (clone.folder / "train.py").write_text(text.replace("LUCK", f"{slow}LUCK", 1))
+    clone.experiment("wider MLP", 0.436)
+    (clone.folder / "train.py").write_text(text.replace("LUCK", f"{slow}LUCK", 1))
+    clone.do("run", "rates x 1.5", "--minutes=0", status=3)
+    end = time.monotonic() + 30
+    while not any(
+        "step 0" in log.read_text() and log.name[:8] != path
+        for log in clone.folder.glob("runs/nov24/*-43.log")
+        for path in [clone.git("rev-parse", "--short=8", "main")]
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    for script, folder in (("experiment.py", ""), ("train.py", "runs/nov24/tree")):
+        for pid in processes_in(clone.folder / folder, script):
+            os.killpg(pid, signal.SIGKILL)  # as where the machine goes off
+    clone.go()
+    assert "keep: " in clone.do("wait") and goes_on(clone)
+
+
 @pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout")
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the process in /proc")
 def test_a_hung_run_that_nobody_is_there_to_end_ends_by_itself(clone):
@@ -979,12 +1036,38 @@ import experiment
 from loop import ledger
 write_whole = ledger.write_whole
 def full(path, content):
-    if path.name == "results.tsv":
+    if path.name == "results.tsv" and ALL:
+        open(home + "/full", "w").close()
+    if path.name == "results.tsv" or os.path.exists(home + "/full"):
         raise OSError(28, "No space left on device", str(path))
     write_whole(path, content)
-ledger.write_whole = full
+ALL, home, ledger.write_whole = False, os.environ["NIGHT_HOME"], full
 sys.exit(experiment.main())
 """
+
+
+def test_a_disk_so_full_that_nothing_is_written_down_is_named(clone):
+    clone.edit(0.43)
+    driver = clone.folder.parent / "driver.py"
+    driver.write_text(FULL_DISK.replace("False", "True"))
+    said = clone.call([sys.executable, driver, "run", "wider MLP"], status=1)
+    for _ in range(2):
+        assert "No space left on device" in said and "killed" not in said
+        said = clone.call([sys.executable, driver, "wait"], status=1)
+    (clone.folder.parent / "full").unlink()
+    assert "keep: " in clone.do("wait")
+    assert clone.said() == [*BASELINE, "keep wider MLP, seed 42"] and goes_on(clone)
+
+
+def test_a_checkout_of_a_run_that_cannot_be_removed_is_put_aside(clone):
+    """As where a container has left files of another user in it."""
+    code = "import shutil, sys, experiment\nshutil.rmtree = lambda *_, **__: None\n"
+    code += "sys.argv[0] = 'experiment.py'\nsys.exit(experiment.main())"
+    for n in range(2):
+        clone.edit(0.43 - 0.01 * n)
+        said = clone.call([sys.executable, "-c", code, "run", f"idea {n}"])
+        assert "keep: " in said
+    assert goes_on(clone)
 
 
 # ---- Drift, budget, void -----------------------------------------------------------------
@@ -1209,6 +1292,67 @@ def keep_two(clone: Clone, first: str, second: str) -> str:
     return commit
 
 
+@pytest.mark.parametrize("fault", ["signing", "taken out already"])
+def test_what_void_cannot_revert_changes_nothing(clone, fault):
+    if fault == "signing":
+        broken = keep_two(clone, "X = 1", "Y = 1")
+        clone.git("config", "commit.gpgsign", "true")
+        clone.git("config", "gpg.program", "false")
+    else:
+        clone.experiment("one line less", lines=-1)
+        broken = clone.git("rev-parse", "HEAD")
+        assert "keep: " in clone.experiment("better, and that line again", 0.43)
+    before = clone.said(), clone.git("rev-parse", "HEAD")
+    said = clone.do("void", broken, "why", status=1)
+    why = "commit.gpgsign" if fault == "signing" else f"of {broken[:8]} nothing is left"
+    assert why in said
+    assert (clone.said(), clone.git("rev-parse", "HEAD")) == before
+    clone.git("config", "commit.gpgsign", "false")
+    assert goes_on(clone)
+
+
+def test_killed_at_any_step_a_void_can_be_given_again(clone, tmp_path_factory):
+    first = keep_two(clone, "X = 1", "Y = 1")
+    for kill_at in range(1, 99):
+        other = clone.copy(tmp_path_factory.mktemp("killed"))
+        killed = driven(other, kill_at, "void", first, "why")
+        if "open: " in other.do("status"):
+            other.do("wait")
+        elif f"without {first[:8]}" not in "".join(other.said()):
+            other.edit(0.2)
+            said = other.do("run", "x", status=None)
+            if "keep: " in said:  # nothing was done
+                assert ", void: " not in "".join(other.said()), kill_at
+                continue
+            assert "a `void` was interrupted" in said and other.value() == 0.2
+            other.do("void", first, "why")
+        ends = [f"keep without {first[:8]}, seed {seed}" for seed in (42, 43)]
+        assert other.said()[-2:] == ends, kill_at
+        void = [", void: " in x for x in other.said()]
+        assert not any(void[:3] + void[-2:]) and all(void[3:-2]), kill_at
+        assert "X = 1" not in other.git("show", "HEAD:train.py"), kill_at
+        if not killed:
+            break
+    assert kill_at > 4
+
+
+def test_a_best_that_crashes_in_its_control_can_be_taken_back(clone):
+    crashes = (
+        'import os\nif os.environ["AUTORESEARCH_SEED"] != "42":\n    FAULT = "crash"\n'
+    )
+    text = train_py(0.43).replace("LUCK", f"{crashes}LUCK", 1)
+    (clone.folder / "train.py").write_text(text)
+    assert "keep: " in clone.do("run", "lucky")
+    lucky = clone.git("rev-parse", "--short=8", "HEAD")
+    for n in range(9):
+        (clone.folder / "train.py").write_text(text.replace("0.43", f"0.5{n}", 1))
+        said = clone.do("run", f"worse {n}", status=int(n == 8))
+    assert f'void {lucky} "why"' in said and "machine is not ready" in said
+    assert f"void {lucky}" in clone.do("wait", status=1)
+    clone.do("void", lucky, "nan with every other seed")
+    assert clone.value() == 0.44 and goes_on(clone)
+
+
 def test_what_is_left_of_a_void_commit_crashes_so_the_branch_goes_further_back(clone):
     first = keep_two(clone, "X = 1", "print(X)")
     assert "crashes; the branch is at" in clone.do("void", first, "why")
@@ -1390,6 +1534,40 @@ def test_one_gpus_verdict_leaves_the_same_commit_of_another_alone(origin, tmp_pa
     assert "a leak, mean 0.200000" in clone.do("status", cwd=other)
 
 
+def test_a_new_night_does_not_take_the_log_of_a_tree_that_goes_on(origin, tmp_path):
+    clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
+    clone.do("start", "nov24", "--gpus", "0,1")
+    clone.do("wait", cwd=other)
+    log = clone.said()
+    said = clone.do("start", "nov25", status=1)
+    assert f"night nov24 goes on in {other}; git worktree remove {other}" in said
+    assert clone.said() == log and "night nov24: " in clone.do("status")
+    clone.git("worktree", "remove", str(other))
+    clone.do("start", "nov25")
+    assert clone.said() == BASELINE
+
+
+def test_a_branch_that_git_cannot_make_leaves_the_log_of_the_night_before(clone):
+    clone.git("switch", "-q", "main")
+    clone.git("branch", "-qD", "autoresearch/nov24")
+    clone.git("branch", "autoresearch")
+    assert "autoresearch/nov25" in clone.do("start", "nov25", status=1)
+    assert clone.said() == BASELINE and not [*clone.folder.glob("results-*")]
+
+
+def test_a_night_whose_folder_is_renamed_goes_on_with_its_own_log(clone):
+    log = clone.said()
+    moved = clone.folder.with_name("moved")
+    clone.folder.rename(moved)
+    clone.folder.mkdir()  # another clone's, under the old name
+    (clone.folder / "results.tsv").write_text("another night's\n")
+    (moved / "train.py").write_text(train_py(0.43))
+    assert "keep: " in clone.do("run", "wider MLP", cwd=moved)
+    assert (clone.folder / "results.tsv").read_text() == "another night's\n"
+    clone.folder = moved
+    assert clone.said() == [*log, "keep wider MLP, seed 42"]
+
+
 def test_a_night_begins_in_all_its_trees_or_in_none(origin, tmp_path):
     clone, other = Clone(origin, tmp_path), tmp_path / "clone-gpu1"
     clone.do("start", "nov24", "--gpus", "0,1")
@@ -1397,7 +1575,7 @@ def test_a_night_begins_in_all_its_trees_or_in_none(origin, tmp_path):
     shutil.rmtree(other)  # and git still lists it
     held = clone.folder / ".git" / "refs" / "heads" / "autoresearch" / "nov25-gpu1.lock"
     held.touch()
-    assert "git worktree" in clone.do("start", "nov25", "--gpus", "0,1", status=1)
+    assert "git update-ref" in clone.do("start", "nov25", "--gpus", "0,1", status=1)
     assert "night nov24: " in clone.do("status")
     held.unlink()
     assert "GPU 1: for an agent" in clone.do("start", "nov25", "--gpus", "0,1")
@@ -1469,6 +1647,14 @@ def test_without_a_night_each_command_says_how_one_begins(fresh):
     ):
         said = fresh.do(*command, status=1)
         assert "no night has begun" in said and "experiment.py start TAG" in said
+
+
+def test_the_checkout_of_a_run_is_no_place_for_a_night(clone):
+    clone.experiment("wider MLP", 0.43)
+    tree = clone.folder / "runs" / "nov24" / "tree"
+    for command in (["status"], ["wait"], ["start", "nov25"]):
+        said = clone.do(*command, status=1, cwd=tree)
+        assert f"{tree} is the checkout of a run; cd {clone.folder}\n" in said
 
 
 def test_the_report_names_the_group_that_it_needs(clone):
