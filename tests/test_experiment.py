@@ -746,6 +746,21 @@ def test_a_run_that_waits_in_a_queue_says_so(clone):
     assert "wider MLP is going on (starting: job 7 is queued)" in said
 
 
+def test_a_lock_that_another_user_made_is_taken(tmp_path, monkeypatch):
+    def reads(path, mode="r"):
+        if mode != "r":
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, mode)
+
+    path = tmp_path / "gpu.lock"
+    path.touch()
+    monkeypatch.setattr("loop.git.open", reads, raising=False)
+    with lock(path):
+        assert lock(path) is None
+    with lock(path) as again:
+        assert again
+
+
 def test_a_git_that_is_at_work_for_a_moment_is_waited_for(clone):
     lock = clone.folder / ".git" / "index.lock"
     clone.edit(0.43)
