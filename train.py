@@ -1,6 +1,6 @@
 """One experiment: train a GPT for the time budget on one GPU, print its val_bpb. Edit it.
 
-Usage: uv run train.py > run.log 2>&1  (AUTORESEARCH_SMOKE=1: a tiny model, on a CPU)
+Usage: uv run train.py  (AUTORESEARCH_SMOKE=1: a tiny model, on a CPU)
 
 The model: rotary embeddings, QK-norm, ReLU^2 MLP, short and full causal windows, hashed
 n-gram embeddings, value embeddings, gates on both and on attention, soft-capped logits,
@@ -55,7 +55,7 @@ NGRAM_LAMBDA_INIT = (0.1, 0.1)  # of the n-gram embeddings
 
 # Batch
 TOTAL_BATCH_SIZE = 2**17  # tokens per step
-DEVICE_BATCH_SIZE = 64  # rows per micro-step; halved until they fit the memory
+DEVICE_BATCH_SIZE = 64  # rows per micro-step; halved until they fit
 
 # Learning rates. Those of tables and head are for width 768: times (768 / N_EMBD)^0.5.
 EMBEDDING_LR = 0.9  # token and value embeddings
@@ -85,7 +85,7 @@ FINAL_LR_FRAC = 0.05
 MOMENTUM_WARMUP_RATIO = 0.15
 NGRAM_REFILL = 0.3  # epochs left, or a new one does not empty the table
 
-# The same code, tiny, 4 x 128. A smoke run checks the knobs above as well.
+# The same code, tiny, 4 x 128; a smoke run checks the knobs above.
 if SMOKE:
     DEPTH -= 2 * (3 * DEPTH // 10)
     N_EMBD = 32 * min(8, max(2, round(N_EMBD / 160)))
@@ -346,7 +346,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin (T, 1, D) as `rotary_norm` wants them."""
+        """Return cos and sin (T, 1, D) of the rotation that `norm_qkv` does."""
         D, T = self.config.head_dim, self.config.sequence_len
         frequency = self.config.rope_base ** -(torch.arange(0, D, 2) / D)
         angle = torch.outer(torch.arange(T).float(), frequency)  # (T, D / 2)
@@ -512,36 +512,36 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for shape in dict.fromkeys(p.shape for p in group["params"]):
-                params = [p for p in group["params"] if p.shape == shape]
-                self.step_stack(params, group)
+                self.step_stack([p for p in group["params"] if p.shape == shape], group)
 
     def step_stack(self, params: list[nn.Parameter], group: dict) -> None:
         """Update matrices of one shape (rows, columns) by the numbers of their group."""
         rows, columns = params[0].shape
-        state = self.state[params[0]]
         used = [i for i, p in enumerate(params) if p.grad is not None]
-        if used != state.setdefault("used", used):
-            what = f"other {rows} x {columns} matrices had a gradient before"
-            raise ValueError(f"Muon: {what}; give the rest zeros")
         if not used:
             return
-        params = [params[i] for i in used]
-        tall = [p if rows >= columns else p.mT for p in params]  # views
-        grads = [p.grad if rows >= columns else p.grad.mT for p in params]
-        stack = torch.stack(tall)  # (N, longer, shorter)
-        if "momentum_buffer" not in state:
+        few, wide = len(used) < len(params), rows < columns
+        tall = [p.mT if wide else p for p in params]
+        state = self.state[params[0]]
+        if not state:
+            stack = torch.stack(tall)
             state["momentum_buffer"] = torch.zeros_like(stack)
             state["second_momentum_buffer"] = torch.zeros_like(stack[..., :1])
+        whole = state["momentum_buffer"], state["second_momentum_buffer"]
+        buffers = [b[used] for b in whole] if few else whole
+        grads = [params[i].grad.mT if wide else params[i].grad for i in used]
+        tall = [tall[i] for i in used]
         lr = group["lr"] * max(1, rows / columns) ** 0.5
         numbers = (group["momentum"], group["beta2"], lr, group["weight_decay"])
-        _, *buffers = state.values()
-        stacks = (torch.stack(grads), stack, *buffers)
+        stacks = (torch.stack(grads), torch.stack(tall), *buffers)
         if rows * columns < 2**14:  # not compiled: a start is sooner
             new = muon_update.__wrapped__(*stacks, *numbers)
         else:
             any_length(*stacks)
             new = muon_update(*stacks, *map(torch.tensor, numbers))
         torch._foreach_copy_(tall, list(new.unbind()))
+        for old, part in zip(whole, buffers, strict=True) if few else ():
+            old[used] = part
 
 
 class RowRMSprop(torch.optim.Optimizer):
@@ -601,8 +601,7 @@ def build_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
                     raise ValueError(f"{name}: in two groups, {both}")
                 grouped[name] = names
                 params.append(p)
-        settings = {"kind": kind, "names": names, "lr": lr, "initial_lr": lr}
-        settings |= {"weight_decay": weight_decay, "initial_weight_decay": weight_decay}
+        settings = {"kind": kind, "names": names, "lr": lr, "weight_decay": weight_decay}
         return {"params": params, **settings, **others}
 
     adamw = [
@@ -655,10 +654,11 @@ def set_schedules(optimizers: Iterable[torch.optim.Optimizer], progress: float) 
     lrm = lr_multiplier(progress)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lrm
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * lrm
             if group["kind"] == "matrix":
                 group["momentum"] = muon_momentum(progress)
-                group["weight_decay"] = group["initial_weight_decay"] * (1 - progress)
+                decay = group.setdefault("initial_decay", group["weight_decay"])
+                group["weight_decay"] = decay * (1 - progress)
     return lrm
 
 
@@ -695,13 +695,14 @@ def main() -> None:
         device_batch_size=DEVICE_BATCH_SIZE,
         row_bytes=model.row_bytes(),
     )
-    epoch, table = 1, model.ngram.weight  # here: a check sees a new name
+    epoch, tables = 1, [m for m in model.modules() if isinstance(m, NgramEmbedding)]
     of_table = [o for o in optimizers if isinstance(o, RowRMSprop)]
     for step in run.steps():
         if step.epoch > epoch:  # the n-grams know its rows
             epoch, gone = step.epoch, step.progress
             if (epoch - 1) * (1 - gone) > NGRAM_REFILL * gone:
-                nn.init.zeros_(table)
+                for table in tables:
+                    nn.init.zeros_(table.weight)
             elif of_table:
                 optimizers = of_table
         step.lrm = set_schedules(optimizers, step.progress)

@@ -266,14 +266,20 @@ def test_what_a_bypassed_layer_does_beside_its_product_is_a_warning(
 
 
 # ---- Schedules ----------------------------------------------------------------------------------
-def test_a_groups_own_weight_decay_is_what_the_schedules_scale():
-    optimizers = train.build_optimizers(fresh())
-    matrices = [g for o in optimizers for g in o.param_groups if g["kind"] == "matrix"]
-    if not matrices:
-        pytest.skip("train.py has no group of matrices")
-    (group, *_) = matrices
-    train.set_schedules(optimizers, 0.5)
-    before = group["weight_decay"]
-    group["initial_weight_decay"] *= 4
-    train.set_schedules(optimizers, 0.5)
-    assert group["weight_decay"] == pytest.approx(4 * before)
+def test_a_groups_rate_and_decay_that_main_changes_are_what_the_schedules_scale():
+    """Before the first step, as for rates that fall from layer to layer."""
+
+    def settings(factor: float) -> list[tuple]:
+        optimizers = train.build_optimizers(fresh())
+        groups = [group for o in optimizers for group in o.param_groups]
+        for group in groups:
+            group["lr"] *= factor
+            group["weight_decay"] *= 3 * factor
+        seen = []
+        for progress in (0.3, 0.6):
+            train.set_schedules(optimizers, progress)
+            seen += [(group["lr"], group["weight_decay"]) for group in groups]
+        return seen
+
+    once, fourfold = np.array(settings(1)), np.array(settings(4))
+    assert once[:, 0].all() and fourfold == pytest.approx(4 * once)

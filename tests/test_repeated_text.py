@@ -89,12 +89,28 @@ def test_a_short_last_epoch_moves_the_table_alone(monkeypatch, epochs):
     assert began["ngram.weight"].any()
 
 
+def test_a_second_table_is_emptied_too_when_an_epoch_begins(monkeypatch):
+    part("NGRAM_REFILL")
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 8)
+    build_model = train.build_model
+
+    def with_two(*args):
+        model = build_model(*args)
+        model.second = part("NgramEmbedding")(model.config)
+        torch.nn.init.ones_(model.second.weight)  # nothing else moves it
+        return model
+
+    monkeypatch.setattr(train, "build_model", with_two)
+    model, _ = train_on(draw_rows(4 * ROWS, seed=1), monkeypatch)
+    assert not model.second.weight.any() and model.ngram.weight.any()
+
+
 def test_training_goes_on_to_its_end_where_another_optimizer_has_the_table(monkeypatch):
     part("NGRAM_REFILL")
     monkeypatch.setattr(sys.modules[__name__], "STEPS", 42)
 
     def plain(model):
-        group = {"params": [*model.parameters()], "initial_lr": 0.1, "kind": "all"}
+        group = {"params": [*model.parameters()], "kind": "all"}
         return [torch.optim.SGD([group], lr=0.1)]
 
     monkeypatch.setattr(train, "build_optimizers", plain)
