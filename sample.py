@@ -85,7 +85,7 @@ def write(text: str, pieces: Iterator[bytes]) -> None:
     try:
         # One length is drawn after the other: nothing is worth compiling.
         with contextlib.suppress(KeyboardInterrupt), compiler.set_stance("force_eager"):
-            out.write(text.encode(errors="replace"))
+            out.write(text.encode())
             for piece in pieces:
                 out.write(piece)
                 out.flush()
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", help="the text to continue")
     text, device = parser.parse_args(argv).text, gpu.choose_device(training=False)
+    text = text.encode(errors="replace").decode()  # a byte that is not UTF-8 is "?"
     try:
         model, tokenizer, about = restore(device)
         result = f"model of commit {about['commit']}, val_bpb {about['val_bpb']:.6f}"

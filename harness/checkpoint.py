@@ -15,7 +15,8 @@ from harness.run import Run
 
 MODEL = Path(__file__).parent.parent / ("smoke.npz" if C.SMOKE else "model.npz")
 ABOUT = "about.json"  # the entry of MODEL that is not a parameter
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError)
+UNREADABLE += (zipfile.BadZipFile,)
 
 
 def save(run: Run, model: torch.nn.Module, config: object) -> None:

@@ -5,11 +5,13 @@ after the agent has waited for a GPU. A second process runs train.py under the f
 warm-up, on fake tensors: no data, no memory, no GPU.
 """
 
+import functools
 import gc
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +26,27 @@ from harness.warmup import check_groups, check_loss, plan_batch
 SECONDS = 120  # for imports on a busy machine; the work itself takes two or three
 
 
+class NotHere(Exception):
+    """What a real run has, and shapes alone have not."""
+
+
+def beyond_shapes() -> tuple[type[Exception], ...]:
+    """Return what is raised where a real run may go on: a value is read, or shapes something."""
+    from torch._subclasses import fake_tensor
+
+    return (
+        NotHere,
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+        fake_tensor.UnsupportedFakeTensorException,
+    )
+
+
 class DryRun:
     """Stands in for `run.Run` up to the warm-up, which ends the process with status 0."""
 
-    device = torch.device("cpu")
+    device, cuda, seed = torch.device("cpu"), False, C.SEED
 
     def __init__(self):
         from torch._subclasses import fake_tensor  # here: no other run needs it
@@ -40,18 +59,16 @@ class DryRun:
         # nor change a module's dtype or device (findings/fake_tensor_made_of_a_number.sh).
         fake_tensor.FakeTensor.__deepcopy__ = copy_shape
         torch.utils.swap_tensors = take_data
-        # What shapes alone cannot do though a real run may: read a value, be shaped by it.
-        self.beyond_shapes = (
-            fake_tensor.DataDependentOutputException,
-            fake_tensor.DynamicOutputShapeException,
-            fake_tensor.UnsupportedOperatorException,
-            fake_tensor.UnsupportedFakeTensorException,
-        )
         sys.excepthook = self.explain
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotHere(f"run.{name} is not there without data")
 
     def explain(self, kind: type, error: BaseException, trace) -> None:
         """End the process: with status 0 if shapes were not enough, also before the warm-up."""
-        if not isinstance(error, self.beyond_shapes):
+        if not isinstance(error, beyond_shapes()):
             sys.__excepthook__(kind, error, trace)
             return
         what = str(error).splitlines()[0]
@@ -72,7 +89,7 @@ class DryRun:
             model.eval()
             with torch.no_grad():
                 call_model(model, idx)
-        except self.beyond_shapes as error:
+        except beyond_shapes() as error:
             untried = (
                 f"; the full model's step was not tried: {str(error).splitlines()[0]}"
             )
@@ -83,6 +100,32 @@ class DryRun:
         size = f"{millions:.1f} M parameters, {batch}"
         print(f"also checked under the full rules: {size}{untried}", flush=True)
         os._exit(0)  # torch would take half a second to end
+
+
+def trace(function: Callable, args: tuple) -> object:
+    """Return function(*args), on shapes; RuntimeError if a GPU could not compile it whole."""
+    import torch._dynamo as dynamo
+
+    try:
+        result, error = function(*args), None
+    except beyond_shapes() as raised:
+        error = raised
+    # TORCH_COMPILE_DISABLE is for what train.py compiles by itself, with code for real memory.
+    with dynamo.config.patch(disable=False):
+        try:
+            traced(function)(*args)
+        except (dynamo.exc.Unsupported, dynamo.exc.UserError) as refusal:
+            what = str(refusal).strip().splitlines()[0]
+            name = f"@compiled {function.__name__}"
+            raise RuntimeError(f"{name} cannot be compiled on a GPU: {what}") from refusal
+    if error is not None:
+        raise error
+    return result
+
+
+@functools.cache
+def traced(function: Callable) -> Callable:
+    return torch.compile(function, backend="eager", dynamic=False, fullgraph=True)
 
 
 def copy_shape(t: torch.Tensor, memo: dict) -> torch.Tensor:

@@ -50,8 +50,10 @@ class Guard:
     def warm_up(self) -> Iterator[None]:
         """Do not count in this block, nor be in the way of what it compiles."""
         self._watch(None)
-        yield
-        self._watch(self._count)
+        try:
+            yield
+        finally:
+            self._watch(self._count)
 
     def clock_starts(self) -> None:
         """Leave training alone; RuntimeError if there was too much of it before."""
@@ -103,6 +105,23 @@ def _told_first(function: Callable, act: Callable[[str], None]) -> Callable:
     return told
 
 
+@contextmanager
+def no_passes(problem: str) -> Iterator[None]:
+    """Refuse every backward pass in this block, by RuntimeError with this problem."""
+
+    def refuse(what: str) -> None:
+        raise RuntimeError(problem)
+
+    before = {name: getattr(torch.autograd, name) for name in PASSES}
+    for name, function in before.items():
+        setattr(torch.autograd, name, _told_first(function, refuse))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch.autograd, name, function)
+
+
 # ---- Compilation ---------------------------------------------------------------------------------
 # Graphs that may be compiled while the clock runs: a few come from new shapes, many mean that a
 # Python number changes every step.
@@ -145,7 +164,9 @@ def refuse_to_open(folder: Path, root: Path) -> None:
     """
     prepared = _inside(folder)
     watched = (_inside(folder.parent), _inside(root))
-    installed = (_inside(Path(sys.prefix)), _inside(Path(sys.base_prefix)))
+    installed = {_inside(Path(prefix)) for prefix in (sys.prefix, sys.base_prefix)}
+    # Not where the checkout itself lies in one, such as /usr/src.
+    installed = tuple(x for x in installed if not watched[1].startswith(x))
 
     def look(event: str, args: tuple) -> None:
         if event != "open" or not isinstance(args[0], str | bytes | os.PathLike):

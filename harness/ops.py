@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+import constants as C
 from harness import fp8, functions, kernels
 from harness.fp8 import runs_fp8
 from harness.kernels import EPS
@@ -32,6 +33,10 @@ def compiled(function: Callable) -> Callable:
         first = next((a for a in args if isinstance(a, torch.Tensor)), None)
         if first is None:
             raise TypeError(f"{function.__name__}: @compiled needs a tensor, by position")
+        if C.DRY_RUN:
+            from harness import dry_run  # here: it needs this file
+
+            return dry_run.trace(function, args)
         return (fused() if first.is_cuda else function)(*args)
 
     return call
@@ -111,10 +116,26 @@ def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Return x (B, T, H, D) turned by its position, then RMS-normalised per head.
 
     cos and sin (T, 1, D) hold each angle twice, for both halves of x; the second sin is negative.
-    The gradient takes them for a rotation. Computed in float32. Sources: RoPE arXiv:2104.09864,
-    QK-norm arXiv:2010.04245.
+    The gradient takes them for a rotation, and they get none. ValueError, on a CPU, if they are
+    not. Computed in float32. Sources: RoPE arXiv:2104.09864, QK-norm arXiv:2010.04245.
     """
+    if not (x.is_cuda or torch.compiler.is_compiling()):
+        check_rotation(cos, sin)
     return functions.RotaryNorm.apply(x, cos, sin)
+
+
+def check_rotation(cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Refuse, by ValueError, what `rotary_norm` has no gradient for, or a wrong one."""
+    advice = "turn queries and keys in plain torch"
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError(f"rotary_norm gives cos and sin no gradient; {advice}")
+    if type(cos) is not torch.Tensor:  # of shapes alone
+        return
+    cos, sin, half = cos.float(), sin.float(), cos.size(-1) // 2
+    off = (cos.square() + sin.square() - 1).abs() + (cos - cos.roll(half, -1)).abs()
+    if not ((off + (sin + sin.roll(half, -1)).abs()).max() < 0.02):
+        what = "cos and sin are no rotation, so the gradient of rotary_norm is wrong"
+        raise ValueError(f"{what}; {advice}")
 
 
 # ---- Embeddings ---------------------------------------------------------------------------------

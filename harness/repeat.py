@@ -86,6 +86,7 @@ def untracked_modules(root: Path) -> list[str]:
     known = {root / name for name in tracked.split("\0")}
     apart = {data_dir().parent, Path(sys.prefix), Path(sys.base_prefix)}
     apart.add(root / "tests")  # pytest's
+    apart -= {root, *root.parents}  # the checkout may lie in one
     found = set()
     for module in [*sys.modules.values()]:
         path = Path(getattr(module, "__file__", None) or "/").absolute()

@@ -6,7 +6,7 @@ The standard library alone, for experiment.py.
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 def drop(stream) -> None:
@@ -56,7 +56,13 @@ def keep_output(**settings) -> None:
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None:
-            stream.reconfigure(line_buffering=True, **settings)
-            if not isinstance(stream, LastingOutput):
-                setattr(sys, name, LastingOutput(stream))
+        if stream is None:  # it was closed when Python started
+            stream = open(os.devnull, "w")
+            setattr(sys, name, stream)
+        with suppress(
+            OSError, ValueError
+        ):  # else a reader that is slow has not all of it
+            os.set_blocking(stream.fileno(), True)
+        stream.reconfigure(line_buffering=True, **settings)
+        if not isinstance(stream, LastingOutput):
+            setattr(sys, name, LastingOutput(stream))

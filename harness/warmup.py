@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import constants as C
 from harness.evaluation import call_model, check_model, nats_of
 from harness.gpu import find_batch_size, free_memory, has_room
+from harness.guard import no_passes
 from harness.loader import Once
 from harness.output import plural, warning
 
@@ -148,8 +149,9 @@ def join(names: Iterable[str], most: int = 4) -> str:
 
 
 ADVICE = (
-    "the model does not use it, or it stands behind two layers that begin at zero or one that "
-    "stays there; if that is meant, name it in may_stand_still= of run.warm_up"
+    "the model does not use it (at random? multiply by a mask instead), or it stands behind two "
+    "layers that begin at zero or one that stays there; if that is meant, name it in "
+    "may_stand_still= of run.warm_up"
 )
 
 
@@ -370,7 +372,9 @@ def warm_up(
             raise RuntimeError(f"{join(late)}: {what}")
         bypassed = find_bypassed(model, called)
         model.eval()
-        check_model(model, random_batch(rows)[0], kept=8)
+        takes = "the model takes a gradient in its forward pass"
+        with no_passes(f"{takes}, which the evaluation refuses; compute it by hand"):
+            check_model(model, random_batch(rows)[0], kept=8)
         moved = {
             name: checksum(p) != before[name] for name, p in trainable(model).items()
         }

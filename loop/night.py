@@ -53,11 +53,7 @@ CONTROL_EVERY = 10  # experiments, after which the best runs again
 MOST_RUNS = 8  # on a GPU from an idea's first run to its verdict
 HEAVY, LONGER = 1.1, 20  # times the memory, and lines, beyond which the bars are doubled
 LIGHT = 0.95  # times the memory, below which a change is simpler
-SAME = (
-    "attention",
-    "rules",
-    "data",
-)  # lines of the summary that void a run if they differ
+SAME = "attention", "kernels", "rules", "data"  # what voids a run if it differs
 
 
 def check_place() -> None:

@@ -150,7 +150,8 @@ def test_every_option_of_prepare_is_in_the_docs(docs, option):
 
 def test_the_loop_reads_keys_that_a_run_prints():
     text = (ROOT / "loop" / "night.py").read_text("utf-8")
-    read = {*SAME, *re.findall(r"""\bget\(["']([a-z_]{5,})""", text)}
+    same = {*SAME} - {"kernels"}  # which a line before the summary says
+    read = same | {*re.findall(r"""\bget\(["']([a-z_]{5,})""", text)}
     assert "val_bpb" in read and read <= {*KEYS}
 
 

@@ -95,6 +95,41 @@ def test_a_model_can_be_copied_and_change_its_dtype(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+COMPILES = """import harness.ops
+        def own(t):
+            return {}
+        harness.ops.compiled(own)(model(x))"""
+
+
+@pytest.mark.parametrize("code", ["t * 2 if t.abs().max() > 1 else t", "print(t) or t"])
+def test_what_a_gpu_could_not_compile_whole_is_refused(tmp_path, code):
+    done = run_dry(tmp_path, line=COMPILES.format(code))
+    assert done.returncode == 1, done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: @compiled own cannot be compiled on a GPU: ")
+
+
+@pytest.mark.parametrize(
+    "code", ["t * 2 if t.ndim > 1 else t", "torch.where(t > 0, t, 0)"]
+)
+def test_what_a_gpu_compiles_whole_is_not(tmp_path, code):
+    done = run_dry(tmp_path, line=COMPILES.format(code))
+    assert (done.returncode, done.stderr) == (0, "") and "not tried" not in done.stdout
+
+
+def test_a_compiled_function_that_cannot_work_says_so_as_without_compilation(tmp_path):
+    done = run_dry(tmp_path, line=COMPILES.format("t + t[..., :3]"))
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "length 3" in last and "@compiled" not in last
+
+
+def test_what_of_a_run_is_not_there_without_data_is_no_error(tmp_path):
+    assert run_dry(tmp_path, line="run.seed + 1").stderr == ""
+    done = run_dry(tmp_path, line="run.tokenizer.token_bytes")
+    assert done.returncode == 0, done.stderr
+    assert "run.tokenizer is not there without data" in done.stdout
+
+
 def test_it_does_not_wait_for_the_end_of_python(tmp_path):
     done = run_dry(tmp_path, line="import atexit; atexit.register(print, 'the end')")
     assert (done.returncode, done.stderr) == (0, "")

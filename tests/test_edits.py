@@ -356,8 +356,8 @@ def test_no_ngrams(run, honest):
     ("self.ngram(entry)", "self.hashed(entry)"),
     ('"ngram.weight"', '"hashed.weight"'),
 )
-def test_a_table_with_another_name(run, honest):
-    honoured(run, honest)
+def test_a_table_with_another_name_is_as_good(run, honest):
+    assert run.status == 0, run.log
     assert run.val_bpb == pytest.approx(honest.val_bpb, abs=1e-3)
 
 

@@ -48,6 +48,13 @@ def test_passes_before_the_clock_are_counted_and_those_of_the_warm_up_are_not(gu
     assert guard.passes == MAX_EARLY_PASSES
 
 
+def test_passes_after_a_warm_up_that_failed_are_counted(guard):
+    with pytest.raises(ValueError), guard.warm_up():
+        raise ValueError
+    train(3)
+    assert guard.passes == 3
+
+
 def test_more_than_a_few_passes_before_the_clock_are_an_error(guard):
     train(MAX_EARLY_PASSES + 1)
     with pytest.raises(RuntimeError, match="65 backward passes before the clock starts"):
@@ -108,7 +115,7 @@ def test_other_hooks_of_optimizers_stay(guard):
 
 
 # ---- Files --------------------------------------------------------------------------------------
-def in_a_process(tmp_path: Path, code: str) -> str:
+def in_a_process(tmp_path: Path, code: str, prefix: str = "checkout/.venv") -> str:
     """Return what `code` prints, in a process that refuses to open files; folders as named."""
     folders = ("cache/data/rows", "cache/compiled", "checkout", "elsewhere")
     for name in (*folders, "checkout/.venv/lib"):
@@ -117,7 +124,7 @@ def in_a_process(tmp_path: Path, code: str) -> str:
             (tmp_path / name / f"a.{kind}").write_bytes(b"x")
     (tmp_path / "elsewhere" / "link.json").symlink_to(tmp_path / "cache/data/rows/a.json")
     opened = (
-        "import os, sys\nsys.prefix = 'checkout/.venv'\n"
+        f"import os, sys\nsys.prefix = '{prefix}'\n"
         "from pathlib import Path\nfrom harness.guard import refuse_to_open\n"
         "refuse_to_open(Path('cache/data'), Path('checkout'))\n"
         "def t(*args):\n"
@@ -155,6 +162,13 @@ t("checkout/a.npy"); t(Path("checkout/a.u16")); t(Path("checkout/a.json"))
         *("open checkout/.venv/lib/a.npy", "open checkout/.venv/lib/a.json"),
         *("refused checkout/a.npy", "refused checkout/a.u16", "open checkout/a.json"),
     ]
+
+
+def test_weights_are_refused_in_a_checkout_below_the_folder_of_python(tmp_path):
+    """As in /usr/src, where Python is in /usr."""
+    code = "t('checkout/a.npy'); t('elsewhere/a.npy')"
+    lines = in_a_process(tmp_path, code, prefix=".").splitlines()
+    assert lines == ["refused checkout/a.npy", "open elsewhere/a.npy"]
 
 
 def test_the_look_at_files_costs_next_to_nothing(tmp_path):

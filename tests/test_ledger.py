@@ -129,6 +129,14 @@ def test_what_counts_as_a_result(text, ok, void):
     assert result.notes == (["warning: edit: x"] if "edit" in text else [])
 
 
+def test_a_run_whose_fused_kernels_were_wrong_does_not_compare_with_one_where_not():
+    fell_back = f"kernels: in fp8 on this GPU a is wrong; plain torch serves\n{SUMMARY}"
+    for baseline, other in ((SUMMARY, fell_back), (fell_back, SUMMARY)):
+        basis = {"kernels": read_run(baseline, KINDS, {}).values["kernels"]}
+        assert read_run(other, KINDS, basis).void == "kernels"
+        assert read_run(baseline, KINDS, basis).void == ""
+
+
 def test_a_run_that_has_not_ended_is_none():
     assert read_run(SUMMARY.partition("exit")[0], KINDS, {}) is None
 

@@ -537,6 +537,17 @@ def test_rotary_norm_and_its_gradient_are_those_of_complex_numbers(
 
 
 @torch.no_grad()
+def test_what_rotary_norm_has_no_right_gradient_for_is_refused():
+    x, (cos, sin) = torch.randn(1, T, 1, D), tables()
+    fade = torch.linspace(1, 0.5, D // 2).repeat(2)
+    for wrong in ((cos * fade, sin * fade), (cos, sin.abs()), (cos.roll(1, -1), sin)):
+        with pytest.raises(ValueError, match="no rotation.*plain torch"):
+            ops.rotary_norm(x, *wrong)
+    learnt = cos.clone().requires_grad_()
+    with pytest.raises(ValueError, match="no gradient.*plain torch"):
+        ops.rotary_norm(x, learnt, sin)
+
+
 def test_rotary_scores_depend_on_the_distance_alone():
     torch.manual_seed(0)
     pair = (t.expand(1, T, 1, D) for t in torch.randn(2, 1, 1, 1, D))

@@ -71,10 +71,23 @@ def test_modules_that_git_does_not_track_are_named_once_they_are_imported(checko
 
 
 def test_the_environment_and_what_lies_in_it_is_not_ours(checkout, monkeypatch):
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "installed_there.py").write_text("")
+    monkeypatch.syspath_prepend(checkout / ".venv")
+    monkeypatch.delitem(sys.modules, "installed_there", raising=False)
+    import installed_there  # noqa: F401
+
+    assert untracked_modules(checkout) == [".venv/installed_there.py"]
+    monkeypatch.setattr(sys, "prefix", str(checkout / ".venv"))
+    assert untracked_modules(checkout) == []
+
+
+def test_modules_of_a_checkout_below_the_cache_are_named(checkout, monkeypatch):
     import new_to_git  # noqa: F401
 
-    monkeypatch.setattr(sys, "prefix", str(checkout))
-    assert untracked_modules(checkout) == []
+    monkeypatch.setattr(sys, "prefix", str(checkout.parent))
+    monkeypatch.setattr("harness.repeat.data_dir", lambda: checkout.parent / "climbmix")
+    assert untracked_modules(checkout) == ["new_to_git.py"]
 
 
 def test_a_folder_that_is_no_checkout_has_no_commit_and_no_lines(tmp_path):

@@ -1,5 +1,6 @@
 """The model of the last run: it continues a text, or says in a sentence why it cannot."""
 
+import contextlib
 import json
 import os
 import sys
@@ -173,6 +174,23 @@ def test_no_model_is_one_sentence_that_names_the_smoke_runs(
     said = sentence(sample.main, ["a"])
     command = "`AUTORESEARCH_SMOKE=1 uv run sample.py TEXT`"
     assert said.endswith(f"; {command} takes a smoke run's")
+
+
+def test_a_byte_that_is_not_utf_8_is_a_question_mark(ended_run, capfdbinary):
+    save(ended_run)
+    sample.main([os.fsdecode(b"a \xff b")])
+    assert capfdbinary.readouterr().out.startswith(b"a ? b")
+
+
+@pytest.mark.parametrize("bit", range(0, 64, 9))
+def test_a_model_with_a_flipped_bit_is_one_sentence(ended_run, model_file, bit):
+    """In the list at the end of the file, from its first entry on."""
+    save(ended_run)
+    content = bytearray(model_file.read_bytes())
+    content[content.index(b"PK\1\2") + 4 + bit // 8] ^= 1 << bit % 8
+    model_file.write_bytes(content)
+    with contextlib.suppress(SystemExit):  # or it is not read by Python
+        sample.main(["a"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "no json", "half"])

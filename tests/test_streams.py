@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 import constants as C
 
@@ -37,6 +40,28 @@ def test_lost_output_ends_nothing_and_the_status_is_right():
     code = "from harness.streams import keep_output; keep_output()" + LINES
     for output in (unread_pipe(), full, terminal):
         assert run_into(output, code) == (0, "done")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_run_without_a_result_fails_also_where_its_output_is_closed(closed):
+    code = "import constants, types; from harness import guard, streams\n"
+    code += "streams.keep_output(); guard.demand_result(types.SimpleNamespace(printed=0))"
+    call = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+    assert subprocess.run(call, cwd=ROOT).returncode == 1
+
+
+def test_a_slow_reader_gets_all_that_was_written():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    code = "from harness.streams import keep_output; keep_output()\n"
+    code += "for n in range(3000): print(f'{n:99}')\n"
+    how = {"cwd": ROOT, "stdout": writing}
+    with subprocess.Popen([sys.executable, "-c", code], **how) as process:
+        os.close(writing)
+        time.sleep(0.5)  # the pipe is full
+        with open(reading) as stream:
+            assert len(stream.readlines()) == 3000
+    assert process.returncode == 0
 
 
 def test_a_run_whose_output_nobody_reads_goes_on():

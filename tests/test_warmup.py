@@ -290,6 +290,19 @@ def test_what_is_random_in_evaluation_mode_is_refused_before_the_clock():
         warm(model, [sgd(*rest)])
 
 
+def test_a_gradient_within_the_model_is_refused_before_the_clock():
+    class Downhill(nn.Linear):
+        def forward(self, x):
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                (down,) = torch.autograd.grad(super().forward(z).square().sum(), z)
+            return super().forward(x - 0.1 * down)
+
+    with pytest.raises(RuntimeError, match="takes a gradient in its forward pass"):
+        warm(Model(Downhill(8, 8)))
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 def test_what_sees_the_future_is_refused_before_the_clock():
     model = Model()
     model.middle.forward = lambda x: x.roll(-1, 1) * model.middle.weight.sum()
