@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -23,12 +24,11 @@ from matplotlib.figure import Figure
 
 from loop.ledger import Line, read_log, write_whole
 from loop.verdict import FLOOR, noise_of, number_stretches
-from morning.page import headline, write_page
+from morning.page import headline, student, write_page
 from morning.parts import Descent
 from morning.picture import draw_night, png
 
 EXAMPLE = "half an hour of four agents on two H200s (docs/example.tsv)"
-STANDS = 2.0  # standard errors, above which a kept gain is believed
 # What `experiment.py void` writes: the "idea" of a revert, which is no experiment, and why
 # a change is void that was kept on top of the one withdrawn.
 REVERT = re.compile(r"without ([0-9a-f]{8})")
@@ -48,6 +48,8 @@ class Change:
     gain: float = math.nan  # against the best mean before, in the same stretch
     error: float = math.nan  # standard error of the gain
     noise: float = FLOOR  # of its GPU
+    stands: float = 2.0  # standard errors, above which a kept gain is believed
+    going: bool = False  # its runs are not over, so that there is no verdict
     gone: str = ""  # the withdrawn commit that it is, or was made on: it does not count
     parent: str = ""  # the commit that it was made on; "" where git does not know
 
@@ -68,7 +70,7 @@ class Change:
         if not self.values:
             return "crash"
         kept = not self.number or any(run.status == "keep" for run in self.runs)
-        return "keep" if kept else "discard"
+        return "keep" if kept else "going on" if self.going else "discard"
 
     @property
     def outcome(self) -> str:
@@ -91,7 +93,7 @@ class Change:
     @property
     def believe(self) -> str:
         """What to believe of its gain."""
-        if self.gain > STANDS * self.error:
+        if self.gain > self.stands * self.error:
             return "stands"
         return "may be luck" if self.gain > self.error else "no gain"
 
@@ -124,7 +126,8 @@ class Night:
         An idea that was mended is one experiment, and so is a commit on several GPUs.
         """
         ends: dict[int, str] = {}
-        for status in ("crash", "on withdrawn", "withdrawn", "discard", "keep"):
+        statuses = "crash", "on withdrawn", "withdrawn", "discard", "going on", "keep"
+        for status in statuses:
             tried = [c for c in self.every if c.number and not c.revert]
             ends |= {c.number: status for c in tried if c.status == status}
         return Counter(ends.values())
@@ -155,13 +158,21 @@ class Night:
 
     @property
     def gain(self) -> float:
-        """From start to best, in the last stretch in which both ran, if there is one."""
-        start, best = self.start, self.best
-        both = [
-            (start.groups[n], best.groups[n]) for n in best.groups if n in start.groups
-        ]
-        old, new = (both or [(start.values, best.values)])[-1]
-        return fmean(old) - fmean(new)
+        """From start to best, in the last stretch in which both ran, or step by step."""
+        if not math.isnan(gain := distance(self.start, self.best)):
+            return gain
+        gains = [c.gain for c in self.chain(self.best.gpu)]
+        return sum(gain for gain in gains if not math.isnan(gain))
+
+    @property
+    def one_speed(self) -> bool:
+        """Whether start and best ran while the GPU had one speed."""
+        return not math.isnan(distance(self.start, self.best))
+
+    @staticmethod
+    def gain_of(new: Change, old: Change) -> float:
+        """Return a gain between runs of one speed, nan if there are none."""
+        return distance(old, new)
 
     @property
     def rivals(self) -> list[Change]:
@@ -189,14 +200,23 @@ class Night:
         found = [c for c in self.changes if c.number and not c.revert]
         return [c for c in found if c.status in statuses]
 
-    def drift(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return ln(num_steps) and val_bpb of repeated commits, less each commit's mean."""
+    def drift(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return ln(num_steps) and val_bpb of repeated commits, less each commit's mean, and
+        the degrees of freedom of a slope through them.
+        """
         found = [np.empty((0, 2))]
         for change in self.changes:
             runs = [run for run in change.runs if run.valid and run.steps]
             pairs = np.array([(math.log(run.steps), run.val_bpb) for run in runs])
             found += [pairs - pairs.mean(0)] if len(pairs) > 1 else []
-        return tuple(np.concatenate(found).T)
+        points = np.concatenate(found)
+        return *points.T, len(points) - len(found)  # one less per commit, and the slope
+
+
+def distance(old: Change, new: Change) -> float:
+    """Return the gain of `new` in the last stretch in which both ran, nan if there is none."""
+    both = [(old.groups[n], new.groups[n]) for n in new.groups if n in old.groups]
+    return fmean(both[-1][0]) - fmean(both[-1][1]) if both else math.nan
 
 
 def expected_best(n: int) -> float:
@@ -232,8 +252,13 @@ def left_out(lines: list[Line], descent: Descent) -> dict[tuple[str, str], str]:
     return gone
 
 
-def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
-    """Return the night that the text of a log tells."""
+def analyse(
+    text: str, folder: Path | str = ".", note: str = "", going: Iterable = ()
+) -> Night:
+    """Return the night that the text of a log tells.
+
+    going: GPU and commit of attempts that wait for further runs.
+    """
     lines = read_log(text)
     logged = [line for line in lines if line.status]
     descent = Descent(Path(folder), [line.commit for line in logged])
@@ -259,6 +284,7 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
         key = run.gpu, run.commit
         if key not in changes:
             change = Change(number, [run], {}, gone=gone.get(key, ""))
+            change.going = key in going
             change.parent = (*descent.below(run.commit), "", "")[1]
             changes[key] = change
             begun[run.gpu] = begun.get(run.gpu, 0) + (key not in gone)
@@ -289,28 +315,34 @@ def analyse(text: str, folder: Path | str = ".", note: str = "") -> Night:
         change.mean, before = fmean(change.values), kept.setdefault(change.gpu, [])
         if change.gone:
             continue
-        change.noise, _ = noises[change.gpu]
+        change.noise, freedom = noises[change.gpu]
+        change.stands = student(freedom)
         pairs = [
             (new, [c.groups[stretch] for c in before if stretch in c.groups])
             for stretch, new in change.groups.items()
         ]
-        for new, rivals in [*pairs, (change.values, [c.values for c in before])]:
-            if rivals:
-                best = min(rivals, key=fmean)
-                change.gain = fmean(best) - fmean(new)
-                change.error = change.noise * math.sqrt(1 / len(best) + 1 / len(new))
-                break
+        sides = [(new, min(old, key=fmean)) for new, old in pairs if old]
+        if before and not sides:
+            sides = [(change.values, min((c.values for c in before), key=fmean))]
+        if sides:
+            weights = [1 / len(new) + 1 / len(old) for new, old in sides]
+            weight, (new, old) = min(zip(weights, sides, strict=True))
+            change.gain = fmean(old) - fmean(new)
+            change.error = change.noise * math.sqrt(weight)
         before += [change] if change.status == "keep" else []
     strays = [line.description for line in lines if not line.status]
     return Night([*changes.values()], strays, controls, noises, Path(folder), note)
 
 
 # ---- The report ------------------------------------------------------------------------
-def read_night(folder: Path | str = ".", ledger: Path | str | None = None) -> Night:
+def read_night(
+    folder: Path | str = ".", ledger: Path | str | None = None, going: Iterable = ()
+) -> Night:
     """Return the night whose log is `ledger`, by default results.tsv in `folder`."""
     path = Path(ledger or Path(folder, "results.tsv"))
     text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    return analyse(text, folder, f"As of {datetime.datetime.now():%Y-%m-%d %H:%M}.")
+    now = f"As of {datetime.datetime.now():%Y-%m-%d %H:%M}."
+    return analyse(text, folder, now, going)
 
 
 def picture(night: Night) -> Figure:
@@ -329,16 +361,20 @@ def read_example() -> Night:
 
 
 def write_report(
-    folder: Path | str = ".", ledger: Path | str | None = None, tonight: bool = True
+    folder: Path | str = ".",
+    ledger: Path | str | None = None,
+    tonight: bool = True,
+    going: Iterable[tuple[str, str]] = (),
 ) -> Path:
     """Write report.html and progress.png into `folder`, and return the page's path.
 
     ledger: the log, by default results.tsv in `folder`; tonight: it is that of the night that
-    `experiment.py run` would go on with. Nothing that git tracks is touched, and each file is
+    `experiment.py run` would go on with; going: GPU and commit of attempts that have no verdict
+    yet, in it. Nothing that git tracks is touched, and each file is
     written whole or not at all, so the night may go on meanwhile.
     """
     folder = Path(folder)
-    night = read_night(folder, ledger)
+    night = read_night(folder, ledger, going)
     night.tonight = tonight
     write_whole(folder / "progress.png", png(picture(night)))
     write_whole(folder / "report.html", write_page(night).encode())

@@ -293,14 +293,16 @@ def void(commit: str, why: str, minutes: float) -> int:
 
 def report(log: str) -> int:
     """Write the morning's page, of this night's log or of another."""
-    path = Path(log or Night.load().results)
+    night = None if log else Night.load()
+    path = Path(log) if log else night.results
     if not path.is_file():
         raise Refused(f"{path} is no file; without a name, `{REPORT}` is of this night")
     try:
         import analysis
     except ImportError as error:
         raise Refused(f"{error}; it is in the group analysis: {REPORT}") from error
-    print(analysis.write_report(ROOT, path, tonight=not log))
+    going = night.going() if night else ()
+    print(analysis.write_report(ROOT, path, tonight=not log, going=going))
     return 0
 
 

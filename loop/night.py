@@ -504,6 +504,12 @@ class Night:
         busy = [other for _, other in self.others() if other.open]
         return [f"at work on gpu {other.gpu}: {other.task()}" for other in busy]
 
+    def going(self) -> set[tuple[str, str]]:
+        """Return GPU and commit of the attempts of this night that have no verdict yet."""
+        nights = [self, *(other for _, other in self.others())]
+        jobs = [(x.named, x.open) for x in nights if x.open and not x.open["runs"]]
+        return {(gpu, job["commit"][:8]) for gpu, job in jobs}
+
     def check_log(self) -> None:
         """Refuse to take a log from a night that goes on in another tree."""
         for tree, other in self.others():

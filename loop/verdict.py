@@ -10,16 +10,29 @@ from loop.ledger import Line
 # Gains, as multiples of the noise: keep at once; repeat; keep after the repeat.
 BARS = CLEAR, REPEAT, CONFIRM = 3.0, 1.0, 1.5
 FLOOR = 0.0005  # of the noise while it rests on three runs
+WILD = 6.0  # times the noise of all others, beyond which a commit's runs are an accident
 DRIFT = 0.02  # of a commit's speed, beyond which the machine has changed
 
 
 def noise_of(groups: Iterable[list[float]], floor: float = FLOOR) -> float:
-    """Return the standard deviation between runs of one commit, pooled over commits."""
-    groups = [values for values in groups if len(values) > 1]
+    """Return the standard deviation between runs of one commit, pooled over commits.
+
+    A commit of which one run all but diverged is left out: it says nothing of the others.
+    """
+    groups = sorted((values for values in groups if len(values) > 1), key=pooled)
+    while len(groups) > 1 and pooled(groups[-1]) > WILD * max(
+        pooled(*groups[:-1]), floor
+    ):
+        groups.pop()
+    freedom = sum(len(values) - 1 for values in groups)
+    return pooled(*groups) if freedom > 2 else max(pooled(*groups), floor)
+
+
+def pooled(*groups: list[float]) -> float:
+    """Return the standard deviation within groups."""
     squares = sum((v - fmean(values)) ** 2 for values in groups for v in values)
     freedom = sum(len(values) - 1 for values in groups)
-    sd = math.sqrt(squares / freedom) if freedom else 0.0
-    return sd if freedom > 2 else max(sd, floor)
+    return math.sqrt(squares / freedom) if freedom else 0.0
 
 
 def verdict(

@@ -7,6 +7,7 @@ import html
 import math
 from collections import Counter
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,22 @@ if TYPE_CHECKING:  # it imports this file
 NEAR = 0.5  # times the noise: the least gain of a near miss
 MOST = 8  # lines of a list
 FEW = 2  # experiments, after which no part of train.py is missed yet
+
+
+def student(freedom: int) -> float:
+    """Return Student's two-sided 95 % point, for 2 degrees of freedom or more.
+
+    Source: Abramowitz and Stegun 26.7.5; within 1 %.
+    """
+    z, n = NormalDist().inv_cdf(0.975), max(2, freedom)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / n**i for i, term in enumerate(terms))
 
 
 class Html(str):
@@ -71,6 +88,7 @@ def headline(night: Night) -> str:
     if out := night.outcomes["withdrawn"] + night.outcomes["on withdrawn"]:
         kept += f", {out} left out"
     ends = f"{night.start.mean:.4f} \u2192 {night.best.mean:.4f}{on_gpu(night.best.gpu)}"
+    ends += "" if night.one_speed else " at another speed"
     if night.best.gpu:
         return f"{night.title}{ends}, {noise}; all GPUs: {experiments}, {kept}"
     return f"{night.title}{ends}, {experiments}, {kept}, {noise}"
@@ -109,7 +127,9 @@ def believe(night: Night) -> Html:
         believed = Counter(c.believe for c in kept)
         stand = f"{believed['stands']} of {many(len(kept), 'kept change')}"
         stand = stand if believed["stands"] else "No kept change"
-        said = [f"<b>{stand}</b> gained more than twice the standard error."]
+        bars = sorted({f"{c.stands:.1f}" for c in kept})
+        bar = f"{' or '.join(bars)} times the standard error"
+        said = [f"<b>{stand}</b> gained more than {bar}."]
         if n := believed["may be luck"]:
             said.append(f"{n} may be luck: another run may undo the gain.")
         if n := believed["no gain"]:
@@ -121,7 +141,7 @@ def believe(night: Night) -> Html:
         here, n = on_gpu(night.best.gpu), len(night.rivals)
         text.append(
             f"<b>Luck.</b> The whole gain{here} is {night.gain:.4f}. If no change did anything, "
-            f"the best of {n} would still look {night.luck:.4f} better than the start."
+            f"the lowest of {n} single runs would still lie {night.luck:.4f} below the start."
         )
     if night.best:
         text.append(f"<b>Drift.</b> {drift_words(night)}")
@@ -144,14 +164,16 @@ def drift_words(night: Night) -> str:
         text.append(f"<b>{len(far)} changed speed by over {DRIFT:.0%}</b> ({where}).")
         text.append("A gain is therefore between runs of one speed.")
     else:
-        text.append(f"Speed stayed within {max(abs(c[2]) for c in controls):.1%}.")
-    steps, bpb = night.drift()
-    if len(steps) > 2 and steps.std() > 1e-3 and bpb.std() > 0:
+        most = max(abs(c[2]) for c in controls)
+        text.append(f"Speed was within {most:.1%} of the commit's first run.")
+    steps, bpb, spare = night.drift()
+    if spare > 0 and steps.std() > 1e-3 and bpb.std() > 0:
         slope, r = (steps @ bpb) / (steps @ steps), np.corrcoef(steps, bpb)[0, 1]
-        text.append(
-            f"For one commit, 1 % more steps went with {slope / 100:+.4f} (r = {r:.2f}): "
-            "where speed changed, compare the steps of two runs too."
-        )
+        if abs(r) * math.sqrt(spare) > student(spare) * math.sqrt(max(0, 1 - r * r)):
+            text.append(
+                f"For one commit, 1 % more steps went with {slope / 100:+.4f} (r = {r:.2f}): "
+                "where speed changed, compare the steps of two runs too."
+            )
     elif not controls:
         text.append("So drift would not show.")
     return " ".join(text)
@@ -202,8 +224,10 @@ def try_next(night: Night) -> Html:
     """What to try next: near misses, what may be luck, parts of train.py without a keep."""
     dropped = night.tried("discard")
     measured = {c.number for c in night.every if c.values}
-    bests = {c.gpu: c.mean for c in night.every for c in night.chain(c.gpu)[-1:]}
-    below = [c for c in dropped if bests.get(c.gpu, 0) - c.mean >= NEAR * c.noise]
+    bests = {gpu: night.chain(gpu)[-1:] for gpu in {c.gpu for c in dropped}}
+    below = [
+        c for c in dropped for b in bests[c.gpu] if night.gain_of(c, b) >= NEAR * c.noise
+    ]
     near = [c for c in dropped if c.times >= NEAR and c not in below]
     lucky = [c for c in night.tried("keep") if c.believe == "may be luck"]
     crashed = [c for c in night.tried("crash") if c.number not in measured]
@@ -243,6 +267,11 @@ def best_commit(night: Night) -> Html:
     if best:
         runs = many(len(best.values), "run") + on_gpu(best.gpu)
         text.append(html.escape(f"{best.commit}, {best.idea}: {best.mean:.6f}, {runs}."))
+        last = [c for c in night.changes if c.gpu == best.gpu and c.status == "keep"][-1]
+        if last is not best:
+            at = f"The branch is at {last.commit}, {last.idea}, kept as simpler"
+            at += f": {last.mean:.6f}. That is what a merge takes over."
+            text.append(html.escape(at))
         if found := twins(night):
             means = ", ".join(f"{c.mean:.6f}{on_gpu(c.gpu)}" for c in found)
             text.append(f"The same train.py gave {means}.")
@@ -262,6 +291,7 @@ def counts(night: Night) -> str:
     ends = {
         "kept": night.outcomes["keep"],
         "discarded": night.outcomes["discard"],
+        "going on": night.outcomes["going on"],
         "without a number": night.outcomes["crash"],
         "withdrawn as broken": night.outcomes["withdrawn"],
         "made on top of what was withdrawn": night.outcomes["on withdrawn"],

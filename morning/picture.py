@@ -124,7 +124,7 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
         [*bands.values(), *handles],
         [*bands, *words],
         loc="outside lower center",
-        ncols=3,
+        ncols=3 if len(bands) < 5 else 2,
         fontsize=8,
         frameon=False,
         labelcolor=colors["ink"],
@@ -175,8 +175,9 @@ def place_labels(figure: Figure, ax, labels: list, avoid: list, colors: dict) ->
     walk = np.linspace(0, 1, 16)[:, None, None]  # from a point to its text
     style = dict(fontsize=8, color=colors["ink"], parse_math=False, zorder=6)
     style["path_effects"] = [withStroke(linewidth=2.5, foreground=colors["paper"])]
-    for x, y, text in labels:
-        point = ax.transData.transform((x, y))
+    points = ax.transData.transform([(x, y) for x, y, _ in labels] or np.empty((0, 2)))
+    for i, (x, y, text) in enumerate(labels):
+        point, others = points[i], np.delete(points, i, 0)[:, None]
         for words, limit in ((text, 150), (text.split()[0], 999)):
             drawn = ax.annotate(words, (x, y), **style)
             extent = drawn.get_window_extent()
@@ -190,6 +191,9 @@ def place_labels(figure: Figure, ax, labels: list, avoid: list, colors: dict) ->
             far = np.hypot(*(end - point).T) / dot
             cost = far + 6 * np.array([within(places, b).sum() for b in box])
             cost[far < 6] += 50  # on its own point
+            gaps = np.clip(others, corner, corner + size) - others
+            nearest = np.hypot(*gaps.T).min(1, initial=math.inf) / dot
+            cost[nearest < far] += 60  # it would seem to be the other's
             cost[(far > 70) | (cost > limit)] = math.inf
             outside = (corner < frame.min).any(1) | (corner + size > frame.max).any(1)
             cost[outside] = math.inf
@@ -219,7 +223,7 @@ def draw_drift(night, dark: bool = False) -> Figure:
     left.set_xlim(0, max(c.number for c in night.every) + 1)
     left.set(xlabel="experiment", ylabel="tokens per second, %")
     left.set_title("Controls: speed against the commit's first run", fontsize=9)
-    steps, bpb = night.drift()
+    steps, bpb, _ = night.drift()
     x = 100 * np.expm1(steps)
     right.scatter(x, 1000 * bpb, color=GPUS[1], s=24)
     right.set_xlim(np.array([-1.1, 1.1]) * max([1, *abs(x)]))

@@ -1676,15 +1676,28 @@ def test_the_report_names_the_group_that_it_needs(clone):
     (clone.folder / "analysis.py").write_text("import no_such_module")
     said = clone.do("report", status=1)
     assert "uv run --group analysis experiment.py report" in said
-    writes = "def write_report(folder, ledger, tonight): return folder / ledger.name"
+    writes = (
+        "def write_report(folder, ledger, tonight, going): return folder / ledger.name"
+    )
     (clone.folder / "analysis.py").write_text(writes)
     assert clone.do("report") == f"{clone.folder / 'results.tsv'}\n"
 
 
+def test_the_page_is_told_which_attempts_have_no_verdict_yet(clone):
+    writes = "def write_report(_, log, tonight, going): print(sorted(going))"
+    (clone.folder / "analysis.py").write_text(writes)
+    assert clone.do("report") == "[]\nNone\n"
+    clone.run_slowly(0.43)
+    (commit,) = clone.attempts()
+    assert clone.do("report") == f"[('', '{commit.removeprefix('attempts/')}')]\nNone\n"
+    clone.go()
+    clone.do("wait")
+    assert clone.do("report") == "[]\nNone\n"
+
+
 def test_the_page_of_an_earlier_night_can_be_written(clone):
-    writes = (
-        "def write_report(_, log, tonight): print(log.read_text().count('base'), tonight)"
-    )
+    writes = "def write_report(_, log, tonight, going):\n"
+    writes += "    print(log.read_text().count('base'), tonight)"
     (clone.folder / "analysis.py").write_text(writes)
     said = clone.do("start", "nov25")
     (name,) = re.findall(r"report (results-\S+\.tsv)` writes its page", said)

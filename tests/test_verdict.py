@@ -1,6 +1,7 @@
 """The verdict by its table, and benchmarks/verdict.py, which simulates nights with it."""
 
 import importlib.util
+import random
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from loop import verdict as rule
 from loop.ledger import Line
-from loop.verdict import FLOOR, noise_of, number_stretches, verdict
+from loop.verdict import FLOOR, noise_of, number_stretches, pooled, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 path = ROOT / "benchmarks" / "verdict.py"
@@ -96,6 +97,23 @@ def test_the_noise_has_a_floor_while_it_rests_on_three_runs(groups, expected):
 
 def runs_of(*pairs: tuple[str, float], status: str = "keep") -> list[Line]:
     return [Line(c, 0.44, 1.0, status, "", speed=speed) for c, speed in pairs]
+
+
+def test_a_run_that_diverged_does_not_set_the_noise_of_a_night():
+    clean = [[0.9980, 0.9986, 0.9975], [0.9931, 0.9937], [0.9902, 0.9906]]
+    for second in (1.02, 3.2):
+        assert noise_of([*clean, [0.9965, second]]) == noise_of(clean)
+    assert noise_of([*clean, [0.9965, 0.9980]]) > noise_of(clean)
+    assert noise_of([[0.99, 3.2]]) > 1  # there is nothing else to go by
+
+
+def test_without_an_accident_the_noise_is_that_of_all_runs():
+    generator, left_out = random.Random(0), 0
+    for _ in range(1000):
+        sizes = [3, *[2] * generator.randrange(12)]
+        groups = [[generator.gauss(0.99, 7e-4) for _ in range(n)] for n in sizes]
+        left_out += noise_of(groups, 0.0005) < pooled(*groups) - 1e-9
+    assert left_out < 10
 
 
 def test_a_changed_speed_of_a_kept_commit_begins_a_stretch():
