@@ -30,6 +30,10 @@ def save(run: Run, model: torch.nn.Module, config: object) -> None:
     try:
         for path in MODEL.parent.glob(f".{MODEL.name}.*.tmp"):  # of runs killed meanwhile
             path.unlink()
+        if isinstance(run.measured, torch.nn.Module):  # an average, say
+            mine, measured = ({*map(id, m.parameters())} for m in (model, run.measured))
+            if not mine & measured:
+                raise ValueError("it is not the one that run.evaluate measured")
         about = {"config": dataclasses.asdict(config), "tokenizer": run.tokenizer.sha256}
         about |= {"commit": run.commit, "rules": run.rules, "val_bpb": run.val_bpb}
         weights = model.state_dict().items()

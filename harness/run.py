@@ -77,6 +77,7 @@ class Run:
         self.waits: list[tuple] = []  # gpu.mark before and after each batch
         self.batch_size = self.micro_steps = 0  # set by the warm-up
         self.trained: tuple = ()  # model and optimizers, by the warm-up
+        self.measured: Model | None = None  # what was evaluated
         self.tokens = self.num_steps = self.num_params = 0
         self.val_bpb = math.nan
         self.evaluated = self.printed = False
@@ -237,6 +238,7 @@ class Run:
         if self.clock.running or not self.num_steps or self.evaluated:
             why = "and do not break out of run.steps"
             raise RuntimeError(f"evaluate after training, once, {why}")
+        self.measured = model
         self.evaluated = True  # also if the model is refused: it has seen validation text
         sizes = torch.from_numpy(self.tokenizer.token_bytes)
         sizes = sizes.to(self.device)  # waits for the GPU

@@ -41,6 +41,18 @@ def test_what_is_saved_is_the_model_in_a_format_without_pickle(
     assert all((arrays[k] == expected[k].detach().numpy()).all() for k in expected)
 
 
+def test_a_model_that_was_not_evaluated_is_not_saved_with_anothers_result(
+    ended_run, model, model_file, capsys
+):
+    ended_run.measured = torch.optim.swa_utils.AveragedModel(model)
+    checkpoint.save(ended_run, model, CONFIG)
+    assert "it is not the one that run.evaluate measured" in capsys.readouterr().err
+    assert not model_file.exists()
+    ended_run.measured = torch.compile(model)
+    checkpoint.save(ended_run, model, CONFIG)
+    assert model_file.exists()
+
+
 def test_the_next_run_writes_over_it_and_sweeps_up_what_a_killed_one_left(
     ended_run, model, model_file
 ):
