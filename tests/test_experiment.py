@@ -273,7 +273,7 @@ def test_an_attempt_whose_repeat_failed_gets_its_verdict_when_it_runs_again(clon
 def test_runs_long_before_an_attempt_runs_again_are_no_reason_to_give_it_up(clone):
     clone.experiment("clear", 0.43)
     text = train_py(0.4302, ONCE="gpu").replace("42: 0.0", "42: 0.0005")
-    text = text.replace("43: 0.0005", "43: -0.004")
+    text = text.replace("43: 0.0005", "43: -0.0032")
     (clone.folder / "train.py").write_text(text)
     assert "discard: " in clone.do("run", "A")
     for _ in range(6):
