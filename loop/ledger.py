@@ -101,6 +101,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def rewrite(path: Path, change: Callable[[list[str]], list[str]]) -> None:
     """Replace the lines of a log, all of them or none; one process at a time does so."""
+    (path.parent / "runs").mkdir(exist_ok=True)  # somebody may have tidied up
     with open(path.parent / "runs" / "log.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         old = path.read_bytes() if path.exists() else b""
