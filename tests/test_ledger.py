@@ -68,12 +68,12 @@ def test_a_torn_line_is_ended_before_the_next(log):
     assert log.read_text() == HEADER + "torn\t0.4\na\t1\t1\tkeep\tx\n"
 
 
-@pytest.mark.parametrize("broken", ["write", "fsync", "replace"])
 def test_a_line_is_written_also_where_the_folder_of_runs_is_gone(tmp_path):
     ledger.rewrite(tmp_path / "results.tsv", lambda lines: [*lines, "a line"])
     assert (tmp_path / "results.tsv").read_text().endswith("\na line\n")
 
 
+@pytest.mark.parametrize("broken", ["write", "fsync", "replace"])
 def test_a_line_on_a_full_disk_is_not_written_in_part(log, monkeypatch, broken):
     def full(*args):
         raise OSError(28, "No space left on device")
