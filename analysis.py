@@ -97,6 +97,11 @@ class Change:
             return "stands"
         return "may be luck" if self.gain > self.error else "no gain"
 
+    def over(self, old: "Change") -> float:
+        """Return the gain over `old` in the last stretch in which both ran, nan without one."""
+        both = [(x, self.groups[n]) for n, x in old.groups.items() if n in self.groups]
+        return fmean(both[-1][0]) - fmean(both[-1][1]) if both else math.nan
+
 
 @dataclass
 class Night:
@@ -159,7 +164,7 @@ class Night:
     @property
     def gain(self) -> float:
         """From start to best, in the last stretch in which both ran, or step by step."""
-        if not math.isnan(gain := distance(self.start, self.best)):
+        if not math.isnan(gain := self.best.over(self.start)):
             return gain
         gains = [c.gain for c in self.chain(self.best.gpu)]
         return sum(gain for gain in gains if not math.isnan(gain))
@@ -167,12 +172,7 @@ class Night:
     @property
     def one_speed(self) -> bool:
         """Whether start and best ran while the GPU had one speed."""
-        return not math.isnan(distance(self.start, self.best))
-
-    @staticmethod
-    def gain_of(new: Change, old: Change) -> float:
-        """Return a gain between runs of one speed, nan if there are none."""
-        return distance(old, new)
+        return not math.isnan(self.best.over(self.start))
 
     @property
     def rivals(self) -> list[Change]:
@@ -211,12 +211,6 @@ class Night:
             found += [pairs - pairs.mean(0)] if len(pairs) > 1 else []
         points = np.concatenate(found)
         return *points.T, len(points) - len(found)  # one less per commit, and the slope
-
-
-def distance(old: Change, new: Change) -> float:
-    """Return the gain of `new` in the last stretch in which both ran, nan if there is none."""
-    both = [(old.groups[n], new.groups[n]) for n in new.groups if n in old.groups]
-    return fmean(both[-1][0]) - fmean(both[-1][1]) if both else math.nan
 
 
 def expected_best(n: int) -> float:

@@ -59,9 +59,7 @@ def keep_output(**settings) -> None:
         if stream is None:  # it was closed when Python started
             stream = open(os.devnull, "w")
             setattr(sys, name, stream)
-        with suppress(
-            OSError, ValueError
-        ):  # else a reader that is slow has not all of it
+        with suppress(OSError, ValueError):  # else a slow reader does not get all of it
             os.set_blocking(stream.fileno(), True)
         stream.reconfigure(line_buffering=True, **settings)
         if not isinstance(stream, LastingOutput):

@@ -176,10 +176,8 @@ def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result
     summary = text[starts[0] :] if starts else ""
     pairs = re.findall(r"^(\w+): (.*)$", summary, re.MULTILINE)
     values = dict(reversed(pairs))  # what train.py prints behind the summary is not of it
-    fell_back = re.search(
-        "^kernels: .*plain torch serves$", text, re.MULTILINE
-    )  # of harness/kernel_check.py
-    values["kernels"] = "plain torch" if fell_back else "fused"
+    plain = re.search("^kernels: .*plain torch serves$", text, re.MULTILINE)
+    values["kernels"] = "plain torch" if plain else "fused"  # see harness/kernel_check.py
     one = len(starts) == 1
     ok = ends[-1] == "0" and one and 0 < number(values.get("val_bpb", "")) < math.inf
     warnings = re.findall(r"^(warning: (\w+): .*)$", text, re.MULTILINE)

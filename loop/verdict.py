@@ -20,9 +20,7 @@ def noise_of(groups: Iterable[list[float]], floor: float = FLOOR) -> float:
     A commit of which one run all but diverged is left out: it says nothing of the others.
     """
     groups = sorted((values for values in groups if len(values) > 1), key=pooled)
-    while len(groups) > 1 and pooled(groups[-1]) > WILD * max(
-        pooled(*groups[:-1]), floor
-    ):
+    while groups[1:] and pooled(groups[-1]) > WILD * max(floor, pooled(*groups[:-1])):
         groups.pop()
     freedom = sum(len(values) - 1 for values in groups)
     return pooled(*groups) if freedom > 2 else max(pooled(*groups), floor)

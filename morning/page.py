@@ -225,9 +225,7 @@ def try_next(night: Night) -> Html:
     dropped = night.tried("discard")
     measured = {c.number for c in night.every if c.values}
     bests = {gpu: night.chain(gpu)[-1:] for gpu in {c.gpu for c in dropped}}
-    below = [
-        c for c in dropped for b in bests[c.gpu] if night.gain_of(c, b) >= NEAR * c.noise
-    ]
+    below = [c for c in dropped for b in bests[c.gpu] if c.over(b) >= NEAR * c.noise]
     near = [c for c in dropped if c.times >= NEAR and c not in below]
     lucky = [c for c in night.tried("keep") if c.believe == "may be luck"]
     crashed = [c for c in night.tried("crash") if c.number not in measured]
@@ -269,7 +267,7 @@ def best_commit(night: Night) -> Html:
         text.append(html.escape(f"{best.commit}, {best.idea}: {best.mean:.6f}, {runs}."))
         last = [c for c in night.changes if c.gpu == best.gpu and c.status == "keep"][-1]
         if last is not best:
-            at = f"The branch is at {last.commit}, {last.idea}, kept as simpler"
+            at = f"The branch is at {last.commit}, {last.idea}, which was kept after it"
             at += f": {last.mean:.6f}. That is what a merge takes over."
             text.append(html.escape(at))
         if found := twins(night):

@@ -535,7 +535,9 @@ def test_a_keep_for_being_simpler_is_where_the_branch_is(quick):
     assert "The branch is at" not in text
     lines += [("aaaaaa2", 0.9933, "keep", "fewer lines, seed 42")]
     text = words(write_page(analyse(log(BASE + lines))))
-    assert "The branch is at aaaaaa2, fewer lines, kept as simpler: 0.993300." in text
+    assert (
+        "The branch is at aaaaaa2, fewer lines, which was kept after it: 0.99330" in text
+    )
 
 
 @pytest.mark.parametrize("freedom", [2, 3, 5, 10, 40])
