@@ -22,8 +22,10 @@ from statistics import NormalDist, fmean
 import numpy as np
 from matplotlib.figure import Figure
 
+import loop.night
+from loop.git import Refused
 from loop.ledger import Line, read_log, write_whole
-from loop.verdict import FLOOR, noise_of, number_stretches
+from loop.verdict import FLOOR, noise_of, number_stretches, without_accidents
 from morning.page import headline, student, write_page
 from morning.parts import Descent
 from morning.picture import draw_night, png
@@ -303,7 +305,8 @@ def analyse(
         for run, stretch in zip(valid, number_stretches(valid), strict=True):
             changes[gpu, run.commit].groups.setdefault(stretch, []).append(run.val_bpb)
         groups = [values for change in here for values in change.groups.values()]
-        noises[gpu] = noise_of(groups), sum(len(values) - 1 for values in groups)
+        counted = without_accidents(groups)
+        noises[gpu] = noise_of(counted), sum(len(values) - 1 for values in counted)
     kept: dict[str, list[Change]] = {}  # by GPU, so far
     for change in (c for c in changes.values() if c.values):
         change.mean, before = fmean(change.values), kept.setdefault(change.gpu, [])
@@ -320,9 +323,9 @@ def analyse(
             sides = [(change.values, min((c.values for c in before), key=fmean))]
         if sides:
             weights = [1 / len(new) + 1 / len(old) for new, old in sides]
-            weight, (new, old) = min(zip(weights, sides, strict=True))
+            new, old = sides[weights.index(min(weights))]
             change.gain = fmean(old) - fmean(new)
-            change.error = change.noise * math.sqrt(weight)
+            change.error = change.noise * math.sqrt(min(weights))
         before += [change] if change.status == "keep" else []
     strays = [line.description for line in lines if not line.status]
     return Night([*changes.values()], strays, controls, noises, Path(folder), note)
@@ -347,7 +350,11 @@ def picture(night: Night) -> Figure:
 def read_example() -> Night:
     """Return the night of results.tsv here; without one, the example of docs/."""
     if Path("results.tsv").exists():
-        return read_night()
+        try:
+            going = loop.night.Night.load().going()
+        except Refused:
+            going = ()
+        return read_night(going=going)
     night = read_night(ledger=Path(__file__).with_name("docs") / "example.tsv")
     night.note = f"There is no results.tsv here. This is an example: {EXAMPLE}."
     night.title = "60 s per run: "

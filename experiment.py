@@ -147,12 +147,12 @@ def start(tag: str, gpus: str, budget: str, minutes: float) -> int:
     try:
         make_tree(trial, first.best)
         make_commit(trial, "trial", "--allow-empty")
-        for night in nights.values():
-            git("update-ref", f"refs/heads/{night.branch}", night.best)
     finally:
         succeeds("worktree", "remove", "--force", str(trial))
     if trains_here(first.env):
         check_machine([night.env for night in nights.values()])
+    for night in nights.values():
+        git("update-ref", f"refs/heads/{night.branch}", night.best)
     for path in (ROOT / "results.tsv", first.folder):
         if path.exists():
             when = time.strftime("%Y%m%d-%H%M%S")

@@ -106,12 +106,14 @@ def trace(function: Callable, args: tuple) -> object:
     """Return function(*args), on shapes; RuntimeError if a GPU could not compile it whole."""
     import torch._dynamo as dynamo
 
+    from harness.ops import MOST_GRAPHS  # here: it needs this file
+
     try:
         result, error = function(*args), None
     except beyond_shapes() as raised:
         error = raised
     # TORCH_COMPILE_DISABLE is for what train.py compiles by itself, with code for real memory.
-    with dynamo.config.patch(disable=False):
+    with dynamo.config.patch(disable=False, recompile_limit=MOST_GRAPHS):
         try:
             traced(function)(*args)
         except (dynamo.exc.Unsupported, dynamo.exc.UserError) as refusal:

@@ -15,6 +15,9 @@ from harness import fp8, functions, kernels
 from harness.fp8 import runs_fp8
 from harness.kernels import EPS
 
+# Of a function: for each batch size tried and layers that differ; torch's own limit is 8.
+MOST_GRAPHS = 64
+
 
 def compiled(function: Callable) -> Callable:
     """Decorate a function or method of tensors: compiled on a GPU, once for all layers.
@@ -55,8 +58,7 @@ def prepare_compiler() -> None:
     import torch._dynamo  # first, as optimizers do beside this thread
     import torch._inductor.compile_fx
 
-    # For each batch size tried and layers that differ; by default 8 at most.
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
     # Else a norm's input is kept for the gradient in float32 too.
     torch._functorch.config.ban_recompute_used_far_apart = False
     # A forward hook on a layer fires inside what is compiled too, as on a CPU.

@@ -54,6 +54,10 @@ def keep_output(**settings) -> None:
 
     A process that is killed leaves its log whole. settings: further ones of `reconfigure`.
     """
+    # Else the next file, a lock perhaps, gets the number of one that is closed.
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(nowhere)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when Python started

@@ -174,8 +174,10 @@ def lock(path: Path):
     """Return the file `path`, locked, or None if a process holds it, or a child of one."""
     try:
         file = open(path, "a")
-    except PermissionError:
-        file = open(path)  # another user's, in a cache that is shared
+    except OSError:
+        if not path.exists():
+            raise
+        file = open(path)  # another user's, or where nothing can be written
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file

@@ -445,7 +445,9 @@ class Night:
             help += " leaves train.py as it is; then run"
             raise Refused(f"the branch is not at the best, {self.best[:8]}; {help}")
         if self.best[:8] in self.withdrawn():
-            raise Refused("a `void` was interrupted; give it again")
+            why = next(x.void for x in self.lines(self.best) if x.void)
+            of = why.removeprefix("stood on ") if "stood on " in why else self.best[:8]
+            raise Refused(f'a `void` was interrupted; again: void {of} "why"')
         check_index()
         if not (ROOT / "train.py").is_file():
             raise Refused("train.py is missing; git checkout train.py")
@@ -514,8 +516,8 @@ class Night:
         """Refuse to take a log from a night that goes on in another tree."""
         for tree, other in self.others():
             if other.tag != self.tag and (other.open or not other.over):
-                help = f"git worktree remove {tree}, or wait for its end"
-                raise Refused(f"night {other.tag} goes on in {tree}; {help}")
+                help = f"if its agent has stopped, git worktree remove --force {tree}"
+                raise Refused(f"night {other.tag} may go on in {tree}; {help}")
 
     def to_try(self) -> list[str]:
         """Return what the bests of other GPUs have and nothing here had, a line each."""
@@ -715,7 +717,8 @@ class Night:
                 )
             else:
                 if not git("diff", "--name-only", "HEAD", tree=tree):
-                    raise Refused(f"of {short} nothing is left in the best, {stood}")
+                    what = f"of {short} nothing is left in the best"
+                    raise Refused(f"{what} ({stood}), so there is nothing to take back")
                 best = make_commit(tree, f"without {short} {ideas[short]}")
                 git("update-ref", f"refs/attempts/{best[:8]}", best)
                 job = {"commit": best, "idea": f"without {short}", "runs": 2}

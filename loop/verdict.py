@@ -15,15 +15,24 @@ DRIFT = 0.02  # of a commit's speed, beyond which the machine has changed
 
 
 def noise_of(groups: Iterable[list[float]], floor: float = FLOOR) -> float:
-    """Return the standard deviation between runs of one commit, pooled over commits.
-
-    A commit of which one run all but diverged is left out: it says nothing of the others.
-    """
-    groups = sorted((values for values in groups if len(values) > 1), key=pooled)
-    while groups[1:] and pooled(groups[-1]) > WILD * max(floor, pooled(*groups[:-1])):
-        groups.pop()
+    """Return the standard deviation between runs of one commit, pooled over commits."""
+    groups = without_accidents(groups, floor)
     freedom = sum(len(values) - 1 for values in groups)
     return pooled(*groups) if freedom > 2 else max(pooled(*groups), floor)
+
+
+def without_accidents(
+    groups: Iterable[list[float]], floor: float = FLOOR
+) -> list[list[float]]:
+    """Return the commits with several runs; of the wilder half, none after the first jump.
+
+    Where one run all but diverged, its commit says nothing of the others.
+    """
+    groups = sorted((values for values in groups if len(values) > 1), key=pooled)
+    for i in range(max(1, (len(groups) + 1) // 2), len(groups)):
+        if pooled(groups[i]) > WILD * max(floor, pooled(*groups[:i])):
+            return groups[:i]
+    return groups
 
 
 def pooled(*groups: list[float]) -> float:

@@ -127,8 +127,9 @@ def believe(night: Night) -> Html:
         believed = Counter(c.believe for c in kept)
         stand = f"{believed['stands']} of {many(len(kept), 'kept change')}"
         stand = stand if believed["stands"] else "No kept change"
-        bars = sorted({f"{c.stands:.1f}" for c in kept})
-        bar = f"{' or '.join(bars)} times the standard error"
+        bars = {f"{c.stands:.1f}": f"{c.stands:.1f}{on_gpu(c.gpu)}" for c in kept}
+        bar = " or ".join(bars if len(bars) == 1 else bars.values())
+        bar += " times the standard error"
         said = [f"<b>{stand}</b> gained more than {bar}."]
         if n := believed["may be luck"]:
             said.append(f"{n} may be luck: another run may undo the gain.")

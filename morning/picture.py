@@ -97,6 +97,9 @@ def draw_night(night, title: str = "", dark: bool = False) -> Figure:
     if any(gpus):  # their marks differ by color alone
         for words, size in (("kept", 34), ("discarded", 14)):
             ax.scatter([], [], color=colors["faint"], s=size, label=words)
+    going = [c for c in shown if c.status == "going on"]
+    style = dict(facecolor="none", edgecolor=colors["ink"], s=24, zorder=4)
+    mark(going, "going on", **style)
     high = [c for c in dropped if c.mean > top]
     mark(high, "discarded, above the picture", 1, marker="^", s=22, color=colors["faint"])
     crashed = night.tried("crash")

@@ -521,6 +521,37 @@ def test_gains_over_a_change_of_speed_add_up_and_nothing_is_compared_across_it(q
     assert "below today's best" not in text
 
 
+def test_of_two_speeds_a_gain_is_between_those_runs_that_are_most(quick):
+    fast, slow = "2000 steps, 1.000 M tok/s", "1850 steps, 0.925 M tok/s"
+    lines = [("aaaaaa0", x, "keep", f"baseline, seed 42, {fast}") for x in (0.998, 0.999)]
+    lines += [("aaaaaa1", 0.997, "keep", f"wider, seed 42, {fast}")]
+    slower = [("aaaaaa0", x, "keep", f"baseline, seed 42, {slow}") for x in (1.0, 1.001)]
+    lines += slower[:1] + [("aaaaaa1", 0.996, "keep", f"wider, seed 42, {slow}")] * 2
+    night = analyse(log(lines + slower[1:]))
+    assert [c.gain for c in night.tried("keep")] == pytest.approx([1.0005 - 0.996])
+
+
+def test_what_is_no_part_of_the_noise_does_not_lower_the_bar(quick):
+    wild = [("aaaaaa1", x, "discard", "unstable, seed 42") for x in (0.9965, 3.2)]
+    good = [("aaaaaa2", 0.9950, "keep", "good, seed 42")]
+    bars = [analyse(log(BASE + x + good)).tried("keep")[0].stands for x in ([], wild)]
+    assert bars == [student(2)] * 2
+
+
+def test_each_label_of_the_example_is_nearer_to_its_own_point_than_to_another():
+    night = analyse((ROOT / "docs" / "example.tsv").read_text("utf-8"))
+    ax = draw_night(night).axes[0]
+    points = {str(c.number): (c.number, c.mean) for c in night.tried("keep")}
+    places = dict(zip(points, ax.transData.transform([*points.values()]), strict=True))
+    astray = 0
+    for text in ax.texts:
+        box, number = text.get_window_extent(), text.get_text().split()[0]
+        ends = np.clip([*places.values()], box.min, box.max) - [*places.values()]
+        gaps = dict(zip(places, np.hypot(*ends.T), strict=True))
+        astray += min(gaps, key=gaps.get) != number
+    assert len(ax.texts) == len(points) and astray <= len(points) // 4
+
+
 def test_an_attempt_that_is_being_repeated_is_not_called_discarded(quick):
     lines = [("aaaaaa1", 0.9967, "discard", "wider MLP, seed 42")]
     text = words(write_page(analyse(log(BASE + lines), going={("", "aaaaaa1")})))

@@ -117,6 +117,17 @@ def test_what_a_gpu_compiles_whole_is_not(tmp_path, code):
     assert (done.returncode, done.stderr) == (0, "") and "not tried" not in done.stdout
 
 
+def test_what_a_gpu_compiles_for_each_of_many_layers_is_not_refused(tmp_path):
+    """A number of each layer's own is compiled in: as many graphs as layers."""
+    line = COMPILES.format("t * layer.scale").replace("own(t):", "own(t, layer):")
+    line = line.partition("\n        harness.ops.compiled")[0]
+    line += "\n        for i in range(20):"
+    line += "\n            layer = torch.nn.Identity(); layer.scale = 1 / (i + 1)"
+    line += "\n            harness.ops.compiled(own)(model(x), layer)"
+    done = run_dry(tmp_path, line=line)
+    assert (done.returncode, done.stderr) == (0, "") and "not tried" not in done.stdout
+
+
 def test_a_compiled_function_that_cannot_work_says_so_as_without_compilation(tmp_path):
     done = run_dry(tmp_path, line=COMPILES.format("t + t[..., :3]"))
     last = done.stderr.splitlines()[-1]

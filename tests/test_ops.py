@@ -536,7 +536,6 @@ def test_rotary_norm_and_its_gradient_are_those_of_complex_numbers(
     assert relative_error(got, wanted) < tolerance
 
 
-@torch.no_grad()
 def test_what_rotary_norm_has_no_right_gradient_for_is_refused():
     x, (cos, sin) = torch.randn(1, T, 1, D), tables()
     fade = torch.linspace(1, 0.5, D // 2).repeat(2)
@@ -548,6 +547,7 @@ def test_what_rotary_norm_has_no_right_gradient_for_is_refused():
         ops.rotary_norm(x, learnt, sin)
 
 
+@torch.no_grad()
 def test_rotary_scores_depend_on_the_distance_alone():
     torch.manual_seed(0)
     pair = (t.expand(1, T, 1, D) for t in torch.randn(2, 1, 1, 1, D))

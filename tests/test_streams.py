@@ -50,6 +50,15 @@ def test_a_run_without_a_result_fails_also_where_its_output_is_closed(closed):
     assert subprocess.run(call, cwd=ROOT).returncode == 1
 
 
+def test_a_file_never_gets_the_number_of_a_closed_stream():
+    """A lock that does is closed by what opens the stream again."""
+    code = "from harness.streams import keep_output; keep_output()\n"
+    code += "assert open('constants.py').fileno() > 2"
+    for closed in ("<&-", ">&- <&-", "2>&-"):
+        call = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+        assert subprocess.run(call, cwd=ROOT).returncode == 0
+
+
 def test_a_slow_reader_gets_all_that_was_written():
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

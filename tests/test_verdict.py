@@ -103,6 +103,8 @@ def test_a_run_that_diverged_does_not_set_the_noise_of_a_night():
     clean = [[0.9980, 0.9986, 0.9975], [0.9931, 0.9937], [0.9902, 0.9906]]
     for second in (1.02, 3.2):
         assert noise_of([*clean, [0.9965, second]]) == noise_of(clean)
+    two = [[0.9965, 3.2], [0.9965, 3.1]]  # neither hides the other
+    assert noise_of([*clean, *two]) == noise_of(clean)
     assert noise_of([*clean, [0.9965, 0.9980]]) > noise_of(clean)
     assert noise_of([[0.99, 3.2]]) > 1  # there is nothing else to go by
 
