@@ -306,7 +306,7 @@ def analyse(
             changes[gpu, run.commit].groups.setdefault(stretch, []).append(run.val_bpb)
         groups = [values for change in here for values in change.groups.values()]
         counted = without_accidents(groups)
-        noises[gpu] = noise_of(counted), sum(len(values) - 1 for values in counted)
+        noises[gpu] = noise_of(groups), sum(len(values) - 1 for values in counted)
     kept: dict[str, list[Change]] = {}  # by GPU, so far
     for change in (c for c in changes.values() if c.values):
         change.mean, before = fmean(change.values), kept.setdefault(change.gpu, [])

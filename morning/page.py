@@ -127,9 +127,9 @@ def believe(night: Night) -> Html:
         believed = Counter(c.believe for c in kept)
         stand = f"{believed['stands']} of {many(len(kept), 'kept change')}"
         stand = stand if believed["stands"] else "No kept change"
-        bars = {f"{c.stands:.1f}": f"{c.stands:.1f}{on_gpu(c.gpu)}" for c in kept}
-        bar = " or ".join(bars if len(bars) == 1 else bars.values())
-        bar += " times the standard error"
+        bars = sorted({f"{c.stands:.1f}" for c in kept})
+        bar = f"{' or '.join(bars)} times the standard error"
+        bar += ", the less the more its GPU repeated" if len(bars) > 1 else ""
         said = [f"<b>{stand}</b> gained more than {bar}."]
         if n := believed["may be luck"]:
             said.append(f"{n} may be luck: another run may undo the gain.")
@@ -225,8 +225,8 @@ def try_next(night: Night) -> Html:
     """What to try next: near misses, what may be luck, parts of train.py without a keep."""
     dropped = night.tried("discard")
     measured = {c.number for c in night.every if c.values}
-    bests = {gpu: night.chain(gpu)[-1:] for gpu in {c.gpu for c in dropped}}
-    below = [c for c in dropped for b in bests[c.gpu] if c.over(b) >= NEAR * c.noise]
+    bests = [(c, best) for c in dropped for best in night.chain(c.gpu)[-1:]]
+    below = [c for c, best in bests if c.over(best) >= NEAR * c.noise]
     near = [c for c in dropped if c.times >= NEAR and c not in below]
     lucky = [c for c in night.tried("keep") if c.believe == "may be luck"]
     crashed = [c for c in night.tried("crash") if c.number not in measured]

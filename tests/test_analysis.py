@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex  # noqa: E402
 
 import analysis  # noqa: E402  (needs the group analysis)
 from analysis import analyse, expected_best, write_report  # noqa: E402
+from loop.verdict import noise_of, without_accidents  # noqa: E402
 from morning import page  # noqa: E402
 from morning.page import headline, student, write_page  # noqa: E402
 from morning.parts import parts  # noqa: E402
@@ -536,6 +537,19 @@ def test_what_is_no_part_of_the_noise_does_not_lower_the_bar(quick):
     good = [("aaaaaa2", 0.9950, "keep", "good, seed 42")]
     bars = [analyse(log(BASE + x + good)).tried("keep")[0].stands for x in ([], wild)]
     assert bars == [student(2)] * 2
+
+
+def test_the_noise_of_the_page_is_that_of_the_verdict_however_wild_the_night(quick):
+    """Repeats of three sizes: what is left out must be left out once, not again."""
+    spreads = [1e-4, 2e-4, 3e-4, 6.0e-3, 6.2e-3, 0.5, 0.6]
+    pairs = [[0.99, 0.99 + spread] for spread in spreads]
+    lines = [
+        (f"aaaaaa{i}", x, "keep", f"idea {i}, seed 42")
+        for i, pair in enumerate(pairs)
+        for x in pair
+    ]
+    assert noise_of(pairs) != noise_of(without_accidents(pairs))
+    assert analyse(log(lines)).noises[""][0] == noise_of(pairs)
 
 
 def test_each_label_of_the_example_is_nearer_to_its_own_point_than_to_another():
