@@ -30,13 +30,13 @@ from pathlib import Path
 from harness.streams import keep_output
 from loop import ledger
 from loop.git import (
-    MARKS,
     ROOT,
     Refused,
     changed_files,
     check_index,
     fcntl,
     git,
+    has_marks,
     is_on,
     make_commit,
     make_tree,
@@ -103,8 +103,7 @@ def wait(minutes: float, ours: bool = False) -> int:
     if night:
         night.follow()
         night.leave()
-        path = ROOT / "train.py"
-        if path.exists() and MARKS in b"\n" + path.read_bytes():
+        if has_marks():
             print("your draft does not fit the new best: look for <<<<<<< in train.py")
     print(there.summary() if night else there.busy())
     return 4 if there.over else 0

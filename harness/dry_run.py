@@ -108,7 +108,7 @@ def trace(function: Callable, args: tuple) -> object:
 
     from harness.ops import MOST_GRAPHS  # here: it needs this file
 
-    try:
+    try:  # as it is, first: what fails so has its own words, and no compiler's
         result, error = function(*args), None
     except beyond_shapes() as raised:
         error = raised

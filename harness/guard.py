@@ -75,9 +75,7 @@ class Guard:
         """Have `act` told of every backward pass and optimizer step, or nobody."""
         if not self.started:
             return
-        for name, function in PASSES.items():
-            watched = function if act is None else _told_first(function, act)
-            setattr(torch.autograd, name, watched)
+        _tell(act)
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
@@ -94,6 +92,13 @@ class Guard:
         raise RuntimeError(f"evaluation refused: {problem}; the run is void")
 
 
+def _tell(act: Callable[[str], None] | None) -> None:
+    """Have `act` told of every backward pass, or nobody."""
+    for name, function in PASSES.items():
+        watched = function if act is None else _told_first(function, act)
+        setattr(torch.autograd, name, watched)
+
+
 def _told_first(function: Callable, act: Callable[[str], None]) -> Callable:
     @functools.wraps(function)
     def told(*args, **kwargs):
@@ -107,19 +112,19 @@ def _told_first(function: Callable, act: Callable[[str], None]) -> Callable:
 
 @contextmanager
 def no_passes(problem: str) -> Iterator[None]:
-    """Refuse every backward pass in this block, by RuntimeError with this problem."""
+    """Refuse every backward pass in this block, by RuntimeError with this problem.
+
+    Where nobody is told of them otherwise, as within `Guard.warm_up`.
+    """
 
     def refuse(what: str) -> None:
         raise RuntimeError(problem)
 
-    before = {name: getattr(torch.autograd, name) for name in PASSES}
-    for name, function in before.items():
-        setattr(torch.autograd, name, _told_first(function, refuse))
+    _tell(refuse)
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(torch.autograd, name, function)
+        _tell(None)
 
 
 # ---- Compilation ---------------------------------------------------------------------------------

@@ -62,6 +62,12 @@ def train_py_is_of(commit: str) -> bool:
     return succeeds("diff", "--quiet", commit, "--", "train.py")
 
 
+def has_marks() -> bool:
+    """Return whether train.py here shows a draft that did not fit."""
+    path = ROOT / "train.py"
+    return path.exists() and MARKS in b"\n" + path.read_bytes()
+
+
 def lines_of(what: str) -> list[str]:
     """Return the lines of a train.py as git names it; of a commit, COMMIT:train.py."""
     return git("show", what, strip=False).removesuffix("\n").split("\n")

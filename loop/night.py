@@ -22,7 +22,6 @@ from statistics import fmean
 
 from loop import ledger
 from loop.git import (
-    MARKS,
     ROOT,
     WHERE,
     Edit,
@@ -31,6 +30,7 @@ from loop.git import (
     check_index,
     count_code,
     git,
+    has_marks,
     lines_of,
     lock,
     make_commit,
@@ -131,15 +131,14 @@ class Night:
     @staticmethod
     def look() -> tuple["Night", str, str]:
         """Return the night, whether somebody is at work on it, and who else has the GPU."""
-        night = Night.load()
+        held = ""
         try:
-            if not night.take():
-                return night, "at work", ""
-            vars(night).update(vars(Night.load()))
-            night.leave()
-            return night, "interrupted", ""
+            if night := Night.locked():
+                night.leave()
+                return night, "interrupted", ""
         except Refused as error:
-            return night, "at work", str(error)
+            held = str(error)
+        return Night.load(), "at work", held
 
     def save(self, path: Path = NIGHT, **changes) -> None:
         """Change some values and write all of them, whole or not at all."""
@@ -451,7 +450,7 @@ class Night:
         check_index()
         if not (ROOT / "train.py").is_file():
             raise Refused("train.py is missing; git checkout train.py")
-        if MARKS in b"\n" + (ROOT / "train.py").read_bytes():
+        if has_marks():
             where = "where a draft did not fit"
             raise Refused(f"train.py has marks (<<<<<<<) {where}; fix it")
         changed = changed_files()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +110,19 @@ def make_origin(folder: Path) -> Path:
     return folder
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, 30 s at most."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def runs_begun(folder: Path) -> int:
+    """Return how many runs of a tree have made a step."""
+    return sum("step 0" in path.read_text() for path in folder.glob("runs/*/*.log"))
+
+
 class Clone:
     """A clone in which an agent works; HOME, and what else is its, lies in `home`."""
 
@@ -140,13 +154,7 @@ class Clone:
 
     def until_it_trains(self) -> None:
         """Wait for the first step of the first run after the baseline."""
-        end = time.monotonic() + 30
-        while True:
-            logs = self.folder.glob("runs/*/*.log")
-            if sum("step 0" in path.read_text() for path in logs) > 3:
-                return
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: runs_begun(self.folder) > 3)
 
     def run_slowly(self, *args) -> None:
         """Begin an experiment that trains until `go`."""

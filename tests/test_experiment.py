@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from night import Clone, make_origin, train_py
+from night import Clone, make_origin, runs_begun, train_py, wait_until
 
 from loop.git import lock, merge_lines
 from loop.ledger import plain
@@ -834,10 +834,7 @@ def test_a_second_run_that_ends_with_all_others_is_had_again(clone):
     clone.do("run", "rates x 1.5", "--minutes=0", status=3)
     night = json.loads((clone.folder / "runs" / "night.json").read_text())
     log = clone.folder / f"runs/nov24/{night['open']['commit'][:8]}-43.log"
-    end = time.monotonic() + 30
-    while not log.exists() or "step 0" not in log.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: log.exists() and "step 0" in log.read_text())
     for script, folder in (("experiment.py", ""), ("train.py", "runs/nov24/tree")):
         (pid,) = processes_in(clone.folder / folder, script)
         os.killpg(os.getpgid(pid), signal.SIGKILL)  # as where the machine goes off
@@ -1606,10 +1603,7 @@ def test_a_tree_removed_at_night_ends_the_night_of_its_gpu_alone(origin, tmp_pat
     call = [sys.executable, "experiment.py", "wait"]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     waits = subprocess.Popen(call, cwd=other, env=clone.env, **how)
-    end = time.monotonic() + 30
-    while sum("step 0" in x.read_text() for x in other.glob("runs/*/*.log")) < 5:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: runs_begun(other) > 4)
     for _ in range(3):  # until it waits: it began before these
         clone.do("status", cwd=other)
     before = clone.said()
