@@ -160,7 +160,8 @@ class Probe:
         gaps = self.gaps.cpu()
         if not math.isfinite(float(self.total) + float(gaps.sum())):
             advice = (
-                "a nan comes of an overflow or 0 / 0, and -inf on an id is to be -1e4"
+                "a nan comes of an overflow or 0 / 0; mask an id by -1e4, "
+                "not by -inf or finfo.min"
             )
             problem = f"the model gave logits that are not finite; {advice}"
             raise RuntimeError(f"evaluation refused: {problem}")

@@ -439,8 +439,9 @@ def test_an_honest_model_passes(name):
 
 
 # ---- What a refusal advises ---------------------------------------------------------------------
-def test_minus_infinity_on_reserved_ids_is_told_what_to_take():
-    assert "-1e4" in refused(lambda idx: masked(idx, -math.inf), "not finite")
+@pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min])
+def test_minus_infinity_on_reserved_ids_is_told_what_to_take(value):
+    assert "by -1e4" in refused(lambda idx: masked(idx, value), "not finite")
 
 
 def test_one_scale_for_all_tokens_is_told_to_scale_per_token():
