@@ -105,7 +105,7 @@ def wait(minutes: float, ours: bool = False) -> int:
         night.leave()
         if has_marks():
             print("your draft does not fit the new best: look for <<<<<<< in train.py")
-    print(there.summary() if night else there.busy())
+    print(there.summary() if night or there.over else there.busy())
     return 4 if there.over else 0
 
 
@@ -269,13 +269,17 @@ def status() -> int:
         print(f"nothing is open{off}; {so}")
     for line in night.elsewhere():
         print(line)
-    lines = night.all_lines()
+    lines, going = night.all_lines(), night.going()
     for line in lines:
         if not line.status:
             print(f"{night.results}: not a run, not counted: {line.description[:60]!r}")
+        elif line.status == "discard" and (line.gpu, line.commit) in going:
+            line.status = "open"  # it has no verdict yet
     for line in night.to_try():
         print(line)
-    print(night.results, *(line.text() for line in lines[-20:] if line.status), sep="\n")
+    runs = [line.text() for line in lines if line.status]
+    which = f"the last 20 of {len(runs)}" if runs[20:] else "all"
+    print(f"{night.results}, {which} runs:", *runs[-20:], sep="\n")
     return 0
 
 

@@ -264,7 +264,9 @@ class Night:
         if "control" in job:
             return f"{job['idea']}, again as a control"
         if not job["runs"]:
-            return job["idea"]
+            had = [f"{x.val_bpb:.6f}" for x in self.lines(job["commit"]) if x.valid]
+            again = f", run {len(had) + 1} (so far {' '.join(had)})" if had else ""
+            return job["idea"] + again
         run = 1 + sum(x.valid for x in self.lines(job["commit"]))
         return f"{job['idea']}, run {min(run, job['runs'])} of {job['runs']}"
 
@@ -283,6 +285,13 @@ class Night:
             steps = [": ".join(["starting", *words[-1:]])]
         return f"{self.task()} is going on ({steps[-1]}); `uv run experiment.py wait`"
 
+    def numbered(self, attempt: str = "") -> list[tuple[Line, int]]:
+        """Return the runs that count, and of each the stretch of the GPU's speed."""
+        runs = [x for x in self.lines() if x.valid]
+        for run in runs:
+            run.status = "discard" if run.commit == attempt[:8] else run.status
+        return list(zip(runs, number_stretches(runs), strict=True))
+
     def stand(
         self, attempt: str = ""
     ) -> tuple[dict[str, list[float]], float, float, int]:
@@ -291,16 +300,13 @@ class Night:
 
         attempt: a commit that counts as not kept, also if a verdict was interrupted.
         """
-        runs = [x for x in self.lines() if x.valid]
-        for run in runs:
-            run.status = "discard" if run.commit == attempt[:8] else run.status
-        numbers = number_stretches(runs)
+        runs = self.numbered(attempt)
         groups: dict[tuple, list[float]] = defaultdict(list)
-        for run, number in zip(runs, numbers, strict=True):
+        for run, number in runs:
             groups[number, run.commit].append(run.val_bpb)
-        last = numbers[-1] if numbers else 0
+        last = max([number for _, number in runs], default=0)
         now = {commit: v for (number, commit), v in groups.items() if number == last}
-        kept = {x.commit for x in runs if x.status == "keep"}
+        kept = {x.commit for x, _ in runs if x.status == "keep"}
         means = [fmean(values) for commit, values in now.items() if commit in kept]
         return now, min(means, default=math.inf), noise_of(groups.values()), last
 
@@ -578,9 +584,10 @@ class Night:
         instead: the best if this one crashes, or is worse.
         """
         *_, stretch = self.stand()
-        while sum(x.valid for x in self.lines(commit)) < runs:
+        before = len(self.numbered())
+        while self.wants_run(commit, runs, control):
             line = self.run_once(commit, idea, "keep")
-            if control and (line.void or line.valid or self.over):
+            if control and (line.void or self.over):
                 break
             if line.status == "crash" and instead and not line.void:
                 said = f"{idea} crashes; the branch is at {instead[:8]} again"
@@ -601,6 +608,12 @@ class Night:
             said[0] += (
                 "; the GPU's speed changed by over 2 %, so runs before do not count"
             )
+        for run, number in self.numbered()[before:]:
+            if number < 0:
+                said.append(
+                    f"its run at {run.speed:.3f} M tok/s does not count: only once was it "
+                    "over 2 % off; a busy host? then the runs just before may be off too"
+                )
         if log := self.last_log(commit):
             said += self.read(log).notes[:2]
         changes = {}
@@ -611,6 +624,17 @@ class Night:
             changes = {"best": instead, "before": commit}
             self.mark([commit[:8]], "discard")
         self.save(open=None, said=[*self.said, *said], **changes)
+
+    def wants_run(self, commit: str, runs: int, control: bool) -> bool:
+        """Return whether the best has fewer than `runs`, or its control had an odd speed.
+
+        Then another run tells whether the machine has changed or its host was busy.
+        """
+        valid = self.numbered()
+        there = sum(x.commit == commit[:8] for x, _ in valid)
+        if there < runs or not control or self.over:
+            return there < runs
+        return valid[-1][1] < 0 and there < runs + 2
 
     def attempt(self, commit: str, idea: str, runs: int, since: int = 0) -> None:
         """Run and repeat an attempt until there is a verdict on it.
@@ -672,6 +696,9 @@ class Night:
                 f"no verdict in {MOST_RUNS} runs: the GPU's speed varies",
             )
             words = [*words, why]
+        if repeated := [x.void for x in runs if x.commit == commit[:8] and x.void]:
+            times = f"{len(repeated)} times" if repeated[1:] else "once"
+            words = [*words, f"void {times} ({repeated[-1]}), and run again"]
         return what, [*words, *result.notes[:2]]
 
     def take_back(self, commit: str, why: str) -> None:

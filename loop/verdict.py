@@ -74,14 +74,29 @@ def verdict(
 def number_stretches(runs: list[Line]) -> list[int]:
     """Return a number for each run of a GPU; it grows where the GPU's speed changed.
 
-    That is where a kept commit runs slower or faster than before, by over DRIFT.
+    That is where kept commits run slower or faster than before, by over DRIFT and twice in
+    a row. Once is an accident, such as a host that was busy: a number of its own, below 0.
     """
-    stretch, speeds, numbers = 0, defaultdict(list), []
-    for run in runs:
-        if run.speed and run.status == "keep":
-            before = fmean(speeds[run.commit] or [run.speed])
-            if abs(run.speed - before) > DRIFT * before:
-                stretch, speeds = stretch + 1, defaultdict(list)
-            speeds[run.commit].append(run.speed)
+    numbers, speeds, odd = [], defaultdict(list), {}  # odd: place -> change of speed
+    for place, run in enumerate(runs):
+        stretch = max(numbers, default=0)
         numbers.append(stretch)
+        if not run.speed or run.status != "keep":
+            continue
+        known = speeds[run.commit]
+        change = run.speed / fmean(known or [run.speed]) - 1
+        if abs(change) > DRIFT:
+            since = [i for i, other in odd.items() if abs(change - other) <= DRIFT]
+            odd = {place: change}
+            if not since:
+                numbers[place] = -1 - place
+                continue
+            speeds, odd = defaultdict(list), {}
+            for i in range(since[0], place + 1):
+                numbers[i] = stretch + 1
+                if runs[i].speed and runs[i].status == "keep":
+                    speeds[runs[i].commit].append(runs[i].speed)
+            continue
+        odd = {} if known else odd
+        known.append(run.speed)
     return numbers

@@ -36,9 +36,10 @@ if ONCE:
     except FileExistsError:
         pass
 try:
-    speed = open(os.path.join(here, "speed")).read()
+    *of_seed, speed = open(os.path.join(here, "speed")).read().split()
     runs = len(open(os.path.join(here, "environment")).readlines())
-    SPEED *= 1 + 0.1 * runs if speed == "wanders" else float(speed)
+    if of_seed in ([], [str(seed)]):
+        SPEED *= 1 + 0.1 * runs if speed == "wanders" else float(speed)
 except FileNotFoundError:
     pass
 print("step 00000 (0.0%) | loss: 9.0110", flush=True)

@@ -513,7 +513,7 @@ def test_gains_over_a_change_of_speed_add_up_and_nothing_is_compared_across_it(q
     lines = [(*line[:3], f"baseline, {fast}") for line in BASE]
     lines += [("aaaaaa1", 0.9950, "keep", f"wider, {fast}")]
     lines += [("aaaaaa2", 0.9960, "discard", f"deeper, {fast}")]
-    lines += [("aaaaaa1", 0.9985, "keep", f"wider, {slow}")]
+    lines += [("aaaaaa1", x, "keep", f"wider, {slow}") for x in (0.9984, 0.9986)]
     lines += [("aaaaaa3", x, "keep", f"rates, {slow}") for x in (0.9965, 0.9966)]
     night = analyse(log(lines))
     assert night.gain == pytest.approx(sum(c.gain for c in night.tried("keep")))
