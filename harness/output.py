@@ -15,13 +15,36 @@ def warning(kind: str, text: str) -> str:
     return f"warning: {kind}: {text}"
 
 
-def starved_line(share: float) -> str:
-    """Return a warning that in this share of the steps the GPU was done before the host."""
-    what = (
-        f"in {100 * share:.0f} % of the steps the GPU was done before the next was queued"
-    )
+def host_line(starved: int, steps: int, paces: list[float]) -> str:
+    """Return a warning of a GPU that waited for the host, or of an uneven pace; "" of neither.
+
+    starved: steps before whose queueing the GPU was done; paces: tokens per second of each.
+    """
+    if starved <= steps / 2:
+        return uneven_line(paces)
+    share = 100 * starved / steps
+    what = f"in {share:.0f} % of the steps the GPU was done before the next was queued"
     why = "Python sets the pace, and less work per step makes no more steps, or train.py waits"
     return warning("host", f"{what}: {why} for the GPU in each step (.item())")
+
+
+EVEN = 0.9  # of the median pace: what the slowest tenth of the steps has at least
+
+
+def uneven_line(paces: list[float]) -> str:
+    """Return a warning that the pace varied, "" if it did not.
+
+    Measured on H200s: the tenth is at 0.94 to 0.98 of the median. It was at 0.85 to 0.89 in
+    runs that lost 2 to 8 % of their steps to a busy host (docs/LOG.md). A GPU that gets warm
+    loses less.
+    """
+    paces = sorted(paces)
+    if len(paces) < 20 or paces[len(paces) // 10] >= EVEN * paces[len(paces) // 2]:
+        return ""
+    share = paces[len(paces) // 10] / paces[len(paces) // 2]
+    what = f"a tenth of the steps had {100 * share:.0f} % of the median pace or less"
+    why = "something else uses the machine, or train.py has steps of several lengths"
+    return warning("host", f"{what}: {why}")
 
 
 def step_line(step, remaining: float) -> str:

@@ -27,7 +27,7 @@ from harness.health import Watch
 from harness.kernel_check import check_kernels
 from harness.loader import Batch, Once, Rows, load_batches
 from harness.machine import advise_late_start
-from harness.output import starved_line, step_line
+from harness.output import host_line, step_line
 from harness.rules import compare_with_last, open_basis
 from harness.streams import keep_output
 from harness.summary import summarise
@@ -74,6 +74,7 @@ class Run:
         self.epoch_tokens = len(self._train_rows) * C.MAX_SEQ_LEN
         self.clock = Clock(C.TIME_BUDGET)
         self.watch = Watch(device)
+        self.paces: list[float] = []  # of the steps on a GPU, tokens per second
         self.waits: list[tuple] = []  # gpu.mark before and after each batch
         self.batch_size = self.micro_steps = 0  # set by the warm-up
         self.trained: tuple = ()  # model and optimizers, by the warm-up
@@ -200,8 +201,8 @@ class Run:
         self.guard.clock_ended()
         if self.trained:
             warn_of_untrained(*self.trained)
-        if self.clock.starved > self.num_steps / 2:
-            print(starved_line(self.clock.starved / self.num_steps), flush=True)
+        if line := host_line(self.clock.starved, self.num_steps, self.paces):
+            print(line, flush=True)
         late = self.clock.seconds - C.TIME_BUDGET
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
             what = f"the last step ended {late:.1f} s late"
@@ -226,6 +227,8 @@ class Run:
                 where = f"at step {step.number} (lrm {step.lrm:.2f}); the run is void"
                 advice = "lower a learning rate or revert"
                 raise RuntimeError(f"training loss is {step.loss} {where}, {advice}")
+            if self.cuda:
+                self.paces.append(step.tokens / step.seconds)
             if step.number == 0:
                 check_first_loss(step.loss, "of step 0")
             if step.number % LOG_EVERY == 0:
