@@ -98,7 +98,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     all_of_them = config.args_source.name == "TESTPATHS"
     all_of_them &= not (
-        config.option.keyword or config.option.markexpr or config.option.lf
+        config.option.keyword
+        or config.option.markexpr
+        or getattr(config.option, "lf", False)  # not there without its plugin
     )
     return min(os.cpu_count(), 4) if all_of_them and not torch.cuda.is_available() else 0
 
