@@ -30,7 +30,7 @@ from morning.page import headline, student, write_page
 from morning.parts import Descent
 from morning.picture import draw_night, png
 
-EXAMPLE = "half an hour of four agents on two H200s (docs/example.tsv)"
+EXAMPLE = "an hour of two to four agents on H200s (docs/example.tsv)"
 # What `experiment.py void` writes: the "idea" of a revert, which is no experiment, and why
 # a change is void that was kept on top of the one withdrawn.
 REVERT = re.compile(r"without ([0-9a-f]{8})")
@@ -44,7 +44,8 @@ class Change:
 
     number: int  # of the experiment; 0 is the baseline
     runs: list[Line]
-    # Stretch of the night, in which the GPU kept its speed -> val_bpb of the runs in it.
+    # Stretch of the night, in which the GPU kept its speed -> val_bpb of the runs in it; below
+    # 0: a run at a speed that came once only, which does not count.
     groups: dict[int, list[float]]
     mean: float = math.nan
     gain: float = math.nan  # against the best mean before, in the same stretch
@@ -62,8 +63,16 @@ class Change:
         self.idea = "".join(c if c.isprintable() else " " for c in words)
 
     @property
+    def odd(self) -> list[float]:
+        """What a busy host spoiled, most likely."""
+        return [x for stretch, odd in self.groups.items() if stretch < 0 for x in odd]
+
+    @property
     def values(self) -> list[float]:
-        return [run.val_bpb for run in self.runs if run.measured]
+        values = [run.val_bpb for run in self.runs if run.measured]
+        for value in self.odd:
+            values.remove(value)
+        return values
 
     @property
     def status(self) -> str:

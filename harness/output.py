@@ -34,9 +34,8 @@ EVEN = 0.9  # of the median pace: what the slowest tenth of the steps has at lea
 def uneven_line(paces: list[float]) -> str:
     """Return a warning that the pace varied, "" if it did not.
 
-    Measured on H200s: the tenth is at 0.94 to 0.98 of the median. It was at 0.85 to 0.89 in
-    runs that lost 2 to 8 % of their steps to a busy host (docs/LOG.md). A GPU that gets warm
-    loses less.
+    On an H200 the tenth had 0.91 to 0.98 of the median, and 0.85 to 0.89 in three runs that
+    lost 2 to 7 % of their steps to a busy host (docs/LOG.md). A GPU that gets warm loses less.
     """
     paces = sorted(paces)
     if len(paces) < 20 or paces[len(paces) // 10] >= EVEN * paces[len(paces) // 2]:

@@ -164,6 +164,10 @@ def drift_words(night: Night) -> str:
         where = ", ".join(where[:MOST]) + (", ..." if where[MOST:] else "")
         text.append(f"<b>{len(far)} changed speed by over {DRIFT:.0%}</b> ({where}).")
         text.append("A gain is therefore between runs of one speed.")
+        if odd := sum(len(c.odd) for c in night.changes):
+            text.append(
+                f"{many(odd, 'run')} had a speed that did not come again: left out."
+            )
     else:
         most = max(abs(c[2]) for c in controls)
         text.append(f"Speed was within {most:.1%} of the commit's first run.")
@@ -298,11 +302,12 @@ def counts(night: Night) -> str:
     every = [(run, bool(c.gone)) for c in night.every for run in c.runs]
     crashed = [run for run, gone in every if not run.valid and not gone]
     void = sum(bool(run.void) or run.description.endswith(", void") for run in crashed)
-    out = sum(gone for _, gone in every)
+    out, odd = sum(gone for _, gone in every), sum(len(c.odd) for c in night.changes)
     runs = {
-        "counted": len(every) - out - len(crashed),
+        "counted": len(every) - out - odd - len(crashed),
         "crashed": len(crashed) - void,
         "void": void,
+        "at a speed that did not come again": odd,
         "left out with what was withdrawn": out,
     }
     said = []

@@ -141,6 +141,27 @@ def test_where_the_machine_changed_gains_are_of_one_speed():
     assert "1 % more steps went with -0.0004 (r = -1.00)" in text
 
 
+def test_a_run_on_a_busy_host_is_left_out_of_mean_noise_and_gain(quick):
+    end = "seed 4{}, {} steps, {} M tok/s"
+    lines = [
+        (*line[:3], "baseline, " + end.format(k, 1719, 3.759))
+        for k, line in enumerate(BASE)
+    ]
+    clean = analyse(log(lines)).changes[0]
+    lines += [("aaaaaa9", 1.1, "discard", "worse, " + end.format(2, 1719, 3.759))]
+    slow = [("aaaaaa0", 1.0030, "keep", "baseline, " + end.format(5, 1581, 3.459))]
+    after = [("aaaaaa1", 0.9950, "keep", "wider, " + end.format(2, 1700, 3.717))]
+    night = analyse(log([*lines, *slow, *after]))
+    base, _, wider = night.changes
+    assert (base.mean, base.noise) == (clean.mean, clean.noise)
+    assert wider.gain == pytest.approx(clean.mean - 0.9950)
+    text = words(page.believe(night)) + words(
+        page.everything(night) + page.best_commit(night)
+    )
+    assert "1 run had a speed that did not come again: left out" in text
+    assert "6 runs: 5 counted, 1 at a speed that did not come again" in text
+
+
 def test_repeats_before_a_verdict_are_no_controls():
     lines = NIGHT[:4] + [NIGHT[3]]
     assert analyse(log(lines)).controls == []

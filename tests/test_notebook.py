@@ -54,7 +54,7 @@ def test_no_more_code_than_a_reader_skips_before_the_answer():
 def test_the_first_stored_output_is_the_answer_and_says_that_it_is_an_example():
     stored = [outputs(cell) for cell in cells() if cell["cell_type"] == "code"]
     assert "This is an example" in stored[0]["stdout"]
-    assert "60 s per run: 1.1746 \u2192 1.1490" in stored[0]["stdout"]
+    assert "60 s per run: 1.1746 \u2192 1.1496" in stored[0]["stdout"]
     assert stored[0]["image/png"]
     assert all("<h2>" in shown["text/html"] for shown in stored[1:])
     counts = [cell["execution_count"] for cell in cells() if cell["cell_type"] == "code"]
