@@ -39,11 +39,13 @@ def test_a_run_beside_a_busy_host_is_told_so_and_a_gpu_that_gets_warm_is_none():
     even = [generator.gauss(3.7e6, 0.06e6) for _ in range(1700)]
     assert uneven_line(even) == ""
     busy = [x * (0.8 if 400 < k < 700 else 1) for k, x in enumerate(even)]
-    assert uneven_line(busy).startswith("warning: host: a tenth of the steps had 8")
+    assert uneven_line(busy).startswith("warning: host: a tenth of the steps were 2")
     generator.shuffle(busy)  # wherever it was
     assert uneven_line(busy).startswith("warning: host: ")
     warm = [x * (1 - 0.1 * k / len(even)) for k, x in enumerate(even)]
     assert uneven_line(warm) == ""
+    long = [x * (0.85 if k < 950 else 1) for k, x in enumerate(even)]
+    assert uneven_line(long)  # for more than half of the run
     late = [x * (0.1 if k % 20 == 0 else 1) for k, x in enumerate(even)]
     assert uneven_line(late) == ""  # a twentieth: evaluation, a checkpoint
     assert uneven_line([]) == uneven_line([1.0] * 5 + [9.0] * 5) == ""
