@@ -184,7 +184,6 @@ def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result
     voids = [kind for _, kind in warnings if kinds.get(kind)]
     voids += [key for key, value in basis.items() if values.get(key) != value]
     notes = [line for line, kind in warnings if kinds.get(kind) is False]
-    notes.sort(key=lambda line: not line.startswith("warning: data:"))  # few are shown
     last = [line for line in text.splitlines() if line.strip()][-4:-1]
     return Result(
         values, ok, voids[0] if voids else "", notes, "\n".join(last), int(ends[-1])

@@ -265,8 +265,7 @@ class Night:
             return f"{job['idea']}, again as a control"
         if not job["runs"]:
             had = [f"{x.val_bpb:.6f}" for x in self.lines(job["commit"]) if x.valid]
-            again = f", run {len(had) + 1} (so far {' '.join(had)})" if had else ""
-            return job["idea"] + again
+            return job["idea"] + (f", so far {' '.join(had)}" if had else "")
         run = 1 + sum(x.valid for x in self.lines(job["commit"]))
         return f"{job['idea']}, run {min(run, job['runs'])} of {job['runs']}"
 
@@ -340,7 +339,12 @@ class Night:
         words.append(f"gain {gain:+.6f}, {times}{', bars doubled' if heavier else ''}")
         more = f"{new_gb - old_gb:+.1f} GB, {longer:+d} lines of code"
         more += ": simpler" if simpler else ""
-        return what, [*words, f"{speed}{new_gb:.1f} GB ({more})"]
+        words.append(f"{speed}{new_gb:.1f} GB ({more})")
+        for x, number in self.numbered(commit):
+            if number < 0 and x.commit == commit[:8]:
+                slow = f"{x.val_bpb:.6f} at {x.speed:.3f} M tok/s"
+                words.append(f"{slow} does not count: another run of it is faster")
+        return what, words
 
     # ---- One run -------------------------------------------------------------------------
     def read(self, log: Path) -> ledger.Result | None:
@@ -504,6 +508,7 @@ class Night:
                 path = Path(tree, NIGHT.relative_to(ROOT))
                 other = Night(**json.loads(path.read_text("utf-8")))
                 if Path(tree) != ROOT and Path(tree, other.log).samefile(self.results):
+                    other.log = self.log  # as seen from here
                     yield tree, other
 
     def elsewhere(self) -> list[str]:
@@ -584,7 +589,6 @@ class Night:
         instead: the best if this one crashes, or is worse.
         """
         *_, stretch = self.stand()
-        before = len(self.numbered())
         while self.wants_run(commit, runs, control):
             line = self.run_once(commit, idea, "keep")
             if control and (line.void or self.over):
@@ -608,17 +612,18 @@ class Night:
             said[0] += (
                 "; the GPU's speed changed by over 2 %, so runs before do not count"
             )
-        for run, number in self.numbered()[before:]:
-            if number < 0:
-                said.append(
-                    f"its run at {run.speed:.3f} M tok/s does not count: only once was it "
-                    "over 2 % off; a busy host? then the runs just before may be off too"
-                )
-        if log := self.last_log(commit):
-            said += self.read(log).notes[:2]
+        mine = [(x, number) for x, number in self.numbered() if x.commit == commit[:8]]
+        said += [
+            f"its run at {x.speed:.3f} M tok/s does not count: over 2 % off, and that did not "
+            "come again; a busy host? then the runs just before may be off too"
+            for x, number in mine[runs - 1 if control else 0 :]
+            if number < 0
+        ]
+        said += self.notes(commit)
         changes = {}
-        old = [x.val_bpb for x in self.lines(instead) if x.valid] if instead else []
-        new = [x.val_bpb for x in self.lines(commit) if x.valid]
+        counted = [x for x, number in self.numbered() if number >= 0]
+        old = [x.val_bpb for x in counted if instead and x.commit == instead[:8]]
+        new = [x.val_bpb for x in counted if x.commit == commit[:8]]
         if old and fmean(new) > fmean(old) + noise:
             said.append(f"{instead[:8]} before it is better; the branch is at that again")
             changes = {"best": instead, "before": commit}
@@ -626,15 +631,16 @@ class Night:
         self.save(open=None, said=[*self.said, *said], **changes)
 
     def wants_run(self, commit: str, runs: int, control: bool) -> bool:
-        """Return whether the best has fewer than `runs`, or its control had an odd speed.
+        """Return whether the best has fewer than `runs`, accidents left out.
 
-        Then another run tells whether the machine has changed or its host was busy.
+        Of a control the last run counts: another tells whether the machine has changed or its
+        host was busy.
         """
-        valid = self.numbered()
-        there = sum(x.commit == commit[:8] for x, _ in valid)
-        if there < runs or not control or self.over:
-            return there < runs
-        return valid[-1][1] < 0 and there < runs + 2
+        mine = [number for x, number in self.numbered() if x.commit == commit[:8]]
+        if len(mine) < runs or self.over:
+            return len(mine) < runs
+        more = mine[-1] < 0 if control else sum(number >= 0 for number in mine) < runs
+        return more and len(mine) < runs + 2
 
     def attempt(self, commit: str, idea: str, runs: int, since: int = 0) -> None:
         """Run and repeat an attempt until there is a verdict on it.
@@ -699,7 +705,25 @@ class Night:
         if repeated := [x.void for x in runs if x.commit == commit[:8] and x.void]:
             times = f"{len(repeated)} times" if repeated[1:] else "once"
             words = [*words, f"void {times} ({repeated[-1]}), and run again"]
-        return what, [*words, *result.notes[:2]]
+        notes = self.notes(commit)
+        if what == "discard" and any(x.startswith("warning: host:") for x in notes):
+            notes.append(
+                f"to run it again: {back}; `run`; a slow run then counts no more"
+            )
+        return what, [*words, *notes]
+
+    def notes(self, commit: str) -> list[str]:
+        """Return two warnings of a commit's runs: the latest of its kind, the data's first."""
+        logs = self.folder.glob(f"{commit[:8]}-*.log")
+        logs = sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)
+        every = [x for log in logs if (result := self.read(log)) for x in result.notes]
+        every.sort(
+            key=lambda line: not line.startswith("warning: data:")
+        )  # few are shown
+        kinds: dict[str, str] = {}
+        for line in every:
+            kinds.setdefault(re.split(r"\d", line)[0], line)
+        return [*kinds.values()][:2]
 
     def take_back(self, commit: str, why: str) -> None:
         """Leave a commit out of the log, and out of the branch if it is in there.

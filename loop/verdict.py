@@ -74,29 +74,47 @@ def verdict(
 def number_stretches(runs: list[Line]) -> list[int]:
     """Return a number for each run of a GPU; it grows where the GPU's speed changed.
 
-    That is where kept commits run slower or faster than before, by over DRIFT and twice in
-    a row. Once is an accident, such as a host that was busy: a number of its own, below 0.
+    That is where a kept commit runs slower or faster than before, by over DRIFT: twice in a
+    row by as much, or three times. Otherwise it is an accident, such as a host that was busy:
+    a number of its own, below 0. So is an attempt's run that another of its runs is faster
+    than, and the first run of a kept commit if the second is faster.
     """
-    numbers, speeds, odd = [], defaultdict(list), {}  # odd: place -> change of speed
+    numbers: list[int] = []
+    speeds: dict[str, list[int]] = defaultdict(list)  # by kept commit: places of its runs
+    odd: list[tuple[int, float]] = []  # in a row: place and change
     for place, run in enumerate(runs):
         stretch = max(numbers, default=0)
         numbers.append(stretch)
         if not run.speed or run.status != "keep":
             continue
         known = speeds[run.commit]
-        change = run.speed / fmean(known or [run.speed]) - 1
-        if abs(change) > DRIFT:
-            since = [i for i, other in odd.items() if abs(change - other) <= DRIFT]
-            odd = {place: change}
-            if not since:
-                numbers[place] = -1 - place
-                continue
-            speeds, odd = defaultdict(list), {}
-            for i in range(since[0], place + 1):
-                numbers[i] = stretch + 1
-                if runs[i].speed and runs[i].status == "keep":
-                    speeds[runs[i].commit].append(runs[i].speed)
+        change = run.speed / fmean(runs[i].speed for i in known or [place]) - 1
+        if abs(change) <= DRIFT:
+            known.append(place)
+            odd = []
             continue
-        odd = {} if known else odd
-        known.append(run.speed)
+        if change > 0 and len(known) == 1:
+            numbers[known[0]] = -1 - known[0]
+            speeds[run.commit], odd = [place], []
+            continue
+        before, odd = odd, [*odd, (place, change)]
+        by_as_much = [i for i, x in before[-1:] if abs(change - x) <= DRIFT]
+        same_way = [x for _, x in odd[-3:] if (x > 0) == (change > 0)]
+        if not by_as_much and len(same_way) < 3:
+            numbers[place] = -1 - place
+            continue
+        start = [*by_as_much, place][0]
+        numbers[start:] = [stretch + 1] * (place + 1 - start)
+        speeds, odd = defaultdict(list), []
+        for i in {start, place}:
+            speeds[runs[i].commit].append(i)
+    groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for place, run in enumerate(runs):
+        if run.speed and run.status != "keep":
+            groups[numbers[place], run.commit].append(place)
+    for places in groups.values():
+        fastest = max(runs[i].speed for i in places)
+        for i in places:
+            if runs[i].speed < (1 - DRIFT) * fastest:
+                numbers[i] = -1 - i
     return numbers

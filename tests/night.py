@@ -39,7 +39,9 @@ try:
     *of_seed, speed = open(os.path.join(here, "speed")).read().split()
     runs = len(open(os.path.join(here, "environment")).readlines())
     if of_seed in ([], [str(seed)]):
-        SPEED *= 1 + 0.1 * runs if speed == "wanders" else float(speed)
+        steps = {"wanders": 0.1 * runs, "climbs": 0.04 * (seed - 42)}
+        steps["rises"] = 0.04 * (seed - 43) if seed > 44 else 0
+        SPEED *= 1 + steps[speed] if speed in steps else float(speed)
 except FileNotFoundError:
     pass
 print("step 00000 (0.0%) | loss: 9.0110", flush=True)
@@ -58,7 +60,7 @@ if FAULT in ("leaves", "escapes"):
     open(os.path.join(here, "left"), "w").write(str(child))
 if FAULT == "twice":
     print("val_bpb: 0.100000")
-if FAULT in ("gpu", "edit"):
+if FAULT in ("gpu", "edit", "host"):
     print(f"warning: {FAULT}: the GPU's matmul went from 581 to 176 TFLOP/s")
 print("warning: `VIRTUAL_ENV=x` does not match the project environment path")
 with open(os.path.join(here, "environment"), "a") as file:

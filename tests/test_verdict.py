@@ -121,10 +121,11 @@ def test_without_an_accident_the_noise_is_that_of_all_runs():
 def test_a_changed_speed_of_a_kept_commit_begins_a_stretch():
     same = runs_of(("a", 1.2), ("a", 1.21), ("b", 1.5), ("a", 1.19))
     assert number_stretches(same) == [0, 0, 0, 0]
-    slower = [*same, *runs_of(("a", 1.1), ("a", 1.1), ("b", 1.4), ("b", 1.5), ("b", 1.5))]
-    assert number_stretches(slower) == [0, 0, 0, 0, 1, 1, 1, 2, 2]
-    other = runs_of(("a", 1.2), ("a", 1.1), status="discard")
-    assert number_stretches(other) == [0, 0]
+    slower = [
+        *same,
+        *runs_of(("a", 1.1), ("a", 1.1), *[("b", 1.4)] * 2, *[("b", 1.5)] * 2),
+    ]
+    assert number_stretches(slower) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
     unknown = runs_of(("a", 0.0), ("a", 1.2), ("a", 0.0), ("a", 1.2))
     assert number_stretches(unknown) == [0, 0, 0, 0]
 
@@ -140,8 +141,29 @@ def test_one_run_on_a_busy_host_is_no_change_of_speed():
     assert number_stretches(twice) == [0, 0, 1, 1, 1]
     wild = runs_of(*[("a", speed) for speed in (3.7, 3.4, 4.1, 3.2, 3.7)])
     numbers = number_stretches(wild)
-    assert [n >= 0 for n in numbers] == [True, False, False, False, True]
-    assert len({*numbers}) == 4  # none is compared with another
+    assert len({*numbers}) == 5  # none is compared with another
+    quicker = [
+        ("a", speed) for speed in (1.0, 1.01, 1.05, 1.09, 1.13)
+    ]  # by more each time
+    assert number_stretches(runs_of(*quicker)) == [0, 0, -3, -4, 1]
+
+
+def test_of_two_runs_the_slower_one_was_on_a_busy_host():
+    """The good run of a newly kept commit was left out, and a worse train.py then kept."""
+    for status in ("keep", "discard"):
+        first = runs_of(("a", 3.5), ("a", 3.7), ("a", 3.71), status=status)
+        assert number_stretches(first) == [-1, 0, 0]
+        assert number_stretches(first[1:] + first[:1]) == [0, 0, -3]
+        assert number_stretches(first[1:2] + first[:1]) == [0, -2]
+    # An attempt's speed says nothing of the machine, nor does it end a row.
+    attempts = runs_of(("b", 3.1), ("b", 3.1), status="discard")
+    best = runs_of(("a", 3.7), ("a", 3.7), ("a", 3.5), ("a", 3.51))
+    assert number_stretches([*best[:3], *attempts, best[3]]) == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_slow_run_hours_ago_and_a_slow_one_now_are_not_twice_in_a_row():
+    runs = runs_of(("a", 3.7), ("a", 3.7), ("a", 3.4), ("b", 3.9), ("b", 3.9), ("b", 3.6))
+    assert number_stretches(runs) == [0, 0, -3, 0, 0, -6]
 
 
 # ---- What is said of it ------------------------------------------------------------------
