@@ -45,7 +45,7 @@ class Change:
     number: int  # of the experiment; 0 is the baseline
     runs: list[Line]
     # Stretch of the night, in which the GPU kept its speed -> val_bpb of the runs in it; below
-    # 0: a run at a speed that came once only, which does not count.
+    # 0: a run at a speed that did not come again, which does not count.
     groups: dict[int, list[float]]
     mean: float = math.nan
     gain: float = math.nan  # against the best mean before, in the same stretch
@@ -64,7 +64,7 @@ class Change:
 
     @property
     def odd(self) -> list[float]:
-        """What a busy host spoiled, most likely."""
+        """The val_bpb of its runs that do not count."""
         return [x for stretch, odd in self.groups.items() if stretch < 0 for x in odd]
 
     @property

@@ -164,13 +164,11 @@ def drift_words(night: Night) -> str:
         where = ", ".join(where[:MOST]) + (", ..." if where[MOST:] else "")
         text.append(f"<b>{len(far)} changed speed by over {DRIFT:.0%}</b> ({where}).")
         text.append("A gain is therefore between runs of one speed.")
-        if odd := sum(len(c.odd) for c in night.changes):
-            text.append(
-                f"{many(odd, 'run')} had a speed that did not come again: left out."
-            )
     else:
         most = max(abs(c[2]) for c in controls)
         text.append(f"Speed was within {most:.1%} of the commit's first run.")
+    if odd := sum(len(c.odd) for c in night.changes):
+        text.append(f"{many(odd, 'run')} had a speed that did not come again: left out.")
     steps, bpb, spare = night.drift()
     if spare > 0 and steps.std() > 1e-3 and bpb.std() > 0:
         slope, r = (steps @ bpb) / (steps @ steps), np.corrcoef(steps, bpb)[0, 1]

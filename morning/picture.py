@@ -181,7 +181,7 @@ def place_labels(figure: Figure, ax, labels: list, avoid: list, colors: dict) ->
     points = ax.transData.transform([(x, y) for x, y, _ in labels] or np.empty((0, 2)))
     for i, (x, y, text) in enumerate(labels):
         point, others = points[i], np.delete(points, i, 0)[:, None]
-        for words, limit in ((text, 150), (text.split()[0], 999)):
+        for words, limit in ((text, 100), (text.split()[0], 999)):
             drawn = ax.annotate(words, (x, y), **style)
             extent = drawn.get_window_extent()
             size = np.array([extent.width, extent.height]) + 4 * dot
