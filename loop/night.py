@@ -285,7 +285,10 @@ class Night:
         return f"{self.task()} is going on ({steps[-1]}); `uv run experiment.py wait`"
 
     def numbered(self, attempt: str = "") -> list[tuple[Line, int]]:
-        """Return the runs that count, and of each the stretch of the GPU's speed."""
+        """Return the valid runs, each with its number by `number_stretches`.
+
+        attempt: a commit that counts as not kept, also if a verdict was interrupted.
+        """
         runs = [x for x in self.lines() if x.valid]
         for run in runs:
             run.status = "discard" if run.commit == attempt[:8] else run.status
@@ -295,9 +298,7 @@ class Night:
         self, attempt: str = ""
     ) -> tuple[dict[str, list[float]], float, float, int]:
         """Return val_bpb by commits and the best mean kept, both since the GPU's speed
-        changed last; the noise; and how often it changed.
-
-        attempt: a commit that counts as not kept, also if a verdict was interrupted.
+        changed last; the noise; and how often it changed. attempt: as of `numbered`.
         """
         runs = self.numbered(attempt)
         groups: dict[tuple, list[float]] = defaultdict(list)
@@ -624,7 +625,7 @@ class Night:
         counted = [x for x, number in self.numbered() if number >= 0]
         old = [x.val_bpb for x in counted if instead and x.commit == instead[:8]]
         new = [x.val_bpb for x in counted if x.commit == commit[:8]]
-        if old and fmean(new) > fmean(old) + noise:
+        if old and new and fmean(new) > fmean(old) + noise:
             said.append(f"{instead[:8]} before it is better; the branch is at that again")
             changes = {"best": instead, "before": commit}
             self.mark([commit[:8]], "discard")
@@ -717,9 +718,7 @@ class Night:
         logs = self.folder.glob(f"{commit[:8]}-*.log")
         logs = sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)
         every = [x for log in logs if (result := self.read(log)) for x in result.notes]
-        every.sort(
-            key=lambda line: not line.startswith("warning: data:")
-        )  # few are shown
+        every.sort(key=lambda x: not x.startswith("warning: data:"))  # few are shown
         kinds: dict[str, str] = {}
         for line in every:
             kinds.setdefault(re.split(r"\d", line)[0], line)
