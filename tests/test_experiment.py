@@ -1128,9 +1128,8 @@ def test_a_control_on_a_busy_host_is_repeated_and_does_not_count(clone):
     """The best's mean was 0.005 too high for it, and worse train.py nearly kept."""
     speed = clone.folder.parent / "speed"
     speed.write_text("45 0.92")  # of the first control
-    for number in range(9):
-        clone.experiment(f"bad {number}", 0.5, lines=number)
-    said = clone.experiment("bad 9", 0.5, lines=9)
+    edit_night(clone, again=9)  # the next is the tenth
+    said = clone.experiment("bad", 0.5)
     assert "its run at 1.104 M tok/s does not count: over 2 % off" in said
     assert "so runs before do not count" not in said
     assert clone.said()[-2:] == ["keep baseline, seed 45", "keep baseline, seed 46"]
@@ -1160,10 +1159,9 @@ def test_a_slow_run_of_the_baseline_is_repeated_at_once(fresh):
 
 
 def test_a_speed_that_changes_by_more_each_time_is_a_change(clone):
-    for number in range(9):
-        clone.experiment(f"bad {number}", 0.5, lines=number)
     (clone.folder.parent / "speed").write_text("rises")
-    said = clone.experiment("bad 9", 0.5, lines=9)
+    edit_night(clone, again=9)  # the next is the tenth
+    said = clone.experiment("bad", 0.5)
     assert "so runs before do not count" in said
     assert clone.said()[-3:] == [f"keep baseline, seed {n}" for n in (45, 46, 47)]
 
