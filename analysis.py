@@ -136,6 +136,11 @@ class Night:
         return [c for c in self.every if not c.gone]
 
     @property
+    def odd(self) -> int:
+        """Return how many runs had a speed that did not come again."""
+        return sum(len(c.odd) for c in self.changes)
+
+    @property
     def outcomes(self) -> Counter[str]:
         """Return status -> experiments that ended so, each counted once.
 

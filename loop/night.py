@@ -613,7 +613,8 @@ class Night:
             said[0] += (
                 "; the GPU's speed changed by over 2 %, so runs before do not count"
             )
-        mine = [(x, number) for x, number in self.numbered() if x.commit == commit[:8]]
+        every = self.numbered()
+        mine = [(x, number) for x, number in every if x.commit == commit[:8]]
         said += [
             f"its run at {x.speed:.3f} M tok/s does not count: over 2 % off, and that did not "
             "come again; a busy host? then the runs just before may be off too"
@@ -622,9 +623,10 @@ class Night:
         ]
         said += self.notes(commit)
         changes = {}
-        counted = [x for x, number in self.numbered() if number >= 0]
-        old = [x.val_bpb for x in counted if instead and x.commit == instead[:8]]
-        new = [x.val_bpb for x in counted if x.commit == commit[:8]]
+        new = [x.val_bpb for x, number in mine if number >= 0]
+        old = [
+            x.val_bpb for x, n in every if n >= 0 and instead and x.commit == instead[:8]
+        ]
         if old and new and fmean(new) > fmean(old) + noise:
             said.append(f"{instead[:8]} before it is better; the branch is at that again")
             changes = {"best": instead, "before": commit}

@@ -108,13 +108,12 @@ def number_stretches(runs: list[Line]) -> list[int]:
         speeds, odd = defaultdict(list), []
         for i in {start, place}:
             speeds[runs[i].commit].append(i)
-    groups: dict[tuple[int, str], list[int]] = defaultdict(list)
-    for place, run in enumerate(runs):
-        if run.speed and run.status != "keep":
-            groups[numbers[place], run.commit].append(place)
-    for places in groups.values():
-        fastest = max(runs[i].speed for i in places)
-        for i in places:
-            if runs[i].speed < (1 - DRIFT) * fastest:
-                numbers[i] = -1 - i
+    fastest: dict[tuple[int, str], float] = defaultdict(float)
+    attempts = [(i, x) for i, x in enumerate(runs) if x.speed and x.status != "keep"]
+    for place, run in attempts:
+        key = numbers[place], run.commit
+        fastest[key] = max(fastest[key], run.speed)
+    for place, run in attempts:
+        if run.speed < (1 - DRIFT) * fastest[numbers[place], run.commit]:
+            numbers[place] = -1 - place
     return numbers

@@ -167,8 +167,9 @@ def drift_words(night: Night) -> str:
     else:
         most = max(abs(c[2]) for c in controls)
         text.append(f"Speed was within {most:.1%} of the commit's first run.")
-    if odd := sum(len(c.odd) for c in night.changes):
-        text.append(f"{many(odd, 'run')} had a speed that did not come again: left out.")
+    if night.odd:
+        odd = many(night.odd, "run")
+        text.append(f"{odd} had a speed that did not come again: left out.")
     steps, bpb, spare = night.drift()
     if spare > 0 and steps.std() > 1e-3 and bpb.std() > 0:
         slope, r = (steps @ bpb) / (steps @ steps), np.corrcoef(steps, bpb)[0, 1]
@@ -300,12 +301,12 @@ def counts(night: Night) -> str:
     every = [(run, bool(c.gone)) for c in night.every for run in c.runs]
     crashed = [run for run, gone in every if not run.valid and not gone]
     void = sum(bool(run.void) or run.description.endswith(", void") for run in crashed)
-    out, odd = sum(gone for _, gone in every), sum(len(c.odd) for c in night.changes)
+    out = sum(gone for _, gone in every)
     runs = {
-        "counted": len(every) - out - odd - len(crashed),
+        "counted": len(every) - out - night.odd - len(crashed),
         "crashed": len(crashed) - void,
         "void": void,
-        "at a speed that did not come again": odd,
+        "at a speed that did not come again": night.odd,
         "left out with what was withdrawn": out,
     }
     said = []

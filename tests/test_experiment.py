@@ -1204,9 +1204,8 @@ def test_a_night_that_is_over_ends_though_its_last_control_crashes(fresh):
 
 
 def test_a_speed_that_changes_all_the_time_gives_no_verdict_and_no_endless_runs(clone):
-    (clone.folder.parent / "speed").write_text(
-        "climbs"
-    )  # each run is faster than the last
+    # Each run is faster than the last.
+    (clone.folder.parent / "speed").write_text("climbs")
     said = clone.experiment("a little", 0.4390)
     assert "discard: " in said and "the GPU's speed varies" in said
     assert len(clone.rows()) == 3 + 8

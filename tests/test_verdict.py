@@ -142,10 +142,8 @@ def test_one_run_on_a_busy_host_is_no_change_of_speed():
     wild = runs_of(*[("a", speed) for speed in (3.7, 3.4, 4.1, 3.2, 3.7)])
     numbers = number_stretches(wild)
     assert len({*numbers}) == 5  # none is compared with another
-    quicker = [
-        ("a", speed) for speed in (1.0, 1.01, 1.05, 1.09, 1.13)
-    ]  # by more each time
-    assert number_stretches(runs_of(*quicker)) == [0, 0, -3, -4, 1]
+    quicker = runs_of(*[("a", speed) for speed in (1.0, 1.01, 1.05, 1.09, 1.13)])
+    assert number_stretches(quicker) == [0, 0, -3, -4, 1]  # by more each time
 
 
 def test_of_two_runs_the_slower_one_was_on_a_busy_host():
