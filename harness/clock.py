@@ -23,7 +23,7 @@ class Clock:
         self.durations: deque[float] = deque(maxlen=8)
         self.queued: deque = deque()  # (CUDA event at its end, None on a CPU; step)
         self.last_event = None  # of the last finished step
-        self.starved = 0  # steps that the device finished before the next was queued
+        self.starved = 0  # steps that the device was idle before
 
     def start(self) -> None:
         self.started_at = self.now()
@@ -31,10 +31,18 @@ class Clock:
 
     def queue(self, event, step) -> None:
         """Take note of a step, all of which is queued on the device; event: its end."""
-        if self.queued and event is not None:
-            before, _ = self.queued[-1]
-            self.starved += before.query()  # then the device follows the host
         self.queued.append((event, step))
+
+    def begin(self) -> None:
+        """Take note that the host begins a step: is all done that was queued before?
+
+        At its end that says nothing. CUDA lets about 1000 launches wait
+        (forums.developer.nvidia.com/t/68937), so the host comes to the end of a longer step
+        only when the device is in the middle of it.
+        """
+        if self.queued:
+            event, _ = self.queued[-1]
+            self.starved += event is not None and event.query()
 
     def settle(self, ahead: int) -> Iterator:
         """Wait until at most `ahead` steps are unfinished; yield the finished ones, timed."""

@@ -18,12 +18,12 @@ def warning(kind: str, text: str) -> str:
 def host_line(starved: int, steps: int, paces: list[float]) -> str:
     """Return a warning of a GPU that waited for the host, or of an uneven pace; "" of neither.
 
-    starved: steps before whose queueing the GPU was done; paces: tokens per second of each.
+    starved: steps that the GPU was idle before; paces: tokens per second of each.
     """
     if starved <= steps / 2:
         return uneven_line(paces)
     share = 100 * starved / steps
-    what = f"in {share:.0f} % of the steps the GPU was done before the next was queued"
+    what = f"before {share:.0f} % of the steps the GPU had nothing to do"
     why = "Python sets the pace, and less work per step makes no more steps, or train.py waits"
     return warning("host", f"{what}: {why} for the GPU in each step (.item())")
 

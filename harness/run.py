@@ -209,7 +209,7 @@ class Run:
             raise RuntimeError(f"{what}; the run is void, repeat it")
 
     def _batches(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for _ in range(step.micro_steps):
+        for micro_step in range(step.micro_steps):
             if self.num_steps != step.number or not self.clock.running:
                 over = f"step {step.number} is over"
                 raise RuntimeError(f"{over}; its batches cannot be had now")
@@ -217,6 +217,8 @@ class Run:
             self.tokens += self.batch_size * C.MAX_SEQ_LEN
             start, batch = gpu.mark(self.device), next(batches)
             self.waits.append((start, gpu.mark(self.device)))
+            if not micro_step:
+                self.clock.begin()
             yield batch
 
     def _settle(self, ahead: int) -> None:
