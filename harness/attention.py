@@ -202,17 +202,17 @@ def build_flash_attention() -> Attention:
 def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
     """Return name and function of the attention in use; print it, and why it is that.
 
-    name: auto (fa3 where it runs, else flex, on a CPU masked), fa3, flex or masked.
-    ValueError for another name; RuntimeError for fa3 where it cannot be had.
+    name: auto (fa3 where it runs, else flex), fa3, flex or masked, which a CPU has alone.
+    ValueError for another name; RuntimeError for fa3 on a GPU where it cannot be had.
     """
     if name not in ("auto", "fa3", "flex", "masked"):
         raise ValueError(f"ATTENTION is {name!r}; it must be auto, fa3, flex or masked")
     if C.DRY_RUN:
         return "masked", masked_attention
     why = "as set by ATTENTION"
-    if device.type != "cuda" and name == "auto":
+    if device.type != "cuda" and name != "masked":
+        why = "no GPU" if name == "auto" else f"no GPU for {name}"
         name = "masked"
-        why = "no GPU"
     if name in ("auto", "fa3"):
         try:
             attend = build_flash_attention()

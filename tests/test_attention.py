@@ -150,6 +150,14 @@ def test_a_cpu_uses_the_plain_softmax(capsys):
     assert "attention: masked (no GPU)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["flex", "fa3"])
+def test_an_edit_for_a_gpu_passes_the_check_without_one(name, capsys):
+    """FlexAttention has no backward on a CPU, so its check could not be passed anywhere."""
+    chosen = attention.choose_attention(name, CPU)
+    assert chosen == ("masked", attention.masked_attention)
+    assert capsys.readouterr().out == f"attention: masked (no GPU for {name})\n"
+
+
 def test_flex_can_be_asked_for(flex, capsys):
     assert attention.choose_attention("flex", GPU) == ("flex", flex)
     assert capsys.readouterr().out == "attention: flex (as set by ATTENTION)\n"
