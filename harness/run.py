@@ -183,6 +183,7 @@ class Run:
             epoch = self.tokens // self.epoch_tokens + 1
             step = Step(self.num_steps, progress, epoch, self.micro_steps)
             step.batches = Once(self._batches(step, batches))
+            self.clock.begin()
             yield step
             if step.loss is None:
                 raise RuntimeError(f"step {step.number} has no loss; set step.loss")
@@ -209,7 +210,7 @@ class Run:
             raise RuntimeError(f"{what}; the run is void, repeat it")
 
     def _batches(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for micro_step in range(step.micro_steps):
+        for _ in range(step.micro_steps):
             if self.num_steps != step.number or not self.clock.running:
                 over = f"step {step.number} is over"
                 raise RuntimeError(f"{over}; its batches cannot be had now")
@@ -217,8 +218,6 @@ class Run:
             self.tokens += self.batch_size * C.MAX_SEQ_LEN
             start, batch = gpu.mark(self.device), next(batches)
             self.waits.append((start, gpu.mark(self.device)))
-            if not micro_step:
-                self.clock.begin()
             yield batch
 
     def _settle(self, ahead: int) -> None:
