@@ -32,13 +32,13 @@ import pyarrow.parquet as pq
 import rustbpe
 import tiktoken
 import torch
-from literal import pack_by_lengths
 
 from harness.documents import read_documents, write_smoke_shards
 from harness.files import describe
 from harness.loader import Rows, load_batches
 from harness.packing import build_rows
 from harness.tokenizer import Tokenizer, ensure_tokenizer
+from literal import pack_by_lengths
 
 REPEATS = 3
 # In processes of their own: what a preparation takes at most, and how soon a run has its

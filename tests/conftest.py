@@ -55,13 +55,13 @@ import pyarrow as pa  # noqa: E402  (importable only after the environment is se
 import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hub import Hub  # noqa: E402
 
 import constants as C  # noqa: E402
 from harness import data, download  # noqa: E402
 from harness.files import describe  # noqa: E402
 from harness.run import Run  # noqa: E402
 from harness.tokenizer import Tokenizer, ensure_tokenizer  # noqa: E402
+from hub import Hub  # noqa: E402
 
 # Alphabets of two-, three- and four-byte characters; the words of a corpus are drawn from them.
 SCRIPTS = [

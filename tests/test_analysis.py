@@ -9,6 +9,7 @@ from statistics import stdev
 
 import numpy as np
 import pytest
+
 from cells import HEADER, ROOT
 
 pytest.importorskip("matplotlib")

@@ -8,10 +8,10 @@ import sys
 import types
 from pathlib import Path
 
-import forks
 import pytest
 
 import constants as C
+import forks
 
 SCRIPT = Path(C.__file__).parent / "benchmarks" / "cards.py"
 SMALL = "DEPTH=1,N_EMBD=32,HEAD_DIM=16,NGRAM_ENTRIES=2**6,TOTAL_BATCH_SIZE=2**15"

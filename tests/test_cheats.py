@@ -13,7 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import constants as C
 from conftest import copy_checkout
+from harness.manifest import load_manifest
+from harness.tokenizer import Tokenizer
+from loop.ledger import read_run
 from runs import (
     NO_DRY_RUN,
     SHARED,
@@ -25,11 +30,6 @@ from runs import (
     stopped,
     values,
 )
-
-import constants as C
-from harness.manifest import load_manifest
-from harness.tokenizer import Tokenizer
-from loop.ledger import read_run
 
 EVALUATE, STEPS = "run.evaluate(model)", "for step in run.steps():"
 SUMMARY, TRAINS = "run.print_summary(", "step.loss = train_step("

@@ -7,12 +7,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from tiny import Config, Model
 
 import constants as C
 from harness import checkpoint
 from harness.files import data_dir
 from harness.run import Run
+from tiny import Config, Model
 
 CONFIG = Config()
 

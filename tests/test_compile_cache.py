@@ -15,10 +15,10 @@ import traceback
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import forks
 import pytest
 import torch
 
+import forks
 from harness import compile_cache
 from harness.compile_cache import compile_tag, use_compile_cache
 

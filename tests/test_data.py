@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_documents, sentence, write_shard
-from hub import Hub
 
 import constants as C
 import prepare
+from conftest import make_documents, sentence, write_shard
 from harness import data
 from harness.data import VAL_NAME
 from harness.download import ANSWERS
@@ -26,6 +25,7 @@ from harness.manifest import load_manifest
 from harness.packing import build_rows, pack_rows, report_kept
 from harness.run import Run
 from harness.tokenizer import Tokenizer
+from hub import Hub
 
 ROW_BYTES = 2 * (C.MAX_SEQ_LEN + 1)
 

@@ -6,13 +6,13 @@ import re
 import resource
 from pathlib import Path
 
-import child
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_documents, write_shard
 
+import child
 import constants as C
+from conftest import make_documents, write_shard
 from harness.documents import read_documents
 
 

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import hub as hub_module
 import pytest
-from conftest import sentence, write_shard
 
 import constants as C
+import hub as hub_module
 import prepare
+from conftest import sentence, write_shard
 from harness import download
 
 NAMES = [C.SHARD_NAME.format(number) for number in (0, 1, 2, C.VAL_SHARD)]

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forks
 import pytest
 import torch
-from conftest import copy_checkout, ends_with_its_parent
 
 import constants as C
+import forks
+from conftest import copy_checkout, ends_with_its_parent
 from harness import dry_run, run
 
 SCRIPT = """import constants as C

@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
-from conftest import copy_checkout
-from runs import NO_DRY_RUN, SMALLER, apply, run_all, stopped, values
 
 import constants as C
+from conftest import copy_checkout
+from runs import NO_DRY_RUN, SMALLER, apply, run_all, stopped, values
 
 SOURCE = (Path(C.__file__).parent / "train.py").read_text("utf-8")
 STEPS = 8

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from night import Clone, make_origin, runs_begun, train_py, wait_until
 
 from loop.git import lock, merge_lines
 from loop.ledger import plain
+from night import Clone, make_origin, runs_begun, train_py, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ["keep baseline, seed 42", "keep baseline, seed 43", "keep baseline, seed 44"]

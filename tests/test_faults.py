@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import child
 import pytest
 
+import child
 import constants as C
 import prepare
 from harness import download

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 
-import forks
 import pytest
+
+import forks
 
 LOOKS = """import atexit, json, os, sys
 given = {k: v for k, v in os.environ.items() if k not in ("LC_CTYPE", "OMP_NUM_THREADS")}

@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import forks
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import constants as C
+import forks
 from harness.guard import MAX_EARLY_PASSES, Guard
 
 ROOT = Path(C.__file__).parent

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from laws import fresh
-from test_dry_run import finish, run_dry
-from test_warmup import Model, sgd, train_step, warm
 
 import train
 from harness import run as harness_run
 from harness import warmup
 from harness.warmup import check_groups
+from laws import fresh
+from test_dry_run import finish, run_dry
+from test_warmup import Model, sgd, train_step, warm
 
 
 # ---- What no optimizer has ----------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_ops import PlainKernels, use_kernels
 
 from harness import fp8, kernel_check
 from harness.kernel_check import MAX_ERROR, check_kernels, largest_errors
 from loop.ledger import read_run
+from test_ops import PlainKernels, use_kernels
 
 CPU = torch.device("cpu")
 

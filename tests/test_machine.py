@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sentence
 
 import constants as C
+from conftest import sentence
 from harness import gpu, health, machine
 from harness.files import data_dir
 

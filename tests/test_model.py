@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import constants as C
+import harness.ops
+import train
+from harness.attention import masked_attention
 from laws import (
     CPU,
     SHORT,
@@ -24,12 +30,6 @@ from laws import (
     some_batch,
     some_ids,
 )
-from torch.utils.flop_counter import FlopCounterMode
-
-import constants as C
-import harness.ops
-import train
-from harness.attention import masked_attention
 
 
 def changed_config(**changes):

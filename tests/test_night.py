@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from night import Clone, make_origin, train_py
 
 ROOT = Path(__file__).resolve().parent.parent

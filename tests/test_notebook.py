@@ -11,6 +11,7 @@ import re
 import subprocess
 
 import pytest
+
 from cells import HEADER, NOTEBOOK, ROOT, cells, sources
 
 

@@ -8,6 +8,9 @@ import math
 
 import pytest
 import torch
+
+import train
+from harness.warmup import check_groups
 from laws import (
     difference,
     fresh,
@@ -16,9 +19,6 @@ from laws import (
     part,
     some_batch,
 )
-
-import train
-from harness.warmup import check_groups
 
 
 def muon_group(params, **changes) -> dict:

@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from conftest import STEP_LINE
 
 import constants as C
+from conftest import STEP_LINE
 from harness.output import plural, step_line, uneven_line, warning
 from harness.run import Step
 

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from conftest import make_documents, write_shard
-from literal import pack_by_lengths
 
 import constants as C
+from conftest import make_documents, write_shard
 from harness.documents import read_documents
 from harness.packing import build_rows, pack_rows, row_name
+from literal import pack_by_lengths
 
 BOS = 1020
 

@@ -8,10 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import sentence
 
 import constants as C
 import prepare
+from conftest import sentence
 from harness.files import PREPARE
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from night import Clone, make_origin, train_py
 
 pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="not on macOS")

@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import forks
 import pytest
-import runs
 import torch
-from conftest import copy_checkout, ends_with_its_parent
 
 import constants as C
+import forks
 import prepare
+import runs
+from conftest import copy_checkout, ends_with_its_parent
 from harness import gpu, health, rehearsal
 from harness.files import data_dir
 from harness.rehearsal import rehearse

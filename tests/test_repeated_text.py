@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
-from laws import CPU, SHORT, V, part
 
 import train
+from laws import CPU, SHORT, V, part
 
 STEPS, ROWS = 120, 8  # rows per step
 BOUND = 0.17  # nats

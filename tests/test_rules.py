@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_checkout, sentence
 
 import constants as C
 import prepare
+from conftest import copy_checkout, sentence
 from harness.files import content_key
 from harness.rules import LAST_RUN, compare_with_last, open_basis
 from harness.run import Run

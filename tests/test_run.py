@@ -11,16 +11,16 @@ import time
 from collections import deque
 from pathlib import Path
 
-import forks
 import numpy as np
 import pytest
 import torch
-from conftest import STEP_LINE, copy_checkout, sentence
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 
 import constants as C
+import forks
 import prepare
+from conftest import STEP_LINE, copy_checkout, sentence
 from harness import download, gpu
 from harness.files import PREPARE, data_dir
 from harness.guard import MAX_LATE_GRAPHS

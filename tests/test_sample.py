@@ -7,18 +7,18 @@ import sys
 import types
 from pathlib import Path
 
-import forks
 import numpy as np
 import pytest
 import torch
-from conftest import sentence
-from tiny import TRAIN, Config, Model, build_model
 
 import constants as C
+import forks
 import sample
+from conftest import sentence
 from harness import checkpoint, files
 from harness.attention import masked_attention
 from harness.files import data_dir
+from tiny import TRAIN, Config, Model, build_model
 
 CPU = torch.device("cpu")
 ROOT = Path(C.__file__).parent

@@ -4,9 +4,9 @@ import math
 import random
 
 import pytest
-from laws import fresh
 
 import train
+from laws import fresh
 
 THOUSANDTHS = [k / 1000 for k in range(1001)]
 

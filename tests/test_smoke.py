@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import forks
 import numpy as np
 import pytest
-from conftest import STEP_LINE, copy_checkout
 
 import constants as C
+import forks
+from conftest import STEP_LINE, copy_checkout
 from harness.manifest import load_manifest
 from harness.tokenizer import Tokenizer
 

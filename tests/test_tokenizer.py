@@ -17,9 +17,9 @@ import pytest
 import regex
 import rustbpe
 import tiktoken
-from conftest import SPECIAL_LOOKING, make_documents, write_shard
 
 import constants as C
+from conftest import SPECIAL_LOOKING, make_documents, write_shard
 from harness.files import describe
 from harness.tokenizer import Tokenizer, ensure_tokenizer
 
