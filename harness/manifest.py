@@ -26,9 +26,10 @@ def load_manifest(folder: Path) -> dict:
 
 def require_manifest(folder: Path) -> dict:
     """Return the manifest of `folder`; ValueError if there is none of the rules in force."""
-    manifest = load_manifest(folder)
-    if manifest.get("rules") != C.DATA_RULES:
-        path = folder / "manifest.json"
-        problem = f"{path} is missing, damaged or of other rules"
-        raise ValueError(f"{problem}; run `{PREPARE}`")
-    return manifest
+    manifest, path = load_manifest(folder), folder / "manifest.json"
+    if manifest.get("rules") == C.DATA_RULES:
+        return manifest
+    problem = f"{path} is " + ("of other rules" if manifest else "damaged")
+    if not path.exists():
+        problem = f"nothing is prepared in {folder}"
+    raise ValueError(f"{problem}; run `{PREPARE}`")

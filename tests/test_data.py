@@ -958,7 +958,7 @@ def test_check_notices_rows_of_other_rules(whole, capsys, monkeypatch):
 
 def test_check_where_nothing_is_prepared_says_what_to_do(cache):
     assert re.search(
-        "manifest.json is missing, .*; run .*prepare.py",
+        "nothing is prepared in .*; run .*prepare.py",
         sentence(prepare.main, ["--check"]),
     )
     assert not cache.exists()

@@ -356,7 +356,8 @@ def test_data_prepared_under_other_rules_is_refused(prepared_copy, monkeypatch):
 
 def test_a_folder_with_nothing_in_it_is_refused(tmp_path):
     with pytest.raises(
-        (FileNotFoundError, ValueError), match="manifest.json.*run .*prepare.py"
+        (FileNotFoundError, ValueError),
+        match="nothing is prepared in .*; run .*prepare.py",
     ):
         Run(tmp_path, CPU)
 
@@ -382,9 +383,16 @@ def test_a_manifest_with_half_an_entry_is_a_sentence_not_a_key_error(
     manifest = json.loads((prepared_copy / "manifest.json").read_text())
     manifest["rows"][next(iter(manifest["rows"]))] = entry
     (prepared_copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        ValueError, match="manifest.json is missing, damaged or of other rules"
-    ):
+    with pytest.raises(ValueError, match="manifest.json is damaged; run `.*prepare.py"):
+        Run(prepared_copy, CPU)
+
+
+def test_what_was_prepared_by_other_rules_is_not_called_damaged(prepared_copy):
+    path = prepared_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["rules"][0] += 1
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k != "key"}))
+    with pytest.raises(ValueError, match="manifest.json is of other rules; run"):
         Run(prepared_copy, CPU)
 
 
