@@ -36,9 +36,9 @@ class Clock:
     def begin(self) -> None:
         """Take note that the host begins a step: is all done that was queued before?
 
-        At its end that says nothing. CUDA lets about 1000 launches wait
-        (forums.developer.nvidia.com/t/68937), so the host comes to the end of a longer step
-        only when the device is in the middle of it.
+        Not asked when a step has been queued: CUDA lets about 1000 launches wait
+        (forums.developer.nvidia.com/t/68937), so the host has queued a longer step only when
+        the device is in the middle of it, and the step before is always over.
         """
         if self.queued:
             event, _ = self.queued[-1]

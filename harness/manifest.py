@@ -29,7 +29,8 @@ def require_manifest(folder: Path) -> dict:
     manifest, path = load_manifest(folder), folder / "manifest.json"
     if manifest.get("rules") == C.DATA_RULES:
         return manifest
-    problem = f"{path} is " + ("of other rules" if manifest else "damaged")
     if not path.exists():
         problem = f"nothing is prepared in {folder}"
+    else:
+        problem = f"{path} is {'of other rules' if manifest else 'damaged'}"
     raise ValueError(f"{problem}; run `{PREPARE}`")
