@@ -7,6 +7,7 @@ import gc
 import math
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def choose_device(training: bool = True) -> torch.device:
         return torch.device("cpu")
     capability = compute_capability()
     if capability >= (8, 0):
+        # From torch 2.11, two lines in every run: its backward thread had no context yet.
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no")
         return torch.device("cuda")
     if not training:
         return torch.device("cpu")

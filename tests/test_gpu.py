@@ -2,6 +2,7 @@
 
 import math
 import types
+import warnings
 import weakref
 
 import pytest
@@ -62,6 +63,19 @@ def test_the_device_is_chosen_by_what_is_there(
             gpu.choose_device(training)
     else:
         assert gpu.choose_device(training).type == expected
+
+
+def test_no_run_warns_of_a_context_that_torch_makes_itself(monkeypatch):
+    monkeypatch.setattr(C, "SMOKE", False)
+    monkeypatch.setattr(gpu, "compute_capability", lambda: (9, 0))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        gpu.choose_device()
+        # As torch 2.11.0 says it, from CublasHandlePool.cpp.
+        why = "but there was no current CUDA context! Attempting to set the primary"
+        warnings.warn(f"Attempting to run cuBLAS, {why} context...", stacklevel=1)
+        warnings.warn("Attempting to run cuBLAS with an odd shape", stacklevel=1)
+    assert [str(w.message)[-9:] for w in seen] == ["odd shape"]
 
 
 # ---- The largest batch that fits ----------------------------------------------------------------
