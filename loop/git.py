@@ -189,6 +189,10 @@ def lock(path: Path):
         return file
     except BlockingIOError:
         file.close()
+    except OSError as error:  # of some network file systems
+        file.close()
+        help = "move the clone, or AUTORESEARCH_CACHE, to a disk that has locks"
+        raise Refused(f"{path} cannot be locked ({error}); {help}") from error
 
 
 def changed_files() -> list[str]:

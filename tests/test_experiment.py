@@ -1,5 +1,6 @@
 """experiment.py in throw-away clones with real git: what it decides, and what it survives."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from loop.git import lock, merge_lines
+from loop.git import Refused, fcntl, lock, merge_lines
 from loop.ledger import plain
 from night import Clone, make_origin, runs_begun, train_py, wait_until
 
@@ -771,6 +772,18 @@ def test_a_night_that_is_over_says_so_while_something_holds_its_lock(clone):
     with lock(clone.folder / "runs" / "tree.lock"):
         said = clone.call([sys.executable, "-c", code], status=4)
     assert "the night is over" in said and "another command" not in said
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_named_with_what_to_do(tmp_path, monkeypatch, number):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(
+        Refused, match="gpu.lock cannot be locked .*AUTORESEARCH_CACHE, to"
+    ):
+        lock(tmp_path / "gpu.lock")
 
 
 def test_a_lock_that_another_user_made_is_taken(tmp_path, monkeypatch):
