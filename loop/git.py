@@ -32,6 +32,7 @@ def git(*command: str, tree: Path = ROOT, strip: bool = True) -> str:
     env = {k: v for k, v in os.environ.items() if k not in WHERE} | {"LC_ALL": "C"}
     hooks = () if command[0] == "commit" else ("-c", "core.hooksPath=/dev/null")
     mode = "-c", "core.fileMode=false"  # chmod +x is no edit
+    mode += "-c", "log.showSignature=false"  # what `show` prints is read
     call = ["git", "-C", str(tree), *mode, *hooks, *command]
     io = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 120}
     end = time.monotonic() + PATIENCE

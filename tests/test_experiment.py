@@ -594,6 +594,20 @@ def test_what_git_cannot_commit_is_not_run(fresh, fault, when):
     assert fresh.do(*command)
 
 
+def test_signatures_that_git_shows_are_not_taken_for_its_numbers(clone):
+    gpg = clone.folder.parent / "gpg"
+    gpg.write_text(
+        "#!/bin/sh\ncat >/dev/null; echo s; echo '[GNUPG:] SIG_CREATED ' >&2\n"
+    )
+    gpg.chmod(0o755)
+    for key, value in (("commit.gpgsign", "true"), ("log.showSignature", "true")):
+        clone.git("config", key, value)
+    clone.git("config", "gpg.program", str(gpg))
+    clone.git("config", "user.signingkey", "night")
+    said = clone.experiment("wider MLP", 0.43)
+    assert re.match(r"running \w{8}, \+1 -1 lines of train.py\n", said)
+
+
 def test_start_refuses_a_dirty_tree_and_touches_nothing(fresh):
     (fresh.folder / "notes.md").write_text("a day's work")
     assert "uncommitted work in notes.md" in fresh.do("start", "nov24", status=1)
