@@ -24,6 +24,8 @@ from harness.health import find_company
 from harness.machine import end_with
 
 SECONDS = 600  # at most
+# Last lines that do not say what failed: of every run without a result, and of torch.compile.
+ASIDE = ("train.py: the run ended without a result", "Set TORCHDYNAMO_VERBOSE=1")
 
 
 class Rehearsal(run.Run):
@@ -58,7 +60,8 @@ def rehearse(script: Path) -> str:
             )
             log.seek(0)
             said = log.read().decode(errors="replace").strip().splitlines()
-        problem = (said or ["it said nothing"])[-1] if done.returncode else None
+        why = [line for line in said if line.strip() and not line.startswith(ASIDE)]
+        problem = (why or said or ["it said nothing"])[-1] if done.returncode else None
         if done.returncode < 0:
             problem = f"signal {-done.returncode} ended it"
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -11,6 +11,7 @@ from loop.git import fcntl
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 STATUSES = ("keep", "discard", "crash")
+ASIDE = "Set TORCHDYNAMO_VERBOSE=1"  # what torch.compile adds to every error
 # How a description ends. What stands before is the idea, in whatever words.
 TAIL = re.compile(
     r"(?P<idea>.*?), seed (?P<seed>\d+)(, gpu (?P<gpu>\w+))?"
@@ -184,7 +185,8 @@ def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result
     voids = [kind for _, kind in warnings if kinds.get(kind)]
     voids += [key for key, value in basis.items() if values.get(key) != value]
     notes = [line for line, kind in warnings if kinds.get(kind) is False]
-    last = [line for line in text.splitlines() if line.strip()][-4:-1]
+    words = [line for line in text.splitlines() if line.strip()]
+    last = [line for line in words if not line.startswith(ASIDE)][-4:-1]
     return Result(
         values, ok, voids[0] if voids else "", notes, "\n".join(last), int(ends[-1])
     )

@@ -142,6 +142,12 @@ def test_a_run_whose_fused_kernels_were_wrong_does_not_compare_with_one_where_no
         assert read_run(baseline, KINDS, basis).void == ""
 
 
+def test_the_last_words_of_a_run_are_not_torchs_advice():
+    said = "InductorError: no C compiler\n\nSet TORCHDYNAMO_VERBOSE=1 for more\n"
+    result = read_run(f"a\nb\n{said}no result\n\nexit status 1\n", KINDS, {})
+    assert result.last == "b\nInductorError: no C compiler\nno result"
+
+
 def test_a_run_that_has_not_ended_is_none():
     assert read_run(SUMMARY.partition("exit")[0], KINDS, {}) is None
 

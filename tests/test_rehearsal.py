@@ -95,6 +95,16 @@ def test_a_rehearsal_that_fails_is_a_line(script):
     assert line.endswith("ValueError: DEPTH is what it is")
 
 
+def test_a_rehearsal_names_the_error_and_not_what_torch_and_the_run_add(script):
+    script.write_text(
+        "from harness import guard; from types import SimpleNamespace as Run\n"
+        "guard.demand_result(Run(printed=False))\n"
+        "advice = 'Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace'\n"
+        "raise ValueError('Failed to find C compiler.\\n\\n' + advice)"
+    )
+    assert rehearse(script).endswith("; ValueError: Failed to find C compiler.")
+
+
 def test_a_rehearsal_that_is_killed_is_a_line(script):
     script.write_text(
         "import os; print('attention: fa3', flush=True); os.kill(os.getpid(), 9)"
