@@ -24,6 +24,17 @@ def compute_capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
 
+def why_no_gpu() -> str:
+    """Return in brackets why torch finds no GPU: no driver, an old one, a build without CUDA."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).partition(" Please")[0]  # general advice follows
+        said = said.partition("an error? ")[2] or said  # and precedes
+        return f" (torch {torch.__version__}: {said.rstrip('.')})"
+    return ""
+
+
 def choose_device(training: bool = True) -> torch.device:
     """Return the device of a run: the GPU, or under the smoke rules the CPU.
 
@@ -38,7 +49,7 @@ def choose_device(training: bool = True) -> torch.device:
         return torch.device("cuda")
     if not training:
         return torch.device("cpu")
-    problem = "no CUDA GPU is available, and a full run needs one"
+    problem = f"no CUDA GPU is available{why_no_gpu()}, and a full run needs one"
     if capability > (0, 0):
         major, minor = capability
         found = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"

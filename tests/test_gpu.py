@@ -39,7 +39,7 @@ class Memory:
             False,
             None,
             True,
-            "no CUDA GPU is available, .* needs one; `AUTORESEARCH_SMOKE=1 uv run train.py`",
+            "no CUDA GPU is available.*, and .* needs one; `AUTORESEARCH_SMOKE=1 uv run train.py`",
         ),
         (False, None, False, "cpu"),
         (
@@ -76,6 +76,42 @@ def test_no_run_warns_of_a_context_that_torch_makes_itself(monkeypatch):
         warnings.warn(f"Attempting to run cuBLAS, {why} context...", stacklevel=1)
         warnings.warn("Attempting to run cuBLAS with an odd shape", stacklevel=1)
     assert [str(w.message)[-9:] for w in seen] == ["odd shape"]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            RuntimeError(
+                "The NVIDIA driver on your system is too old (found version 12040). Please"
+                " update your GPU driver by downloading and installing a new version."
+            ),
+            "The NVIDIA driver on your system is too old (found version 12040)",
+        ),
+        (
+            RuntimeError(
+                "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions"
+                " before that might have already set an error? Error 802: system not yet"
+                " initialized"
+            ),
+            "Error 802: system not yet initialized",
+        ),
+        (AssertionError("Torch not compiled with CUDA enabled"),) * 2,
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_explained(monkeypatch, error, words):
+    def init():
+        raise error
+
+    monkeypatch.setattr(C, "SMOKE", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(ValueError) as refused:
+        gpu.choose_device()
+    found = (
+        f"no CUDA GPU is available (torch {torch.__version__}: {words}), and a full run"
+    )
+    assert str(refused.value).startswith(found)
 
 
 # ---- The largest batch that fits ----------------------------------------------------------------
