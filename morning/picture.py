@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patheffects import withStroke
 
 LIGHT = {"ink": "#1f2328", "paper": "#ffffff", "faint": "#8c959f", "grid": "#d8dee4"}
@@ -149,6 +150,20 @@ def within(points: np.ndarray, box: np.ndarray) -> np.ndarray:
     return ((points > box[:2]) & (points < box[2:])).all(-1)
 
 
+def find_fonts(text: str) -> list[str]:
+    """Return matplotlib's own font, and installed ones for the letters that it does not have."""
+    own = FontProperties()
+    fonts, known = [own.get_name()], get_font(findfont(own)).get_charmap()
+    missing = {ord(letter) for letter in text if letter.isprintable()} - known.keys()
+    for font in fontManager.ttflist if missing else []:
+        with contextlib.suppress(OSError, RuntimeError):  # it was removed, or is damaged
+            has = missing & get_font(font.fname).get_charmap().keys()
+            if has and "Last Resort" not in font.name:  # which has a box for every letter
+                fonts.append(font.name)
+                missing -= has
+    return fonts
+
+
 @contextlib.contextmanager
 def quiet():
     """Say nothing of letters that the font does not have."""
@@ -177,6 +192,7 @@ def place_labels(figure: Figure, ax, labels: list, avoid: list, colors: dict) ->
     taken = np.empty((0, 4))  # boxes of the texts so far
     walk = np.linspace(0, 1, 16)[:, None, None]  # from a point to its text
     style = dict(fontsize=8, color=colors["ink"], parse_math=False, zorder=6)
+    style["family"] = find_fonts("".join(text for *_, text in labels))
     style["path_effects"] = [withStroke(linewidth=2.5, foreground=colors["paper"])]
     points = ax.transData.transform([(x, y) for x, y, _ in labels] or np.empty((0, 2)))
     for i, (x, y, text) in enumerate(labels):

@@ -14,6 +14,7 @@ from cells import HEADER, ROOT
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex  # noqa: E402
+from matplotlib.font_manager import findfont, get_font  # noqa: E402
 
 import analysis  # noqa: E402  (needs the group analysis)
 from analysis import analyse, expected_best, write_report  # noqa: E402
@@ -587,6 +588,17 @@ def test_each_label_of_the_example_is_nearer_to_its_own_point_than_to_another():
         gaps = dict(zip(places, np.hypot(*ends.T), strict=True))
         astray += min(gaps, key=gaps.get) != number
     assert len(ax.texts) == len(points) and astray <= len(points) // 4
+
+
+def test_a_letter_that_the_font_does_not_have_is_drawn_in_one_that_does():
+    letter = "\u1d15"  # of a font that comes with matplotlib
+    lines = [("aaaaaa1", 0.9, "keep", f"an {letter}, seed 42")]
+    texts = draw_night(analyse(log(BASE + lines))).axes[0].texts
+    fonts = [
+        get_font(findfont(name)).get_charmap() for name in texts[-1].get_fontfamily()
+    ]
+    assert letter in texts[-1].get_text() and ord(letter) not in fonts[0]
+    assert any(ord(letter) in font for font in fonts[1:])
 
 
 def test_an_attempt_that_is_being_repeated_is_not_called_discarded(quick):
