@@ -56,6 +56,7 @@ IDLE = 5  # looks that find nothing open, and the locks held nevertheless
 # ---- The process that works --------------------------------------------------------------
 def work(night: Night) -> None:
     """Hand the locks over to a process of its own, which does what is open."""
+    night.warn_of_cut()
     if os.fork():
         return night.leave()
     try:

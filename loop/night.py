@@ -275,14 +275,24 @@ class Night:
             path = ROOT / "runs" / "tree.lock"
             held = f"another command holds {path}, or what a run left behind"
             return f"{held} (fuser shows it); try again; if it stays so, end it"
-        logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        begun = logs and not self.read(logs[-1])  # else it is of the run before
-        lines = ledger.read_ends(logs[-1]).splitlines() if begun else []
+        log = self.unfinished()  # none if it is of the run before
+        lines = ledger.read_ends(log).splitlines() if log else []
         steps = [x for x in lines if x.startswith("step ")]
         if not steps:  # "queued", say, where the GPU is elsewhere
             words = [x.strip() for x in lines if x.strip()]
             steps = [": ".join(["starting", *words[-1:]])]
         return f"{self.task()} is going on ({steps[-1]}); `uv run experiment.py wait`"
+
+    def unfinished(self) -> Path | None:
+        """Return the log of the run that began last if it has no end: it goes on, or was cut."""
+        logs = sorted(self.folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
+        return logs[-1] if logs and not self.read(logs[-1]) else None
+
+    def warn_of_cut(self) -> None:
+        """Say so if the last run was killed; asked with the locks held, so none goes on."""
+        if self.unfinished():
+            print("the run before was killed, so it begins again; if a sandbox ended it")
+            print("with its command, start the agent without one (docs/install.md)")
 
     def numbered(self, attempt: str = "") -> list[tuple[Line, int]]:
         """Return the valid runs, each with its number by `number_stretches`.

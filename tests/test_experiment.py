@@ -896,6 +896,27 @@ def test_a_second_run_that_ends_with_all_others_is_had_again(clone):
     assert "keep: " in clone.do("wait") and goes_on(clone)
 
 
+# Ends all that a command leaves behind, as agents' sandboxes do.
+SANDBOX = "unshare --user --map-root-user --pid --fork --kill-child --mount-proc".split()
+HAS_SANDBOX = shutil.which("unshare") and not subprocess.call(
+    [*SANDBOX, "true"], stderr=subprocess.DEVNULL
+)
+
+
+@pytest.mark.skipif(not HAS_SANDBOX, reason="needs unshare")
+def test_a_sandbox_that_ends_what_a_command_leaves_behind_is_named(clone):
+    clone.edit(0.43, FAULT="slow")
+    command = [*SANDBOX, sys.executable, "experiment.py"]
+    clone.call([*command, "run", "slow", "--minutes=0.05"], status=3)
+    assert runs_begun(clone.folder) == 4
+    for _ in range(2):
+        said = clone.call([*command, "wait", "--minutes=0.05"], status=3)
+        assert "the run before was killed, so it begins again; if a sandbox" in said
+    clone.go()
+    assert "was killed" in clone.do("wait") and goes_on(clone)
+    assert clone.said()[3] == "keep slow, seed 42" and "killed" not in clone.do("wait")
+
+
 @pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout")
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the process in /proc")
 def test_a_hung_run_that_nobody_is_there_to_end_ends_by_itself(clone):
