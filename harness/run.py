@@ -198,8 +198,6 @@ class Run:
         if self.cuda:  # what ran beside the steps counts as well
             torch.cuda.synchronize(self.device)
             self.clock.seconds = self.clock.now() - self.clock.started_at
-        self.clock.running = False
-        self.guard.clock_ended()
         if self.trained:
             warn_of_untrained(*self.trained)
         if line := host_line(self.clock.starved, self.num_steps, self.paces):
@@ -208,6 +206,8 @@ class Run:
         if late > C.TIME_BUDGET * C.OVERRUN_TOLERANCE:
             what = f"the last step ended {late:.1f} s late"
             raise RuntimeError(f"{what}; the run is void, repeat it")
+        self.clock.running = False
+        self.guard.clock_ended()
 
     def _batches(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         for _ in range(step.micro_steps):

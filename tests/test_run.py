@@ -696,6 +696,8 @@ def test_a_last_step_that_ends_late_voids_the_run(run, seconds):
         for step in run.steps():
             use(step)
             seconds.time += 4.0 if step.number == 7 else 1.0
+    with pytest.raises(RuntimeError, match="evaluate after training"):  # was it caught?
+        run.evaluate(zeros)
     with pytest.raises(RuntimeError):
         run.print_summary(1, 1.0, "masked")
 
