@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -59,6 +60,9 @@ class DryRun:
         # nor change a module's dtype or device (findings/fake_tensor_made_of_a_number.sh).
         fake_tensor.FakeTensor.__deepcopy__ = copy_shape
         torch.utils.swap_tensors = take_data
+        # Nor can it print one, or say that there are no numbers, in words of its own.
+        fake_tensor.FakeTensor.__format__ = lambda t, how: str(t)
+        fake_tensor.FakeTensor.numpy = give_no_numbers
         sys.excepthook = self.explain
 
     def __getattr__(self, name: str):
@@ -136,6 +140,11 @@ def copy_shape(t: torch.Tensor, memo: dict) -> torch.Tensor:
     if isinstance(t, torch.nn.Parameter):
         return torch.nn.Parameter(copied, t.requires_grad)
     return copied
+
+
+def give_no_numbers(t: torch.Tensor, *args, **kwargs) -> NoReturn:
+    """Stand in for torch.Tensor.numpy."""
+    raise NotHere("numpy wants the numbers of a tensor")
 
 
 def take_data(t: torch.Tensor, new: torch.Tensor) -> None:

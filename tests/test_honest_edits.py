@@ -209,6 +209,21 @@ def test_a_value_that_is_read_before_the_warm_up_is_left_to_the_real_run(tmp_pat
     assert done.stdout.startswith("full rules: not checked, shapes alone do not tell")
 
 
+@pytest.mark.parametrize(
+    "line, tried",
+    [
+        ('print(f"loss {loss:.3f}")', True),
+        ("loss.detach().cpu().numpy()", False),
+        ("__import__('numpy').asarray(loss.detach())", False),
+    ],
+)
+def test_a_number_that_is_printed_or_read_by_numpy_refuses_nothing(tmp_path, line, tried):
+    done = run_dry(tmp_path, line=line)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("also checked") and ("was not tried" not in last) == tried
+
+
 def test_a_dry_run_that_a_signal_ends_refuses_nothing():
     """Such as compiled code, which looks for memory that a shape does not have."""
     code = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
