@@ -161,6 +161,7 @@ class Result:
     notes: list[str] = field(default_factory=list)  # warnings that do not
     last: str = ""  # its last words
     status: int = 0  # of its exit
+    results: int = 0  # lines that begin with val_bpb:
 
 
 def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result | None:
@@ -187,6 +188,5 @@ def read_run(text: str, kinds: dict[str, bool], basis: dict[str, str]) -> Result
     notes = [line for line, kind in warnings if kinds.get(kind) is False]
     words = [line for line in text.splitlines() if line.strip()]
     last = [line for line in words if not line.startswith(ASIDE)][-4:-1]
-    return Result(
-        values, ok, voids[0] if voids else "", notes, "\n".join(last), int(ends[-1])
-    )
+    void, said = voids[0] if voids else "", "\n".join(last)
+    return Result(values, ok, void, notes, said, int(ends[-1]), len(starts))

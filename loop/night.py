@@ -695,6 +695,9 @@ class Night:
         back = f"git restore --source {commit[:8]} train.py"
         if last.status == "crash" and not last.void:
             words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
+            if not result.status and result.results != 1:
+                how = f"exit status 0, and {result.results} lines begin with val_bpb:"
+                words[:3] = [f"{how}; that of the summary has to be the only one"]
             if result.status in (137, 143):
                 words.append("it was killed from outside, or the host had no memory left")
             if result.status in (128, 255):

@@ -125,6 +125,7 @@ def test_a_crash_says_why_and_an_idea_that_is_fixed_counts_once(clone):
 def test_no_result_is_a_crash(clone, fault):
     said = clone.experiment(fault, 0.4, FAULT=fault)
     assert "crash: " in said and len(said.splitlines()) <= 10
+    assert ("2 lines begin with val_bpb:" in said) == (fault == "twice")
     assert clone.said()[3:] == [f"crash {fault}, seed 42"] and goes_on(clone)
 
 
