@@ -101,7 +101,8 @@ def explain(root: Path, variables: list[str]) -> list[str]:
     """Return a line on each kind of thing without which the commit does not repeat the run."""
     lines = []
     if modules := untracked_modules(root):
-        lines.append(f"git does not track {', '.join(modules)}; add what was imported")
+        advice = "put what was imported into train.py"  # a night commits that alone
+        lines.append(f"git does not track {', '.join(modules)}; {advice}")
     if variables:
         advice = "make it a knob"
         lines.append(f"train.py reads the environment ({', '.join(variables)}); {advice}")

@@ -458,7 +458,7 @@ def test_a_run_that_its_commit_does_not_repeat(result):
     before, _, summary = log.partition("\n---\n")
     lines = [line for line in before.splitlines() if line.startswith("warning:")]
     assert lines == [
-        "warning: repeat: git does not track own.py; add what was imported",
+        "warning: repeat: git does not track own.py; put what was imported into train.py",
         "warning: repeat: train.py reads the environment (LR); make it a knob",
     ]
     assert not C.WARNINGS["repeat"]  # it voids nothing
