@@ -378,7 +378,7 @@ def warm_up(
         moved = {
             name: checksum(p) != before[name] for name, p in trainable(model).items()
         }
-        dead, steps = gradients.dead(), min(gradients.steps.values())
+        dead, steps = gradients.dead(), gradients.steps
         still = [
             name for name in gradients.watched if not moved[name] and name not in dead
         ]
@@ -389,7 +389,13 @@ def warm_up(
     check_first_loss(float(result["losses"][0]), "of the first step on random ids")
     check_same_loss(float(result["losses"][1]), float(result["evaluated"]))
     if dead := result["dead"]:
-        steps = result["steps"]
+        idle = [type(o).__name__ for o, count in result["steps"].items() if not count]
+        if idle:
+            raise RuntimeError(
+                f"{join(idle)}: no step in {STEPS} train_steps, so {join(dead)} cannot learn; call "
+                "step() in each train_step (a larger TOTAL_BATCH_SIZE accumulates gradients)"
+            )
+        steps = min(result["steps"].values())
         when = plural(steps, "step") + (
             f" of {STEPS} train_steps" if steps < STEPS else ""
         )

@@ -490,3 +490,17 @@ def test_optimizers_that_step_now_and_then_are_told_how_often_they_did():
 
     with pytest.raises(RuntimeError, match="zero in 1 step of 3 train_steps"):
         warm(Model(Late(8, 8)), step=seldom)
+
+
+def test_an_optimizer_that_never_steps_is_named_and_not_the_model():
+    model = Model()
+    first, *others = model.parameters()
+    optimizers = [sgd(first), torch.optim.AdamW(others)]
+
+    def one_alone(model, optimizers, batches, micro_steps):
+        return train_step(model, optimizers[:1], batches, micro_steps)
+
+    with pytest.raises(
+        RuntimeError, match=r"^AdamW: no step in 3 train_steps, so middle\."
+    ):
+        warm(model, optimizers, one_alone)
