@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -294,6 +295,10 @@ def plan_batch(total_batch_size: int, device_batch_size: int) -> tuple[int, int]
     then take a smaller row and as much fewer of them. ValueError for what cannot be had exactly.
     """
     T = C.FULL_SEQ_LEN
+    sizes = total_batch_size, device_batch_size
+    if not all(isinstance(size, Integral) for size in sizes):
+        what = "TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE are {!r} and {!r}".format(*sizes)
+        raise ValueError(f"{what}, and must be whole numbers (// for /, 2**19 for 5e5)")
     rows, rest = divmod(total_batch_size, T)
     limit = min(device_batch_size, rows)
     if limit < 1 or rest or rows % limit:

@@ -436,6 +436,15 @@ def test_a_batch_that_cannot_be_had_exactly_is_an_error_with_both_knobs(total, d
         plan_batch(total, device)
 
 
+@pytest.mark.parametrize("total, device", [(2**17 / 2, 64), (2**17, 64.0), (2e5, 64)])
+def test_a_batch_size_that_is_no_whole_number_is_an_error_with_both_knobs(total, device):
+    both = (
+        rf"TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE are {total!r} and {device!r}, and must"
+    )
+    with pytest.raises(ValueError, match=both):
+        plan_batch(total, device)
+
+
 def test_the_smoke_rules_take_smaller_rows_and_fewer_but_as_many_micro_steps():
     assert T < ROW
     assert plan_batch(64 * ROW, 64) == (64 * T // ROW, 1)
