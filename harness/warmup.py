@@ -4,7 +4,6 @@ A few steps on random ids before the clock starts; weights, buffers, optimizer s
 generators are put back after it, bit for bit.
 """
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -435,17 +434,58 @@ def with_inner(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
     return found
 
 
-PLAIN = (bool, int, float, torch.Tensor, type(None))
+# What is put back. Other objects, such as functions that were compiled meanwhile, are left alone.
+HOLDS = (bool, int, float, str, type(None), torch.Tensor, list, tuple, dict)
 
 
-def put_back_plain(now: dict, before: dict) -> None:
-    """Put attributes back that were or are a number, a tensor or None, such as counters."""
-    for name in [*now]:
-        if name not in before and isinstance(now[name], PLAIN):
-            del now[name]
-    for name, value in before.items():
-        if isinstance(value, PLAIN) and isinstance(now.get(name), PLAIN):
-            now[name] = value
+class Before:
+    """Numbers and tensors that objects hold, also in lists and dictionaries, to be put back.
+
+    In place, so that what else refers to a tensor or a list still does.
+    """
+
+    def __init__(self, owners: Iterable[object], place: torch.device):
+        """place: where copies of tensors wait."""
+        self.place, self.seen = place, set()
+        self.tensors, self.lists, self.dicts = [], [], []
+        for owner in owners:
+            self.look(vars(owner))
+
+    def look(self, value: object) -> None:
+        """Take a copy of `value` and of what it holds, once."""
+        if not isinstance(value, torch.Tensor | list | tuple | dict):
+            return
+        if id(value) in self.seen:
+            return
+        self.seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            # One that is expanded, sparse or of inference mode cannot be written to in place.
+            plain = value.layout == torch.strided and not value.is_inference()
+            if plain and 0 not in value.stride():
+                copied = value.detach().to(self.place, copy=True)
+                self.tensors.append((value, copied))
+            return
+        if isinstance(value, dict):
+            self.dicts.append((value, dict(value)))
+        elif isinstance(value, list):
+            self.lists.append((value, list(value)))
+        for part in value.values() if isinstance(value, dict) else value:
+            self.look(part)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Have everything as it was."""
+        for now, before in self.dicts:
+            for key in [*now]:
+                if key not in before and isinstance(now[key], HOLDS):
+                    del now[key]
+            for key, value in before.items():
+                if isinstance(value, HOLDS) and isinstance(now.get(key), HOLDS):
+                    now[key] = value
+        for now, before in self.lists:
+            now[:] = before
+        for t, value in self.tensors:
+            t.copy_(value)
 
 
 @contextmanager
@@ -454,20 +494,13 @@ def kept(
 ) -> Iterator[None]:
     """Leave weights, buffers, optimizer state, modes and generators as they were before.
 
-    So too the numbers and tensors that modules and optimizers hold as plain attributes; not
-    what is changed inside a list, a dictionary or such a tensor.
+    So too all numbers and tensors that modules and optimizers hold as plain attributes, in lists
+    and in dictionaries; not those of other objects.
 
     place: where the copy of the weights waits. The host has more room, the device is a second
     sooner.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    values = [t.detach().to(place, copy=True) for t in tensors]
-    optimizers = with_inner(optimizers)
-    states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-    owners = [*model.modules(), *optimizers]
-    held = [(vars(owner), dict(vars(owner))) for owner in owners]
-    tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
-    named = [(table, dict(table)) for table in tables]
+    before = Before([*model.modules(), *with_inner(optimizers)], place)
     others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -476,19 +509,4 @@ def kept(
             random.setstate(others[0])
             np.random.set_state(others[1])
             model.zero_grad(set_to_none=True)
-            for table, before in named:  # self.scale = new puts another tensor there
-                if [*map(id, table.values())] != [*map(id, before.values())]:
-                    table.clear()
-                    table.update(before)
-            for now, before in held:
-                put_back_plain(now, before)
-            with torch.no_grad():
-                for t, value in zip(tensors, values, strict=True):
-                    t.copy_(value)
-            for optimizer, state in zip(optimizers, states, strict=True):
-                groups = optimizer.param_groups  # which a schedule may hold
-                optimizer.load_state_dict(state)
-                for group, new in zip(groups, optimizer.param_groups, strict=True):
-                    group.clear()
-                    group.update(new)
-                optimizer.param_groups = groups
+            before.put_back()

@@ -126,6 +126,62 @@ def test_an_optimizer_within_another_is_as_before():
     assert {int(state["step"]) for state in inner.state.values()} == {1}
 
 
+class Master(torch.optim.Optimizer):
+    """Keeps float32 weights and integers from the start, and its momentum in a dictionary."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+        self.momentum = {}
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["master"] = p.detach().float()
+            self.state[p]["steps"] = torch.zeros((), dtype=torch.int8)
+        self.masters = [state["master"] for state in self.state.values()]
+
+    @torch.no_grad()
+    def step(self):
+        for p, state in self.state.items():
+            momentum = self.momentum.setdefault(p, torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.1)
+            state["steps"] += 1
+            p.copy_(state["master"].sub_(0.1 * momentum.float()))
+
+
+def test_the_state_of_an_optimizer_keeps_its_dtype_and_its_place():
+    """torch's own load_state_dict would give it the dtype of the weights."""
+    model = Model().bfloat16()
+    optimizer = Master(model.parameters())
+    before = [master.clone() for master in optimizer.masters]
+    warm(model, [optimizer])
+    states = [*optimizer.state.values()]
+    masters = [state["master"] for state in states]
+    assert {(s["master"].dtype, s["steps"].dtype) for s in states} == {
+        (torch.float32, torch.int8)
+    }
+    assert all(a is b for a, b in zip(masters, optimizer.masters, strict=True))
+    assert all(map(torch.equal, masters, before)) and not optimizer.momentum
+    assert {int(state["steps"]) for state in states} == {0}
+
+
+def test_an_average_that_the_model_holds_does_not_know_the_warm_ups_weights():
+    model = Model()
+    model.counts, model.mask = [0], torch.ones(1).expand(3)
+    model.early = [p.detach().clone() for p in model.parameters()]
+    weights = [p.detach().clone() for p in model.parameters()]
+
+    def step(*args):
+        loss = train_step(*args)
+        if not hasattr(model, "late"):
+            model.late = [p.detach().clone() for p in model.parameters()]
+        for average, p in zip(model.early, model.parameters(), strict=True):
+            average.lerp_(p.detach(), 0.5)
+        model.counts.append(model.counts.pop() + 1)
+        return loss
+
+    warm(model, step=step)
+    assert all(map(torch.equal, model.early, weights)) and model.counts == [0]
+    assert not hasattr(model, "late")
+
+
 def test_the_random_numbers_of_python_and_numpy_are_the_seeds(prepared):
     def draw() -> list[float]:
         run = harness_run.Run(prepared, torch.device("cpu"))
