@@ -62,7 +62,7 @@ def environment_read(script: Path) -> list[str]:
             key = node.args[0]
             if of_os(node.func, "getenv", getters):
                 read.add(text(key))
-            elif isinstance(node.func, ast.Attribute):
+            elif isinstance(node.func, ast.Attribute) and node.func.attr != "update":
                 inner = node.func.value
         elif isinstance(node, ast.Compare) and len(node.ops) == 1:
             inner, key = node.comparators[0], node.left
@@ -73,6 +73,8 @@ def environment_read(script: Path) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.AugAssign):  # os.environ |= {...}
             named.add(node.target)
+        if isinstance(node, ast.Attribute) and node.attr == "update":
+            named.add(node.value)
     if any(of_os(n, "environ", mappings) and n not in named for n in ast.walk(tree)):
         read.add("...")
     return sorted(name for name in read if not name.startswith(OURS))

@@ -25,6 +25,7 @@ READS = {
     "import os\nenv = dict(os.environ)": ["..."],
     'import os\nos.environ["LR"] = "1"': [],
     'import os\nos.environ |= {"LR": "1"}': [],
+    'import os\nos.environ.update({"LR": "1"}, B="2")': [],
     'import os\ndel os.environ["LR"]': [],
     'import os\nSEED = os.environ["AUTORESEARCH_SEED"]': [],
     'environ = {}\nLR = environ["LR"]': [],
