@@ -6,7 +6,7 @@ The model: rotary embeddings, QK-norm, ReLU^2 MLP, short and full causal windows
 n-gram embeddings, value embeddings, gates on both and on attention, soft-capped logits,
 untied head. Muon for the block matrices, RMSprop for the n-grams, AdamW for the rest.
 
-harness/ owns data, clock, seed, warm-up, evaluation and summary; see harness/run.py.
+harness/ owns data, clock, seed, warm-up, evaluation and summary.
 """
 
 from constants import MAX_SEQ_LEN, SMOKE, VOCAB_SIZE  # first: it starts a clock
@@ -155,7 +155,7 @@ class GPTConfig:
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without weights over the last dimension. Source: arXiv:1910.07467."""
+    """RMSNorm without weights (arXiv:1910.07467). The fused norm_* have their own."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -374,7 +374,7 @@ class GPT(nn.Module):
         return x + change
 
     def logits(self, x):
-        """Return softcap * tanh(raw / softcap), float32. Source: arXiv:2408.00118."""
+        """Return softcap * tanh(raw / softcap) (arXiv:2408.00118); cross_entropy has its own."""
         softcap = self.config.softcap
         raw = self.lm_head(norm(x)).float()  # (B, T, V)
         tanh = 2 * torch.sigmoid(raw * (2 / softcap)) - 1
