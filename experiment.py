@@ -268,7 +268,7 @@ def status() -> int:
         if night.over or night.used_up():
             so = "the night is over" if night.over else "the budget is used up"
         print(f"nothing is open{off}; {so}")
-    for line in night.elsewhere():
+    for line in filter(None, [night.lost(), *night.elsewhere()]):
         print(line)
     lines, going = night.all_lines(), night.going()
     for line in lines:

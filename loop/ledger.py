@@ -83,7 +83,8 @@ def read_line(text: str) -> Line:
 
 def read_log(text: str) -> list[Line]:
     """Return the lines of a log without its header, those that are no run among them."""
-    lines = [raw.rstrip("\r") for raw in text.removeprefix("\ufeff").split("\n")]
+    # A spreadsheet ends lines in CRLF, and short ones in tabs.
+    lines = [raw.rstrip("\r\t") for raw in text.removeprefix("\ufeff").split("\n")]
     return [read_line(raw) for raw in lines if raw.strip() and raw + "\n" != HEADER]
 
 
@@ -120,9 +121,9 @@ def mark(
     """
     marked = []
     for raw in lines:
-        line = read_line(raw.rstrip("\r"))
+        line = read_line(raw.rstrip("\r\t"))
         if line.commit in commits and line.gpu == gpu and line.valid:
-            *start, _, description = raw.rstrip("\r").split("\t", 4)
+            *start, _, description = raw.rstrip("\r\t").split("\t", 4)
             raw = "\t".join([*start, status, description + end])
         marked.append(raw)
     return marked

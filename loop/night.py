@@ -201,6 +201,16 @@ class Night:
         """Return the commits that had a result, until `void` took them back."""
         return {x.commit for x in self.lines() if x.measured and x.void}
 
+    def lost(self) -> str:
+        """Say so if the log has no result of the best, else "": the best needs one to be it."""
+        if self.open or any(x.measured for x in self.lines(self.best)):
+            return ""
+        how = "was it removed, or saved otherwise by a spreadsheet? put it back as it was"
+        new = "if it is gone for good, start a night with another tag"
+        return (
+            f"{self.results} has lost the runs of {self.best[:8]}, the best; {how}; {new}"
+        )
+
     def last_log(self, commit: str) -> Path | None:
         """Return the log of a commit's last run that ended."""
         logs = filter(self.read, self.folder.glob(f"{commit[:8]}-*.log"))
@@ -468,6 +478,8 @@ class Night:
             why = next(x.void for x in self.lines(self.best) if x.void)
             of = why.removeprefix("stood on ") if "stood on " in why else self.best[:8]
             raise Refused(f'a `void` was interrupted; again: void {of} "why"')
+        if lost := self.lost():
+            raise Refused(lost)
         check_index()
         if not (ROOT / "train.py").is_file():
             raise Refused("train.py is missing; git checkout train.py")

@@ -727,6 +727,53 @@ def test_a_damaged_log_is_not_damaged_further(clone, damage):
 
 
 # ---- Who else is there -------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "damage", ["removed", "commas", "decimal commas", "a line cut out"]
+)
+def test_a_log_that_has_lost_runs_stops_the_night_aloud_until_it_is_back(clone, damage):
+    """Else the best would pass for the baseline, and the budget would begin anew."""
+    assert "keep: " in clone.experiment("wider MLP", 0.43)
+    log = clone.folder / "results.tsv"
+    text = log.read_text()
+    changed = {
+        "removed": "",
+        "commas": text.replace("\t", ","),
+        "decimal commas": re.sub(r"\t0\.", "\t0,", text),
+        "a line cut out": text[: text.rindex("\n", 0, -1) + 1],
+    }[damage]
+    log.write_text(changed) if changed else log.unlink()
+    clone.edit(0.42)
+    for command in (["run", "deeper"], ["status"]):
+        said = clone.do(*command, status=1 if command[0] == "run" else 0)
+        assert "results.tsv has lost the runs of" in said and "put it back" in said
+    assert changed == (log.read_text() if log.exists() else "") and clone.value() == 0.42
+    log.write_text(text)
+    assert "keep: " in clone.do("run", "deeper")
+
+
+def test_a_log_that_is_removed_while_a_run_goes_on_has_the_bests_runs_again(clone):
+    """Their logs are still there, and the verdict needs them."""
+    before = clone.rows()
+    clone.run_slowly(0.43)
+    (clone.folder / "results.tsv").unlink()
+    clone.go()
+    assert "keep: " in clone.do("wait")
+    assert before[0] in clone.rows() and "keep: " in clone.experiment("next", 0.42)
+
+
+def test_what_a_spreadsheet_puts_behind_a_line_is_not_of_its_description(clone):
+    log = clone.folder / "results.tsv"
+    log.write_text("".join(f"{line}\t\t\r\n" for line in log.read_text().splitlines()))
+    assert "keep: " in clone.experiment("wider MLP", 0.43)
+    said = clone.do("status")
+    assert "not a run" not in said and "1 experiment, 1 kept" in said
+    assert "keep: " in clone.experiment("deeper", 0.42)
+    log.write_text("".join(f"{line}\t\n" for line in log.read_text().splitlines()))
+    best = clone.git("rev-parse", "--short=8", "HEAD")
+    assert f"void: {best} deeper" in clone.do("void", best, "a bug")
+    assert "1 kept" in clone.do("status") and clone.rows()[-1][3].endswith("void: a bug")
+
+
 def test_a_second_agent_in_the_same_tree_is_refused(clone):
     clone.run_slowly(0.43)
     assert "slow is going on (step 00000" in clone.do("wait", "--minutes=0", status=3)
