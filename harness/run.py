@@ -125,7 +125,7 @@ class Run:
         A line `warning: edit: ...`: a first loss above 1.05 ln V, a parameter that does not move.
         """
         if self.clock.started_at is not None:
-            raise RuntimeError("run.warm_up comes once, before run.steps")
+            raise RuntimeError("run.warm_up comes before run.steps")
         batch = plan_batch(total_batch_size, device_batch_size)
         with self.guard.warm_up():
             check_kernels(self.device)
