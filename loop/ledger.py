@@ -70,7 +70,9 @@ def amount(text: str) -> float:
 
 def read_line(text: str) -> Line:
     """Return one line of a log. Hashes stay text, quotes mean nothing."""
+    text = text.rstrip("\r")
     fields = text.split("\t", 4)
+    fields[4:] = [x.rstrip("\t") for x in fields[4:]]  # a spreadsheet fills short lines
     if len(fields) < 5 or fields[3] not in STATUSES:
         return Line("", math.nan, math.nan, "", text)
     line = Line(fields[0], number(fields[1]), number(fields[2]), *fields[3:])
@@ -83,9 +85,8 @@ def read_line(text: str) -> Line:
 
 def read_log(text: str) -> list[Line]:
     """Return the lines of a log without its header, those that are no run among them."""
-    # A spreadsheet ends lines in CRLF, and short ones in tabs.
-    lines = [raw.rstrip("\r\t") for raw in text.removeprefix("\ufeff").split("\n")]
-    return [read_line(raw) for raw in lines if raw.strip() and raw + "\n" != HEADER]
+    lines = [raw for raw in text.removeprefix("\ufeff").split("\n") if raw.strip()]
+    return [read_line(raw) for raw in lines if raw.rstrip("\r\t") + "\n" != HEADER]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -121,10 +122,10 @@ def mark(
     """
     marked = []
     for raw in lines:
-        line = read_line(raw.rstrip("\r\t"))
+        line = read_line(raw)
         if line.commit in commits and line.gpu == gpu and line.valid:
-            *start, _, description = raw.rstrip("\r\t").split("\t", 4)
-            raw = "\t".join([*start, status, description + end])
+            start = raw.split("\t", 4)[:3]
+            raw = "\t".join([*start, status, line.description + end])
         marked.append(raw)
     return marked
 
