@@ -4,6 +4,7 @@ A few steps on random ids before the clock starts; weights, buffers, optimizer s
 generators are put back after it, bit for bit.
 """
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -396,8 +397,8 @@ def warm_up(
         idle = [type(o).__name__ for o, count in result["steps"].items() if not count]
         if idle:
             raise RuntimeError(
-                f"{join(idle)}: no step in {STEPS} train_steps, so {join(dead)} cannot learn; call "
-                "step() in each train_step (a larger TOTAL_BATCH_SIZE accumulates gradients)"
+                f"{join(idle)}: no step in {STEPS} train_steps; call step() in each train_step "
+                "(a larger TOTAL_BATCH_SIZE accumulates gradients)"
             )
         steps = min(result["steps"].values())
         when = plural(steps, "step") + (
@@ -441,15 +442,20 @@ HOLDS = (bool, int, float, str, type(None), torch.Tensor, list, tuple, dict)
 class Before:
     """Numbers and tensors that objects hold, also in lists and dictionaries, to be put back.
 
-    In place, so that what else refers to a tensor or a list still does.
+    In place, so that what else refers to a tensor or a list still does. Of an optimizer's state
+    and groups, all is put back, whatever it is.
     """
 
     def __init__(self, owners: Iterable[object], place: torch.device):
         """place: where copies of tensors wait."""
         self.place, self.seen = place, set()
-        self.tensors, self.lists, self.dicts = [], [], []
+        self.tensors, self.lists, self.dicts, self.states = [], [], [], []
         for owner in owners:
             self.look(vars(owner))
+            if isinstance(owner, torch.optim.Optimizer):
+                for table in (owner.state, *owner.param_groups):
+                    others = {k: v for k, v in table.items() if not isinstance(v, HOLDS)}
+                    self.states.append((table, {*table}, copy.deepcopy(others)))
 
     def look(self, value: object) -> None:
         """Take a copy of `value` and of what it holds, once."""
@@ -459,9 +465,9 @@ class Before:
             return
         self.seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            # One that is expanded, sparse or of inference mode cannot be written to in place.
-            plain = value.layout == torch.strided and not value.is_inference()
-            if plain and 0 not in value.stride():
+            # What is expanded or of inference mode cannot be written to in place.
+            other = value.is_nested or value.is_meta or value.is_inference()
+            if value.layout == torch.strided and not other and 0 not in value.stride():
                 copied = value.detach().to(self.place, copy=True)
                 self.tensors.append((value, copied))
             return
@@ -480,12 +486,22 @@ class Before:
                 if key not in before and isinstance(now[key], HOLDS):
                     del now[key]
             for key, value in before.items():
-                if isinstance(value, HOLDS) and isinstance(now.get(key), HOLDS):
+                both = isinstance(value, HOLDS) and isinstance(now.get(key), HOLDS)
+                if both and now.get(key) is not value:
                     now[key] = value
+        for table, keys, others in self.states:
+            for key in [*table]:
+                if key not in keys:
+                    del table[key]
+            table.update(others)
         for now, before in self.lists:
-            now[:] = before
+            if [*map(id, now)] != [*map(id, before)]:  # one may refuse to be written to
+                now[:] = before
         for t, value in self.tensors:
-            t.copy_(value)
+            if t.shape != value.shape:  # a table that grew
+                t.data = value.to(t.device)
+            else:
+                t.copy_(value)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """Honest edits that a run passed over in silence, or refused by a sentence that is not true."""
 
 import random
+from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.fx
 import torch.nn as nn
 
 import train
@@ -160,6 +163,43 @@ def test_the_state_of_an_optimizer_keeps_its_dtype_and_its_place():
     assert all(a is b for a, b in zip(masters, optimizer.masters, strict=True))
     assert all(map(torch.equal, masters, before)) and not optimizer.momentum
     assert {int(state["steps"]) for state in states} == {0}
+
+
+class Counting(torch.optim.SGD):
+    """Keeps in its groups and its state what is neither a number of Python's nor a tensor."""
+
+    def step(self):
+        super().step()
+        (group,) = self.param_groups
+        group["norms"].append(1.0)
+        group["k"] = group["k"] + 1
+        group.setdefault("seen", np.zeros(1))[0] += 1
+        self.state["all"] = SimpleNamespace(norms=group["norms"])
+
+
+def test_what_an_optimizer_keeps_is_as_before_whatever_it_is():
+    """A count of numpy's, say, by which a schedule would begin at its twelfth step."""
+    model = Model()
+    optimizer = Counting(model.parameters(), lr=0.1)
+    (group,) = optimizer.param_groups
+    group |= {"norms": deque(maxlen=9), "k": np.int64(0)}
+    warm(model, [optimizer])
+    assert group is optimizer.param_groups[0] and not optimizer.state
+    assert not group["norms"] and group["k"] == 0 and "seen" not in group
+
+
+def test_tables_that_grow_and_shapes_without_numbers_refuse_nothing():
+    model = Model()
+    model.table, model.shape = torch.empty(0), torch.empty(3, device="meta")
+    model.names = torch.fx.immutable_collections.immutable_list("ab")
+
+    def step(*args):
+        if not len(model.table):
+            model.table.resize_(4).fill_(1)
+        return train_step(*args)
+
+    warm(model, step=step)
+    assert model.table.shape == (0,)
 
 
 def test_an_average_that_the_model_holds_does_not_know_the_warm_ups_weights():
