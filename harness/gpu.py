@@ -49,11 +49,12 @@ def choose_device(training: bool = True) -> torch.device:
         return torch.device("cuda")
     if not training:
         return torch.device("cpu")
-    problem = f"no CUDA GPU is available{why_no_gpu()}, and a full run needs one"
     if capability > (0, 0):
         major, minor = capability
         found = f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"
         problem = f"{found}, and training in bf16 needs 8.0 (Ampere) or higher"
+    else:
+        problem = f"no CUDA GPU is available{why_no_gpu()}, and a full run needs one"
     command = smoke_command("uv run train.py")
     advice = f"`{command}` tries the same code on a CPU in about a minute"
     raise ValueError(f"{problem}; {advice}")
