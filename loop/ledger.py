@@ -69,12 +69,18 @@ def amount(text: str) -> float:
 
 
 def read_line(text: str) -> Line:
-    """Return one line of a log. Hashes stay text, quotes mean nothing."""
+    """Return one line of a log. Hashes stay text, quotes mean nothing.
+
+    But for what a spreadsheet adds: tabs behind, and quotes around a text with commas.
+    """
     text = text.rstrip("\r")
     fields = text.split("\t", 4)
-    fields[4:] = [x.rstrip("\t") for x in fields[4:]]  # a spreadsheet fills short lines
     if len(fields) < 5 or fields[3] not in STATUSES:
         return Line("", math.nan, math.nan, "", text)
+    fields[4] = fields[4].rstrip("\t")
+    inner = fields[4][1:-1].replace('""', '"')
+    if fields[4] == '"{}"'.format(inner.replace('"', '""')) and TAIL.fullmatch(inner):
+        fields[4] = inner
     line = Line(fields[0], number(fields[1]), number(fields[2]), *fields[3:])
     if tail := TAIL.fullmatch(line.description):
         line.idea, line.gpu, line.void = (tail[k] or "" for k in ("idea", "gpu", "void"))
@@ -124,7 +130,7 @@ def mark(
     for raw in lines:
         line = read_line(raw)
         if line.commit in commits and line.gpu == gpu and line.valid:
-            start = raw.split("\t", 4)[:3]
+            start = raw.split("\t")[:3]
             raw = "\t".join([*start, status, line.description + end])
         marked.append(raw)
     return marked
