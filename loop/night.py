@@ -205,10 +205,10 @@ class Night:
         """Say so if the log has no result of the best, else "": the best needs one to be it."""
         if self.open or any(x.measured for x in self.lines(self.best)):
             return ""
-        how = "was it removed, or saved otherwise by a spreadsheet? put it back as it was"
-        new = "if it is gone for good, start a night with another tag"
         return (
-            f"{self.results} has lost the runs of {self.best[:8]}, the best; {how}; {new}"
+            f"{self.results} has lost the runs of {self.best[:8]}, the best; was it removed, or "
+            "saved otherwise by a spreadsheet? put it back as it was; if it is gone for good, "
+            "start a night with another tag"
         )
 
     def last_log(self, commit: str) -> Path | None:
@@ -299,8 +299,12 @@ class Night:
         return logs[-1] if logs and not self.read(logs[-1]) else None
 
     def warn_of_cut(self) -> None:
-        """Say so if the last run was killed; asked with the locks held, so none goes on."""
-        if self.unfinished():
+        """Say so if the last run was killed; asked with the locks held, so none goes on.
+
+        Not if it was of a best that `void` has taken back since: that does not begin again.
+        """
+        log, job = self.unfinished(), self.open
+        if log and job and log.name[:8] in (job["commit"][:8], self.best[:8]):
             print("the run before was killed, so it begins again; if a sandbox ended it")
             print("with its command, start the agent without one (docs/install.md)")
 
@@ -706,10 +710,13 @@ class Night:
         last, voids = mine[-1], [x for x in mine if x.void and x.seed == mine[-1].seed]
         back = f"git restore --source {commit[:8]} train.py"
         if last.status == "crash" and not last.void:
-            words = [*result.last.splitlines(), f"more: tail -n 40 {log}"]
-            if not result.status and result.results != 1:
+            words = result.last.splitlines()
+            if not result.status and result.results > 1:
                 how = f"exit status 0, and {result.results} lines begin with val_bpb:"
-                words[:3] = [f"{how}; that of the summary has to be the only one"]
+                words = [f"{how}; that of the summary has to be the only one"]
+            elif not result.status and not result.results:
+                words.append("exit status 0, and no line begins with val_bpb:")
+            words.append(f"more: tail -n 40 {log}")
             if result.status in (137, 143):
                 words.append("it was killed from outside, or the host had no memory left")
             if result.status in (128, 255):

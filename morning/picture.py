@@ -155,7 +155,9 @@ def find_fonts(text: str) -> list[str]:
     own = FontProperties()
     fonts, known = [own.get_name()], get_font(findfont(own)).get_charmap()
     missing = {ord(letter) for letter in text if letter.isprintable()} - known.keys()
-    for font in fontManager.ttflist if missing else []:
+    for font in fontManager.ttflist:
+        if not missing:
+            break
         with contextlib.suppress(OSError, RuntimeError):  # it was removed, or is damaged
             has = missing & get_font(font.fname).get_charmap().keys()
             if has and "Last Resort" not in font.name:  # which has a box for every letter

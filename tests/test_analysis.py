@@ -19,7 +19,7 @@ from matplotlib.font_manager import findfont, get_font  # noqa: E402
 import analysis  # noqa: E402  (needs the group analysis)
 from analysis import analyse, expected_best, write_report  # noqa: E402
 from loop.verdict import noise_of, without_accidents  # noqa: E402
-from morning import page  # noqa: E402
+from morning import page, picture  # noqa: E402
 from morning.page import headline, student, write_page  # noqa: E402
 from morning.parts import parts  # noqa: E402
 from morning.picture import DARK, draw_night  # noqa: E402
@@ -599,6 +599,14 @@ def test_a_letter_that_the_font_does_not_have_is_drawn_in_one_that_does():
     ]
     assert letter in texts[-1].get_text() and ord(letter) not in fonts[0]
     assert any(ord(letter) in font for font in fonts[1:])
+
+
+def test_no_more_fonts_are_opened_than_the_letters_need(monkeypatch):
+    """Some machines have thousands."""
+    opened, get = [], picture.get_font
+    monkeypatch.setattr(picture, "get_font", lambda x: opened.append(x) or get(x))
+    picture.find_fonts("\u1d15")
+    assert opened[-1] != picture.fontManager.ttflist[-1].fname
 
 
 def test_an_attempt_that_is_being_repeated_is_not_called_discarded(quick):

@@ -774,6 +774,21 @@ def test_what_a_spreadsheet_puts_behind_a_line_is_not_of_its_description(clone):
     assert "1 kept" in clone.do("status") and clone.rows()[-1][3].endswith("void: a bug")
 
 
+def test_a_log_that_a_spreadsheet_has_quoted_is_the_same_log(clone):
+    """It quotes what has a comma, so every description."""
+    assert "keep: " in clone.experiment('a "wide" MLP', 0.43)
+    log = clone.folder / "results.tsv"
+    first, *lines = (line.split("\t") for line in log.read_text().splitlines())
+    for line in lines:
+        line[4] = '"{}"'.format(line[4].replace('"', '""'))
+    log.write_text("".join("\t".join(line) + "\r\n" for line in [first, *lines]))
+    assert 'a "wide" MLP, mean' in clone.do("status")
+    best = clone.git("rev-parse", "--short=8", "HEAD")
+    clone.do("void", best, "a bug")
+    clone.edit(0.43)
+    assert "which was taken back" in clone.do("run", "the same", status=1)
+
+
 def test_a_second_agent_in_the_same_tree_is_refused(clone):
     clone.run_slowly(0.43)
     assert "slow is going on (step 00000" in clone.do("wait", "--minutes=0", status=3)
@@ -944,6 +959,19 @@ def test_a_second_run_that_ends_with_all_others_is_had_again(clone):
     assert "keep: " in clone.do("wait") and goes_on(clone)
 
 
+def test_a_command_that_ends_before_its_run_is_shown_with_its_words(clone):
+    """One that only queues the run, say, where AUTORESEARCH_RUN is of a batch system."""
+    night = clone.folder / "runs" / "night.json"
+    kept = json.loads(night.read_text())
+    kept["env"]["AUTORESEARCH_RUN"] = "echo Submitted batch job 12"
+    night.write_text(json.dumps(kept))
+    said = clone.experiment("queued", 0.43)
+    assert (
+        "Submitted batch job 12\nexit status 0, and no line begins with val_bpb:" in said
+    )
+    assert "more: tail -n 40" in said and len(said.splitlines()) <= 10
+
+
 # Ends all that a command leaves behind, as agents' sandboxes do.
 SANDBOX = "unshare --user --map-root-user --pid --fork --kill-child --mount-proc".split()
 HAS_SANDBOX = shutil.which("unshare") and not subprocess.call(
@@ -963,6 +991,14 @@ def test_a_sandbox_that_ends_what_a_command_leaves_behind_is_named(clone):
     clone.go()
     assert "was killed" in clone.do("wait") and goes_on(clone)
     assert clone.said()[3] == "keep slow, seed 42" and "killed" not in clone.do("wait")
+
+
+def test_a_killed_run_that_void_has_taken_back_does_not_begin_again(clone):
+    assert "keep: " in clone.experiment("wider MLP", 0.43)
+    best = clone.git("rev-parse", "--short=8", "HEAD")
+    (clone.folder / "runs" / "nov24" / f"{best}-43.log").write_text("step 00000\n")
+    said = clone.do("void", best, "a bug") + clone.experiment("deeper", 0.42)
+    assert "keep: " in said and "was killed" not in said
 
 
 @pytest.mark.skipif(not shutil.which("timeout"), reason="needs timeout")
