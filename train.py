@@ -155,7 +155,7 @@ class GPTConfig:
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without weights (arXiv:1910.07467). norm_* repeat it: edit both."""
+    """RMSNorm without weights (arXiv:1910.07467). norm_* repeat it."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -374,10 +374,7 @@ class GPT(nn.Module):
         return x + change
 
     def logits(self, x):
-        """Return softcap * tanh(raw / softcap), float32. Source: arXiv:2408.00118.
-
-        cross_entropy repeats it: edit both.
-        """
+        """Return softcap * tanh(raw / softcap), arXiv:2408.00118. cross_entropy repeats it."""
         softcap = self.config.softcap
         raw = self.lm_head(norm(x)).float()  # (B, T, V)
         tanh = 2 * torch.sigmoid(raw * (2 / softcap)) - 1
