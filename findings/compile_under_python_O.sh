@@ -14,7 +14,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.11.0 numpy==2.5.5 2>"$folder/pip.log" || {
+"$folder/venv/bin/pip" install -q torch==2.11.0 numpy==2.3.5 2>"$folder/pip.log" || {
     cat "$folder/pip.log"
     exit 1
 }
