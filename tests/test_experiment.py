@@ -731,7 +731,7 @@ def test_a_damaged_log_is_not_damaged_further(clone, damage):
     "damage", ["removed", "commas", "decimal commas", "a line cut out"]
 )
 def test_a_log_that_has_lost_runs_stops_the_night_aloud_until_it_is_back(clone, damage):
-    """Else the best would pass for the baseline, and the budget would begin anew."""
+    """Else the best would pass for the baseline, and the budget would begin again."""
     assert "keep: " in clone.experiment("wider MLP", 0.43)
     log = clone.folder / "results.tsv"
     text = log.read_text()
