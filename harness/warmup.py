@@ -449,16 +449,17 @@ class Before:
     def __init__(self, owners: Iterable[object], place: torch.device):
         """place: where copies of tensors wait."""
         self.place, self.seen = place, set()
-        self.tensors, self.lists, self.dicts, self.states = [], [], [], []
+        self.tensors, self.lists, self.dicts = [], [], []
+        owners = [*owners]
+        for owner in owners:
+            if isinstance(owner, torch.optim.Optimizer):
+                self.look(owner.state, whole=True)
+                self.look(owner.param_groups, whole=True)
         for owner in owners:
             self.look(vars(owner))
-            if isinstance(owner, torch.optim.Optimizer):
-                for table in (owner.state, *owner.param_groups):
-                    others = {k: v for k, v in table.items() if not isinstance(v, HOLDS)}
-                    self.states.append((table, {*table}, copy.deepcopy(others)))
 
-    def look(self, value: object) -> None:
-        """Take a copy of `value` and of what it holds, once."""
+    def look(self, value: object, whole: bool = False) -> None:
+        """Take a copy of `value` and of what it holds, once; whole: of other objects too."""
         if not isinstance(value, torch.Tensor | list | tuple | dict):
             return
         if id(value) in self.seen:
@@ -471,29 +472,29 @@ class Before:
                 copied = value.detach().to(self.place, copy=True)
                 self.tensors.append((value, copied))
             return
+
+        def keep(part: object) -> object:
+            return copy.deepcopy(part) if whole and not isinstance(part, HOLDS) else part
+
         if isinstance(value, dict):
-            self.dicts.append((value, dict(value)))
+            before = {key: keep(part) for key, part in value.items()}
+            self.dicts.append((value, before, object if whole else HOLDS))
         elif isinstance(value, list):
-            self.lists.append((value, list(value)))
+            self.lists.append((value, [keep(part) for part in value]))
         for part in value.values() if isinstance(value, dict) else value:
-            self.look(part)
+            self.look(part, whole)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Have everything as it was."""
-        for now, before in self.dicts:
+        for now, before, kinds in self.dicts:
             for key in [*now]:
-                if key not in before and isinstance(now[key], HOLDS):
+                if key not in before and isinstance(now[key], kinds):
                     del now[key]
             for key, value in before.items():
-                both = isinstance(value, HOLDS) and isinstance(now.get(key), HOLDS)
+                both = isinstance(value, kinds) and isinstance(now.get(key), kinds)
                 if both and now.get(key) is not value:
                     now[key] = value
-        for table, keys, others in self.states:
-            for key in [*table]:
-                if key not in keys:
-                    del table[key]
-            table.update(others)
         for now, before in self.lists:
             if [*map(id, now)] != [*map(id, before)]:  # one may refuse to be written to
                 now[:] = before

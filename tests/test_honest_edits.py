@@ -188,6 +188,20 @@ def test_what_an_optimizer_keeps_is_as_before_whatever_it_is():
     assert not group["norms"] and group["k"] == 0 and "seen" not in group
 
 
+def test_what_the_state_of_one_parameter_holds_is_as_before_whatever_it_is():
+    model = Model()
+    first = next(model.parameters())
+    optimizer = sgd(*model.parameters())
+    optimizer.state[first]["history"] = deque()
+
+    def step(*args):
+        optimizer.state[first]["history"].append(1.0)
+        return train_step(*args)
+
+    warm(model, [optimizer], step=step)
+    assert not optimizer.state[first]["history"]
+
+
 def test_tables_that_grow_and_shapes_without_numbers_refuse_nothing():
     model = Model()
     model.table, model.shape = torch.empty(0), torch.empty(3, device="meta")
