@@ -39,7 +39,8 @@ class Memory:
             False,
             None,
             True,
-            "no CUDA GPU is available.*, and .* needs one; `AUTORESEARCH_SMOKE=1 uv run train.py`",
+            r"no CUDA GPU is available( \(torch .*\))?, .* needs one; "
+            "`AUTORESEARCH_SMOKE=1 uv run train.py`",
         ),
         (False, None, False, "cpu"),
         (
