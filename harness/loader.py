@@ -75,13 +75,17 @@ def load_batches(rows: Rows, batch_size: int, device: torch.device) -> Iterator[
     order = itertools.chain.from_iterable(orders)
 
     def read() -> torch.Tensor:
-        batch = np.stack([rows[i] for i in itertools.islice(order, batch_size)])
+        shape, pinned = (batch_size, C.MAX_SEQ_LEN + 1), stream is not None
         # int16 holds every id, and torch has few operations for uint16.
-        ids = torch.from_numpy(batch.view(np.int16))
+        ids = torch.empty(shape, dtype=torch.int16, device="cpu", pin_memory=pinned)
+        # Filled by numpy: a copy of torch's, as pin_memory() is, wakes a thread per core, and
+        # each spins for milliseconds after it, beside the one that launches the GPU's kernels.
+        batch = [rows[i] for i in itertools.islice(order, batch_size)]
+        np.stack(batch, out=ids.numpy().view(np.uint16))
         if stream is None:
             return ids
         with torch.cuda.stream(stream):
-            return ids.pin_memory().to(device, non_blocking=True)
+            return ids.to(device, non_blocking=True)
 
     def hand_out(ids: torch.Tensor) -> Iterator[Batch]:
         while True:

@@ -1,7 +1,11 @@
 """Rows to batches, and the rules of a run: batches only while the clock runs, losses that count."""
 
 import itertools
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import constants as C
 from harness import gpu
 from harness.loader import Batch, Rows, load_batches
 
+ROOT = Path(C.__file__).parent
 CPU = torch.device("cpu")
 T = 5
 
@@ -94,6 +99,12 @@ def test_batches_in_hand_do_not_change_when_the_next_is_read(rows):
     assert torch.equal(x, before[0]) and torch.equal(y, before[1])
 
 
+def test_batches_do_not_depend_on_torchs_default_device(rows):
+    with torch.device("meta"):  # as torch.set_default_device in an edit
+        x, _ = next(load_batches(rows, 2, CPU))
+    assert row_numbers((x, x)) == order(1)[:2]
+
+
 @pytest.mark.gpu
 def test_the_gpu_gets_the_rows_that_the_cpu_gets(rows):
     on_gpu = load_batches(rows, 2, torch.device("cuda"))
@@ -114,7 +125,7 @@ class SlowRows:
 
     def __getitem__(self, index):
         time.sleep(0.02)
-        return np.zeros(T + 1, "<u2")
+        return np.zeros(C.MAX_SEQ_LEN + 1, "<u2")
 
 
 def waits(device: torch.device, work=lambda: None) -> list[float]:
@@ -140,3 +151,32 @@ def test_an_idle_gpu_waits_for_a_slow_disk_and_a_busy_one_does_not():
         torch.device("cuda"), lambda: torch.cuda._sleep(400_000_000)
     )  # 0.2 s at 2 GHz
     assert max(busy[1:]) < 0.004
+
+
+READ_BATCHES = """import sys, time
+from pathlib import Path
+import numpy as np
+import torch
+import constants as C
+from harness.loader import Rows, load_batches
+path = Path(sys.argv[1])
+np.zeros((100, C.MAX_SEQ_LEN + 1), "<u2").tofile(path)
+batches = load_batches(Rows([path]), 64, torch.device("cuda"))
+for step in range(55):
+    next(batches)
+    time.sleep(0.02)
+    if step == 4:
+        before = time.process_time() - time.thread_time()
+print(time.process_time() - time.thread_time() - before)
+"""
+
+
+@pytest.mark.gpu
+def test_no_threads_spin_beside_the_one_that_reads_batches(tmp_path):
+    ours = ("AUTORESEARCH_SMOKE", "OMP_", "GOMP_")  # with these no thread of a test spins
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    command = [sys.executable, "-c", READ_BATCHES, str(tmp_path / "rows.u16")]
+    done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert (
+        float(done.stdout) < 0.2
+    )  # of other threads' seconds; torch's copies take several
