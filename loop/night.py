@@ -356,6 +356,8 @@ class Night:
         gain = min(reference, fmean(best)) - fmean(new)
         speed = [x.speed for x in runs if x.commit == commit[:8]][-1]
         speed = f"{speed:.3f} M tok/s, " if speed else ""
+        if steps := self.smoke_steps(commit):
+            speed = f"{steps} (the best: {self.smoke_steps(self.best)}), "
         values = " ".join(f"{v:.6f}" for v in new)
         words = [f"val_bpb {values}; the best {fmean(best):.6f} of {len(best)} runs"]
         if reference < fmean(best):
@@ -370,6 +372,14 @@ class Night:
                 slow = f"{x.val_bpb:.6f} at {x.speed:.3f} M tok/s"
                 words.append(f"{slow} does not count: another run of it is faster")
         return what, words
+
+    def smoke_steps(self, commit: str) -> str:
+        """Return the steps of a commit's runs under the smoke rules, which have no speed."""
+        steps = [x.steps for x in self.lines(commit) if x.valid and x.smoke]
+        words = f"{' '.join(map(str, steps))} steps" if steps else ""
+        if steps and min(steps) < 0.9 * max(steps):
+            words += ", for something else uses the cores"
+        return words
 
     # ---- One run -------------------------------------------------------------------------
     def read(self, log: Path) -> ledger.Result | None:
@@ -635,6 +645,8 @@ class Night:
         said = [
             f"{'control, the best' if control else idea}: {values}; noise {noise:.6f}"
         ]
+        if steps := self.smoke_steps(commit):
+            said[0] += f"; {steps}"
         if later != stretch:
             said[0] += (
                 "; the GPU's speed changed by over 2 %, so runs before do not count"

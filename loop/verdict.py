@@ -10,7 +10,8 @@ from loop.ledger import Line
 # Gains, as multiples of the noise: keep at once; repeat; keep after the repeat.
 BARS = CLEAR, REPEAT, CONFIRM = 3.0, 1.0, 1.5
 FLOOR = 0.0005  # of the noise while it rests on three runs
-WILD = 6.0  # times the noise of all others, beyond which a commit's runs are an accident
+WILD = 6.0  # times the noise of the others: a commit's runs beyond may be an accident
+LUCK = 0.001  # the chance that they are none, but the others' are alike by luck
 DRIFT = 0.02  # of a commit's speed, beyond which the machine has changed
 
 
@@ -30,7 +31,10 @@ def without_accidents(
     """
     groups = sorted((values for values in groups if len(values) > 1), key=pooled)
     for i in range(max(1, (len(groups) + 1) // 2), len(groups)):
-        if pooled(groups[i]) > WILD * max(floor, pooled(*groups[:i])):
+        half = sum(len(values) - 1 for values in groups[:i]) / 2
+        # Of the F distribution for three runs against others: P(F > x) = (1 + x / half)^-half.
+        bar = max(WILD, math.sqrt(half * (LUCK ** (-1 / half) - 1)))
+        if pooled(groups[i]) > bar * max(floor, pooled(*groups[:i])):
             return groups[:i]
     return groups
 

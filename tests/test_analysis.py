@@ -565,7 +565,7 @@ def test_what_is_no_part_of_the_noise_does_not_lower_the_bar(quick):
 
 def test_the_noise_of_the_page_is_that_of_the_verdict_however_wild_the_night(quick):
     """Repeats of three sizes: what is left out must be left out once, not again."""
-    spreads = [1e-4, 2e-4, 3e-4, 6.0e-3, 6.2e-3, 0.5, 0.6]
+    spreads = [1e-4, 2e-4, 3e-4, 0.0120, 0.0124, 1.0, 1.2]
     pairs = [[0.99, 0.99 + spread] for spread in spreads]
     lines = [
         (f"aaaaaa{i}", x, "keep", f"idea {i}, seed 42")

@@ -1350,11 +1350,14 @@ def test_a_speed_that_changes_all_the_time_gives_no_verdict_and_no_endless_runs(
 def test_under_the_smoke_rules_speed_means_nothing_and_night_and_report_say_so(fresh):
     fresh.env["AUTORESEARCH_SMOKE"] = "1"
     (fresh.folder.parent / "speed").write_text("wanders")
-    assert "noise 0.000500" in fresh.do("start", "nov24")
+    busy = "for something else uses the cores"
+    said = fresh.do("start", "nov24")
+    assert f"noise 0.000500; 2747 3022 3296 steps, {busy}\n" in said
     said = fresh.experiment("wider MLP", 0.436)
     assert "keep: " in said and "tok/s" not in said and "1 experiment, 1 kept" in said
+    assert f"3571 steps (the best: 2747 3022 3296 steps, {busy}), " in said
     assert fresh.do("status").startswith("night nov24, smoke rules: ")
-    tail = "seed 42, 2747 steps under the smoke rules"
+    tail = "seed 42, 3571 steps under the smoke rules"
     assert fresh.rows()[3][3] == f"wider MLP, {tail}"
     pytest.importorskip("matplotlib")
     import analysis
