@@ -1,7 +1,7 @@
 """The fixed rules of an experiment. Not edited: numbers compare only under equal rules.
 
-Data, tokenizer, rows, evaluation, time budget and seed. Every value is stated once, here;
-a change shows in the `rules:` that a run prints. Four environment variables are read:
+Data, tokenizer, rows, evaluation, time budget and seed, each value once; a change shows in
+the `rules:` of a run. Environment variables that are read:
 
     AUTORESEARCH_SMOKE=1   tiny rules that run anywhere in a minute (no GPU, no network)
     AUTORESEARCH_SEED=N    seed of the run, default 42; never set by train.py
@@ -63,7 +63,7 @@ TOKENIZER_SHARDS = 6
 FULL_SEQ_LEN = 2048  # T, tokens
 MAX_SEQ_LEN = 256 if SMOKE else FULL_SEQ_LEN
 PACK_BUFFER_DOCS = 1000  # refilled to at least this many documents before every placement
-PACK_BATCH_DOCS = 128  # documents that a refill takes at once, of one row group
+PACK_BATCH_DOCS = 128  # documents per refill, of one row group
 
 # Evaluation: the first rows of the validation shard, for every model and batch size.
 EVAL_TOKENS = 2**16 if SMOKE else 40 * 524_288  # target tokens
@@ -78,8 +78,8 @@ DATA_RULES = [VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, PACK_BUFFER_DOCS, PACK_BATCH
 TIME_BUDGET = 20 if SMOKE else 300
 # From the start of the process, or the end of a preparation in it, to the first step.
 STARTUP_LIMIT = 180 if SMOKE else 300
-# A last step that is slower than all before it may end late by this fraction of the
-# budget; beyond that the run is void.
+# A last step that is slower than all before may end late by this fraction of the budget;
+# beyond it the run is void.
 OVERRUN_TOLERANCE = 1.0 if SMOKE else 0.01
 
 # Attention kernel, the only thing from the network that is executed. A version is one API

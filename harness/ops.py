@@ -5,6 +5,7 @@ To change what one computes, write plain torch in its place in train.py.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,8 @@ def compiled(function: Callable) -> Callable:
     A Python number in its arguments, or in an attribute that it reads, is compiled in: one that
     changes from step to step goes in as a 0-dim tensor.
     """
+    if inspect.ismethod(function):  # a copied module's is its own
+        return compiled(function.__func__).__get__(function.__self__)
 
     @functools.cache
     def fused() -> Callable:  # when first needed: a CPU does without
@@ -37,7 +40,7 @@ def compiled(function: Callable) -> Callable:
         if first is None:
             raise TypeError(f"{function.__name__}: @compiled needs a tensor, by position")
         if C.DRY_RUN:
-            from harness import dry_run  # here: it needs this file
+            from harness import dry_run  # it needs this file
 
             return dry_run.trace(function, args)
         return (fused() if first.is_cuda else function)(*args)
@@ -95,7 +98,7 @@ def norm_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return q, k, v (B, T, heads, D): norm(x) times each matrix, q and k by `rotary_norm`.
 
-    x (B, T, C), matrices (heads * D, C), cos and sin (T, 1, D); norm: RMSNorm without weights.
+    x (B, T, C), matrices (heads * D, C), cos and sin (T, 1, D).
     With `offset`, the half of a key that has the slow angles is taken from the token before, of
     a row's first token 0. In fp8 on Hopper, forward and backward, if all have the same heads.
     """
@@ -166,8 +169,8 @@ def row_rmsprop_(
 ) -> None:
     """Move the entries of param (E, C) that a gradient holds, all if it is not sparse, by RMSprop.
 
-    moment (E, 1): of each entry, the running mean of its mean square gradient, as of the step in
-    last (E, 1), when it was moved last; step counts from 1.
+    moment (E, 1): each entry's running mean of its mean square gradient, as of step `last` (E, 1),
+    when it was moved; step counts from 1.
     """
     if grad.is_sparse:
         ids, grad = grad._indices()[0], grad._values()

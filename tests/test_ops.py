@@ -1,5 +1,6 @@
 """Fused operations against their plain forms in float64: on a CPU, compiled, and on a GPU."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -592,6 +593,22 @@ def test_a_compiled_function_is_the_plain_one_on_a_cpu():
 
     assert twice.__name__ == "twice" and twice.__doc__ == "Return factor * x."
     assert torch.equal(twice(2, torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_a_copy_of_a_module_with_a_compiled_method_calls_its_own():
+    class Layer(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(1, 1, bias=False)
+            self.double = ops.compiled(self.compute)
+
+        def compute(self, x):
+            return 2 * self(x)
+
+    layer, x = Layer(), torch.ones(1, 1)
+    average = copy.deepcopy(layer)  # as torch's AveragedModel does
+    torch.nn.init.constant_(layer.weight, 1.0)
+    torch.nn.init.constant_(average.weight, 3.0)
+    assert (layer.double(x).item(), average.double(x).item()) == (2.0, 6.0)
 
 
 @pytest.mark.gpu
