@@ -26,7 +26,7 @@ def compiled(function: Callable) -> Callable:
     A Python number in its arguments, or in an attribute that it reads, is compiled in: one that
     changes from step to step goes in as a 0-dim tensor.
     """
-    if inspect.ismethod(function):  # a copied module's is its own
+    if inspect.ismethod(function):  # else a copied module calls the original
         return compiled(function.__func__).__get__(function.__self__)
 
     @functools.cache

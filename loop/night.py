@@ -374,7 +374,10 @@ class Night:
         return what, words
 
     def smoke_steps(self, commit: str) -> str:
-        """Return the steps of a commit's runs under the smoke rules, which have no speed."""
+        """Return the steps of a commit's smoke runs, which have no speed; "" if there are none.
+
+        They do the same work: where their number varies, other processes had the cores.
+        """
         steps = [x.steps for x in self.lines(commit) if x.valid and x.smoke]
         words = f"{' '.join(map(str, steps))} steps" if steps else ""
         if steps and min(steps) < 0.9 * max(steps):

@@ -73,7 +73,7 @@ if os.path.exists(os.path.join(here, "other rules")):
     rules = "full-22222222"
 if FAULT == "attention":
     ATTENTION = "flex"
-steps = round(2747 * (SPEED / 1.2 if rules[0] == "s" else 1))
+steps = round(2747 * (SPEED / 1.2 if rules.startswith("smoke") else 1))
 tail = f"attention: {ATTENTION}\\nseed: {seed}\\ndata: 8fe0ad1f\\nrules: {rules}"
 print(f"---\\nval_bpb: {VAL_BPB + luck:.6f}\\npeak_vram_mb: {MEMORY * 1024:.1f}\\n"
       f"num_steps: {steps}\\ntok_per_sec: {SPEED * 1e6:.0f}\\n{tail}", flush=True)
